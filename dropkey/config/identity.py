@@ -1,0 +1,107 @@
+"""A run is its config: the hash, and the directory named after it."""
+
+import copy
+import hashlib
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+from dropkey.config.check import family
+from dropkey.config.schema import RegularizerConfig, ScheduleConfig, TrainConfig
+
+# Keys that do not change the result: where things lie, how it is watched, how fast it goes.
+HARMLESS = (
+    "output",
+    "fresh",
+    "logger",
+    "data.root",
+    "data.download",
+    "data.workers",
+    "trainer.device",
+    "trainer.eval_batch_size",
+    "trainer.checkpoint_minutes",
+    "trainer.log_every",
+    "trainer.profile",
+    "trainer.find_unused_parameters",
+)
+
+
+def flatten(tree: dict, prefix: str = "") -> dict[str, object]:
+    """{'a': {'b': 1}} -> {'a.b': 1}"""
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        elif value != {}:
+            flat[prefix + key] = value
+    return flat
+
+
+def harmless(key: str) -> bool:
+    return any(key == name or key.startswith(name + ".") for name in HARMLESS)
+
+
+def canonical(cfg: TrainConfig) -> dict[str, object]:
+    """What determines the result, as flat keys that differ from the schema's defaults.
+
+    Configs that mean the same training give the same dictionary: the regularizer's details vanish with
+    kind=none, the end of a schedule with constant. A key added to the schema later, at its default, leaves every
+    earlier hash as it was.
+    """
+    cfg = copy.deepcopy(cfg)
+    if cfg.regularizer.kind == "none":
+        cfg.regularizer = RegularizerConfig(kind="none")
+        cfg.schedule = ScheduleConfig()
+    if cfg.schedule.kind == "constant":
+        cfg.schedule.end = 0.0
+    defaults = flatten(asdict(TrainConfig()))
+    keys = {k: v for k, v in flatten(asdict(cfg)).items() if v != defaults.get(k) and not harmless(k)}
+    if cfg.data.name == "folder":  # a folder's path is its identity; a named set is the same wherever it lies
+        keys["data.root"] = str(Path(cfg.data.root).resolve())
+    if cfg.init_from is not None:
+        start = Path(cfg.init_from).resolve()
+        keys["init_from"] = start.name if start.is_dir() else str(start)
+    return keys
+
+
+def digest(keys: dict[str, object]) -> str:
+    return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def run_hash(cfg: TrainConfig) -> str:
+    """Ten hexadecimal digits over everything that changes the result."""
+    return digest(canonical(cfg))
+
+
+def group_hash(cfg: TrainConfig) -> str:
+    """Likewise without the seed: runs to be averaged share it."""
+    return digest({k: v for k, v in canonical(cfg).items() if k != "seed"})
+
+
+def model_label(cfg: TrainConfig) -> str:
+    """vit_6x128 for a resized ViT, volo_d1, t2t_vit_14: what a person would call it."""
+    model = cfg.model
+    name = re.sub(r"_patch\d+_\d+.*|_\d{3}(\..*)?$", "", model.name)
+    if family(model.name) == "vit" and model.depth and model.embed_dim:
+        name = f"vit_{model.depth}x{model.embed_dim}"
+    return name
+
+
+def data_label(cfg: TrainConfig) -> str:
+    if cfg.data.name != "folder":
+        return cfg.data.name
+    return re.sub(r"[^\w.]+", "_", Path(cfg.data.root).resolve().name) or "folder"
+
+
+def run_directory(cfg: TrainConfig) -> Path:
+    """<output>/<model>-<regularizer>-<data>-s<seed>-<hash>; every process of a job computes the same one."""
+    parts = (model_label(cfg), cfg.regularizer.kind, data_label(cfg), f"s{cfg.seed}", run_hash(cfg))
+    return Path(cfg.output) / "-".join(parts)
+
+
+def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
+    """'key: old -> new' for every key that changes the result and differs."""
+    a, b = flatten(asdict(old)), flatten(asdict(new))
+    keys = sorted(k for k in a.keys() | b.keys() if a.get(k) != b.get(k) and not harmless(k))
+    return [f"{k}: {a.get(k)} -> {b.get(k)}" for k in keys]

@@ -1,0 +1,152 @@
+"""Every key of a run, with its type and its one default.
+
+YAML files under configs/ only say where they differ. Standard library alone: a mistake in the config is
+reported before torch is imported.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Optional, Union
+
+KINDS = ("none", "dropout", "dropkey", "dropkey_block", "dropkey_cross", "dropkey_column", "dropattention")
+SCHEDULES = ("constant", "decreasing", "increasing")
+SITES = ("self", "class", "outlook", "token")
+IMPLS = ("auto", "reference", "sdpa")
+DATASETS = ("digits", "cifar10", "cifar100", "imagenet", "folder")
+AMP = ("none", "bf16", "fp16")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+SPLITS = ("test", "val", "train")
+
+
+@dataclass
+class ModelConfig:
+    name: str = "vit_tiny_patch16_224"  # any timm architecture, or a t2t_vit_* of dropkey.models
+    patch_size: Optional[int] = None  # pixels; null: the model's own, on images below 96 px a smaller one that fits
+    embed_dim: Optional[int] = None  # token width; null: the model's own (so the next three)
+    depth: Optional[int] = None  # blocks
+    num_heads: Optional[int] = None  # attention heads per block
+    mlp_ratio: Optional[float] = None  # hidden width of the MLP / token width
+    drop_path: float = 0.0  # stochastic depth of the last block; rises linearly from 0
+    pretrained: bool = False  # timm's published weights (needs a network, or timm's cache)
+    args: Dict[str, Any] = field(default_factory=dict)  # further arguments of the timm constructor
+
+
+@dataclass
+class RegularizerConfig:
+    kind: str = "dropkey"  # one of KINDS
+    ratio: float = 0.1  # drop probability in [0, 1); the peak when a schedule varies it
+    window: Optional[Union[int, str]] = None  # dropkey_block, dropkey_cross: cells across (odd), cross also "full"
+    sites: List[str] = field(default_factory=lambda: ["self", "class"])  # attention layers it acts on, of SITES
+    impl: str = "auto"  # how regularized attention is computed, one of IMPLS
+
+
+@dataclass
+class ScheduleConfig:
+    kind: str = "decreasing"  # of the ratio over depth, one of SCHEDULES
+    end: float = 0.0  # the ratio at the low end of a decreasing or increasing schedule
+
+
+@dataclass
+class DataConfig:
+    name: str = "digits"  # one of DATASETS
+    root: str = "data"  # directory that holds the images, or receives a download
+    download: bool = True  # fetch CIFAR when it is not under root
+    image_size: int = 8  # pixels, height and width as the model sees them
+    channels: int = 3  # 1 grey, 3 colour; files are converted
+    classes: Optional[int] = None  # how many classes there must be; null: as many as are found
+    mean: Optional[List[float]] = None  # per channel, of images in [0, 1]; null: 0.5
+    std: Optional[List[float]] = None  # likewise
+    val_fraction: float = 0.1  # share of the training images held out when the set has no validation split
+    test_fraction: float = 0.2  # share held out for testing when the set has neither test nor validation split
+    train_limit: Optional[int] = None  # train on this many images only (the same for every seed, equal per class)
+    in_memory: bool = True  # keep decoded images as one uint8 tensor on the device; false: decode them as they come
+    crop: float = 1.0  # evaluation: centre crop / resized side
+    workers: int = 2  # decoding processes, where images are decoded as they come
+
+
+@dataclass
+class AugmentConfig:
+    flip: bool = False  # mirror horizontally, half of the time
+    crop_padding: int = 0  # pixels of reflected border before a random crop of image_size
+    crop_scale: Optional[List[float]] = None  # random resized crop: least and largest share of the area
+    rand_augment: Optional[str] = None  # timm's policy string, such as rand-m9-mstd0.5-inc1
+    erasing: float = 0.0  # probability of random erasing
+    repeats: int = 1  # repeated augmentation: each image this many times in an epoch, of a subset as much smaller
+    mixup: float = 0.0  # alpha of mixup's Beta distribution; 0: off
+    cutmix: float = 0.0  # alpha of cutmix's Beta distribution; 0: off
+    mix_prob: float = 1.0  # probability that a batch is mixed at all
+    smoothing: float = 0.0  # label smoothing
+
+
+@dataclass
+class OptimConfig:
+    name: str = "adamw"  # any timm optimizer
+    lr: float = 1e-3  # peak learning rate, for the global batch as given (never rescaled)
+    weight_decay: float = 0.05  # not applied to biases, norms and what the model exempts
+    momentum: float = 0.9  # of SGD and its kin
+    warmup_epochs: float = 1.0  # linear warm-up, per step, from warmup_lr
+    warmup_lr: float = 1e-6
+    min_lr: float = 1e-6  # where the cosine ends
+    clip: Optional[float] = None  # largest gradient norm; null: no clipping
+    args: Dict[str, Any] = field(default_factory=dict)  # further arguments of the optimizer, such as betas
+
+
+@dataclass
+class TrainerConfig:
+    epochs: int = 30
+    max_steps: Optional[int] = None  # stop after this many optimizer steps
+    batch_size: int = 128  # global: over all processes and accumulated chunks
+    accumulate: int = 1  # chunks a process handles one after the other before each optimizer step
+    eval_batch_size: int = 256  # global
+    eval_every: int = 1  # epochs between evaluations; the last epoch is always evaluated
+    amp: str = "none"  # autocast: none, bf16 or fp16
+    ema_decay: Optional[float] = None  # moving average of the weights, evaluated in their place; null: off
+    compile: bool = False  # torch.compile
+    channels_last: bool = False  # memory format, for models that begin with convolutions
+    find_unused_parameters: bool = False  # DDP: for models that leave parameters out of some steps
+    overfit: bool = False  # debugging: train on the first batch only
+    profile: bool = False  # debugging: trace steps 5 to 10 with torch.profiler
+    device: str = "auto"  # cuda, mps, cpu; auto takes the first there is
+    checkpoint_minutes: float = 10.0  # a checkpoint at every epoch's end, and after this long within one
+    log_every: int = 50  # optimizer steps between step records
+
+
+@dataclass
+class LoggerConfig:
+    kind: str = "wandb"  # wandb or none; the records on disk are written either way
+    mode: str = "offline"  # offline, or online: sync to the server while training
+    project: str = "dropkey"
+    entity: Optional[str] = None  # W&B team or user; null: the account's default
+    tags: List[str] = field(default_factory=list)
+
+
+@dataclass
+class TrainConfig:
+    seed: int = 0  # initialisation, data order, augmentation, masks
+    output: str = "runs"  # directory that holds run directories
+    fresh: bool = False  # start over, even where the run has a checkpoint or is finished
+    init_from: Optional[str] = None  # weights to start from: a run directory or a checkpoint file
+    model: ModelConfig = field(default_factory=ModelConfig)
+    regularizer: RegularizerConfig = field(default_factory=RegularizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+
+
+@dataclass
+class EvaluationConfig:
+    split: str = "test"  # one of SPLITS
+    weights: str = "last"  # last or best checkpoint of the run
+    monte_carlo: int = 0  # average this many passes with the regularizer on; 0: one pass without
+    batch_size: Optional[int] = None  # null: as in training
+    device: str = "auto"
+
+
+@dataclass
+class EvalConfig:
+    run: Optional[str] = None  # a run directory
+    checkpoint: Optional[str] = None  # or one checkpoint file of a run
+    data: Optional[DataConfig] = None  # another data set of the same classes; null: the run's own
+    eval: EvaluationConfig = field(default_factory=EvaluationConfig)

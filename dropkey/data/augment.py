@@ -1,0 +1,223 @@
+"""Augmentation in two stages, every random number of which follows from a counter.
+
+Pictures (optional, in the decoding workers): random resized crop and RandAugment, of timm, on PIL images.
+Batches (always, on the device): mirror, padded crop, normalisation, random erasing; then mixup or cutmix, of timm.
+Both ways of reading share the second stage, so `data.in_memory` does not change what light augmentation yields.
+Shape letters: B images, C channels, H and W height and width.
+"""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data.auto_augment import posterize, rand_augment_transform
+from timm.data.mixup import Mixup, mixup_target
+from timm.data.transforms import RandomResizedCropAndInterpolation
+
+from dropkey.config.schema import AugmentConfig, DataConfig
+from dropkey.data.images import fit
+from dropkey.errors import ConfigError
+from dropkey.seeds import derive_seed
+
+ERASED_AREA = (0.02, 1 / 3)  # share of the image; with the next line as in Zhong et al. (2017) and timm
+ERASED_ASPECT = 1 / 0.3  # height / width lies between its inverse and this
+ATTEMPTS = 10  # at a rectangle that fits
+NOISE_OFFSETS = 65536  # starting points in the bank of noise that fills erased rectangles
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Python's, numpy's and torch's (CPU) global generators start from `seed`, and are put back afterwards."""
+    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed the accelerators
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
+
+
+class EvalPicture:
+    """Picture to its final size, without randomness: resize the shorter side, cut out the centre."""
+
+    def __init__(self, size: int, crop: float = 1.0):
+        self.size, self.crop = size, crop
+
+    def __call__(self, picture: Image.Image, key: tuple) -> Image.Image:
+        return fit(picture, self.size, self.crop)
+
+
+class TrainPicture:
+    """Picture to its final size: random resized crop if asked for, else as in evaluation without margin; RandAugment.
+
+    `key` are the parts of the seed of this picture's random numbers.
+    """
+
+    def __init__(self, data: DataConfig, augment: AugmentConfig):
+        self.size = data.image_size
+        self.crop = self.rand_augment = None
+        if augment.crop_scale is not None:
+            self.crop = RandomResizedCropAndInterpolation(self.size, tuple(augment.crop_scale), interpolation="bicubic")
+        if augment.rand_augment is not None:
+            self.rand_augment = rand_augment(augment.rand_augment, data)
+
+    def __call__(self, picture: Image.Image, key: tuple) -> Image.Image:
+        if self.crop is None and self.rand_augment is None:
+            return fit(picture, self.size)
+        with seeded(derive_seed(*key)):
+            picture = self.crop(picture) if self.crop else fit(picture, self.size)
+            return self.rand_augment(picture) if self.rand_augment else picture
+
+
+def rand_augment(policy: str, data: DataConfig):
+    """timm's RandAugment, filling uncovered corners with the data's mean colour. ConfigError if timm refuses it."""
+    fill = tuple(min(255, round(255 * value)) for value in per_channel(data.mean, data.channels))
+    hparams = {
+        "translate_const": int(data.image_size * 0.45),  # pixels, as in DeiT
+        "img_mean": fill if data.channels == 3 else fill[0],
+        "interpolation": Image.Resampling.BICUBIC,
+    }
+    try:
+        transform = rand_augment_transform(policy, hparams)
+    except (AssertionError, KeyError, ValueError) as error:
+        raise ConfigError(
+            f"augment.rand_augment={policy} is not a RandAugment policy of timm, such as rand-m9-mstd0.5-inc1"
+        ) from error
+    for operation in transform.ops:
+        if operation.aug_fn is posterize:
+            operation.aug_fn = posterize_to_black
+    return transform
+
+
+def posterize_to_black(picture: Image.Image, bits: int, **unused) -> Image.Image:
+    """timm's strongest posterize keeps 0 bits, which is black; from Pillow 13 on, Pillow refuses to do that."""
+    return posterize(picture, bits) if bits > 0 else Image.new(picture.mode, picture.size)
+
+
+def per_channel(values, channels: int):
+    """Mean or std as one float per channel; null means 0.5."""
+    values = [0.5] if values is None else list(values)
+    return values * channels if len(values) == 1 else values
+
+
+class Normalize:
+    """uint8 B C H W -> float32 B C H W: (x / 255 - mean) / std."""
+
+    def __init__(self, data: DataConfig, device: torch.device):
+        mean, std = (torch.tensor(per_channel(v, data.channels), dtype=torch.float64) for v in (data.mean, data.std))
+        self.shift = (mean * 255).float().view(-1, 1, 1).to(device)
+        self.scale = (1 / (std * 255)).float().view(-1, 1, 1).to(device)
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        return images.float().sub_(self.shift).mul_(self.scale)
+
+
+class BatchAugment:
+    """uint8 B C H W -> float32 B C H W: mirror, crop out of a reflected border, normalise, erase.
+
+    The numbers it needs are rows of `draw`, one row per image, so a batch may be cut into chunks at will.
+    Erased rectangles hold normal noise per pixel, cut out of one bank of noise at a random place.
+    """
+
+    COLUMNS = 7 + 2 * ATTEMPTS
+
+    def __init__(self, data: DataConfig, augment: AugmentConfig, seed: int, device: torch.device):
+        self.normalize = Normalize(data, device)
+        self.flip, self.padding, self.erasing = augment.flip, augment.crop_padding, augment.erasing
+        self.size, self.channels, self.seed, self.device = data.image_size, data.channels, seed, device
+        if self.erasing > 0:
+            generator = torch.Generator().manual_seed(derive_seed(seed, "erasing noise"))
+            self.noise = torch.randn(NOISE_OFFSETS + self.channels * self.size**2, generator=generator).to(device)
+
+    def draw(self, epoch: int, step: int, batch: int) -> torch.Tensor:
+        """float64 (batch, COLUMNS) in [0, 1) on the CPU, for the global batch of one optimizer step."""
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "augment batch", epoch, step))
+        return torch.rand(batch, self.COLUMNS, dtype=torch.float64, generator=generator)
+
+    def __call__(self, images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+        flip, down, right, erase, top, left, noise = draws[:, :7].unbind(1)
+        mirrored = (flip < 0.5) & self.flip
+        if self.flip or self.padding > 0:
+            steps = 2 * self.padding + 1
+            images = self._shift(images, mirrored, (down * steps).long(), (right * steps).long())
+        images = self.normalize(images)
+        if self.erasing > 0:
+            height, width, fits = self._rectangles(draws[:, 7:])
+            top, left = (top * (self.size - height + 1)).long(), (left * (self.size - width + 1)).long()
+            which = ((erase < self.erasing) & fits).nonzero().squeeze(1)
+            chosen = (row[which] for row in (top, height, left, width, (noise * NOISE_OFFSETS).long()))
+            self._erase(images, which, *chosen)
+        return images
+
+    def _shift(self, images, mirrored, down, right):
+        """The window `down` and `right` pixels into the image with its reflected border, then mirrored.
+
+        The border is never built: indices reach back into the image.
+        """
+        here = torch.arange(self.size)
+        if self.padding > 0:  # whole lines of pixels first: index_select copies them many times faster than gather
+            rows = self._reflect(here + down[:, None] - self.padding).to(self.device, non_blocking=True)
+            planes = torch.arange(images.shape[0] * self.channels, device=self.device).view(-1, self.channels, 1)
+            lines = (planes * self.size + rows[:, None, :]).flatten()
+            images = images.reshape(-1, self.size).index_select(0, lines).view(images.shape)
+        columns = torch.where(mirrored[:, None], here.flip(0), here)
+        columns = self._reflect(columns + right[:, None] - self.padding).to(self.device, non_blocking=True)
+        return images.gather(3, columns[:, None, None, :].expand_as(images))
+
+    def _reflect(self, index):
+        last = self.size - 1
+        return last - (last - index.abs()).abs()
+
+    def _rectangles(self, uniform):
+        """Heights and widths in pixels of the first attempt that fits into each image, and whether one does."""
+        area, aspect = uniform[:, :ATTEMPTS], uniform[:, ATTEMPTS:]
+        low, high = ERASED_AREA
+        area = (low + (high - low) * area) * self.size**2
+        aspect = ERASED_ASPECT ** (2 * aspect - 1)
+        height, width = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
+        fits = (height < self.size) & (width < self.size)
+        first = fits.byte().argmax(1, keepdim=True)
+        return height.gather(1, first).squeeze(1), width.gather(1, first).squeeze(1), fits.any(1)
+
+    def _erase(self, images, which, top, height, left, width, noise):
+        """In place: noise into the rectangles of images number `which`."""
+        if len(which) == 0:
+            return
+        here = torch.arange(self.size)
+        rows = (here >= top[:, None]) & (here < (top + height)[:, None])
+        columns = (here >= left[:, None]) & (here < (left + width)[:, None])
+        inside = (rows[:, :, None] & columns[:, None, :])[:, None].to(self.device, non_blocking=True)
+        which = which.to(self.device, non_blocking=True)
+        shape = images.shape[1:]
+        filling = torch.stack([self.noise[start : start + shape.numel()].view(shape) for start in noise.tolist()])
+        images.index_copy_(0, which, torch.where(inside, filling, images.index_select(0, which)))
+
+
+class Mix:
+    """Mixup or cutmix of a chunk, and label smoothing. Targets stay class ids (int64) where none of them is on,
+    else they become float32 B x classes, each row with sum 1."""
+
+    def __init__(self, augment: AugmentConfig, classes: int):
+        self.classes, self.smoothing, self.mixup = classes, augment.smoothing, None
+        if augment.mix_prob > 0 and (augment.mixup > 0 or augment.cutmix > 0):
+            self.mixup = Mixup(
+                mixup_alpha=augment.mixup,
+                cutmix_alpha=augment.cutmix,
+                prob=augment.mix_prob,
+                label_smoothing=augment.smoothing,
+                num_classes=classes,
+            )
+
+    def __call__(self, images: torch.Tensor, targets: torch.Tensor, *key):
+        if self.mixup is not None:
+            with seeded(derive_seed(*key)):
+                return self.mixup(images, targets)
+        if self.smoothing > 0:
+            return images, mixup_target(targets, self.classes, smoothing=self.smoothing)
+        return images, targets

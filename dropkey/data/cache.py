@@ -1,0 +1,131 @@
+"""Image files decoded once: one uint8 array, kept as a .npy file under ~/.cache/dropkey (or $DROPKEY_CACHE).
+
+The file's name is a hash of everything the pixels depend on; four bytes of CRC-32 follow the array in it.
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import secrets
+import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dropkey.config.schema import DataConfig
+from dropkey.data.augment import EvalPicture
+from dropkey.data.images import Files, Pixels
+from dropkey.data.reading import Decoding, Request
+from dropkey.errors import DataError
+
+FORMAT = 1  # raise when decoding changes: old files are then not found
+LIMIT = 8 * 2**30  # bytes
+CHUNK = 256  # images that a worker decodes at a time
+
+log = logging.getLogger(__name__)
+
+
+def cache_directory() -> Path:
+    return Path(os.environ.get("DROPKEY_CACHE") or Path.home() / ".cache" / "dropkey").expanduser()
+
+
+def decoded(files: Files, data: DataConfig) -> Pixels:
+    """All images at data.image_size, from the cache where it has them.
+
+    Raises:
+        DataError: an unreadable image, or more than 8 GiB of pixels.
+    """
+    shape = (len(files), data.channels, data.image_size, data.image_size)
+    require_room(shape)
+    path = cache_directory() / f"{fingerprint(files, data.image_size)}.npy"
+    with locked(path):
+        array = _read(path, shape)
+        if array is None:
+            log.info("decoding %d images of %s once; kept in %s", len(files), files.root, path)
+            array = _decode(files, data, shape)
+            _write(path, array)
+    return Pixels(array)
+
+
+def require_room(shape: tuple[int, ...]) -> None:
+    size = int(np.prod(shape, dtype=np.int64))
+    if size > LIMIT:
+        raise DataError(
+            f"{shape[0]} images of {shape[1]} x {shape[2]} x {shape[3]} need {size / 2**30:.1f} GiB in memory, more "
+            f"than {LIMIT / 2**30:.0f}; set data.in_memory=false"
+        )
+
+
+def fingerprint(files: Files, image_size: int) -> str:
+    """Changes with any file's path, length or time of change, and with what the pixels are made into."""
+    place = os.fsencode(files.root.resolve())  # train/ and test/ may hold the same names, of one length and age
+    digest = hashlib.sha256(json.dumps([FORMAT, image_size, files.channels]).encode() + place)
+    for row, name in enumerate(files.names):
+        stat = os.stat(files.path(row))
+        digest.update(b"%b\0%d\0%d\0" % (name, stat.st_size, stat.st_mtime_ns))
+    return digest.hexdigest()[:32]
+
+
+def _decode(files: Files, data: DataConfig, shape: tuple[int, ...]) -> np.ndarray:
+    array = np.empty(shape, dtype=np.uint8)
+    requests = [Request(rows) for rows in torch.arange(len(files)).split(CHUNK)]
+    reader = Decoding(files, EvalPicture(data.image_size), data.workers, torch.device("cpu"))
+    try:
+        for request, images in zip(requests, reader.read(requests)):
+            array[int(request.rows[0]) :][: len(images)] = images.numpy()
+    finally:
+        reader.close()
+    return array
+
+
+def _read(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    """The array, mapped so that processes share it; None where there is none, or none to trust."""
+    try:
+        array = np.lib.format.open_memmap(path, mode="c")  # c: torch wants writable, the file stays as it is
+        with open(path, "rb") as file:
+            file.seek(-4, os.SEEK_END)
+            checksum = int.from_bytes(file.read(4), "little")
+        if array.dtype == np.uint8 and array.shape == shape and zlib.crc32(array) == checksum:
+            return array
+        reason = "checksum or shape is wrong"
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # a damaged header makes numpy raise what its parser happens to
+        reason = str(error)
+    log.warning("cache file %s is damaged (%s); decoding the images again", path, reason)
+    return None
+
+
+def _write(path: Path, array: np.ndarray) -> None:
+    """Whole or not at all. A cache that cannot be written costs time, not the run."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            np.lib.format.write_array(file, array, allow_pickle=False)
+            file.write(zlib.crc32(array).to_bytes(4, "little"))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        log.warning("decoded images are not kept: cannot write %s (%s)", path, error)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process makes `path` while the others wait; where locks do not work, each makes it for itself."""
+    with ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(path.with_suffix(".lock"), "w"))
+            fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed, or the process dies
+        except OSError as error:
+            log.warning("cannot lock %s (%s)", path, error)
+        yield

@@ -1,0 +1,102 @@
+"""Where pixels come from: image files, or decoded images in memory.
+
+Both kinds of store know their length and open one image as a PIL picture of `channels` channels.
+Shape letters: N images, C channels, H and W height and width (always equal after `fit`).
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.transforms.functional import InterpolationMode, center_crop, resize
+
+from dropkey.errors import DataError
+
+MODES = {1: "L", 3: "RGB"}  # PIL's name for so many 8-bit channels
+
+
+class Files:
+    """Image files below `root`, decoded when asked for."""
+
+    def __init__(self, root: Path, names: list[str], channels: int):
+        self.root = Path(root)
+        # One array of bytes: a list of a million strings would be copied into every worker by reference counting.
+        self.names = np.array([os.fsencode(name) for name in names])
+        self.channels = channels
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def path(self, row: int) -> str:
+        return os.path.join(self.root, os.fsdecode(self.names[row]))
+
+    def picture(self, row: int) -> Image.Image:
+        return open_image(self.path(row), self.channels)
+
+
+class Pixels:
+    """Decoded images: uint8, N C H W. Kept once per device, however many splits and loaders share them."""
+
+    def __init__(self, images: np.ndarray):
+        self.images = torch.from_numpy(images)
+        self._on: dict[torch.device, torch.Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def on(self, device: torch.device) -> torch.Tensor:
+        if device.type == "cpu":
+            return self.images
+        if device not in self._on:
+            self._on[device] = self.images.to(device)
+        return self._on[device]
+
+    def picture(self, row: int) -> Image.Image:
+        return to_picture(self.images[row].numpy())
+
+
+def to_picture(array_CHW: np.ndarray) -> Image.Image:
+    if len(array_CHW) == 1:
+        return Image.fromarray(array_CHW[0])
+    return Image.fromarray(np.ascontiguousarray(array_CHW.transpose(1, 2, 0)))
+
+
+def to_tensor(picture: Image.Image) -> torch.Tensor:
+    """uint8, C H W."""
+    array = np.array(picture)
+    return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1))
+
+
+def open_image(path: str, channels: int) -> Image.Image:
+    """Decode a file whole and convert it to `channels` channels of 8 bits. DataError names a file that cannot be."""
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return convert(picture, channels)
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file makes PIL raise nearly anything: SyntaxError, struct.error, ...
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"cannot read image {path}: {reason}. Restore the file or remove it") from error
+
+
+def convert(picture: Image.Image, channels: int) -> Image.Image:
+    """To 8-bit grey or RGB. Transparency is dropped; 16-bit values are scaled, where PIL alone would clip them."""
+    if picture.mode.startswith("I"):
+        values = np.clip(np.asarray(picture, dtype=np.int64), 0, 65535)  # PIL reads some 16-bit PNG as 32-bit "I"
+        picture = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    if picture.mode == "F":
+        raise ValueError("floating-point pixels have no known range")
+    if picture.mode == "P" or picture.mode == "PA":
+        picture = picture.convert("RGBA")  # palettes with transparency make PIL warn on the direct way
+    return picture if picture.mode == MODES[channels] else picture.convert(MODES[channels])
+
+
+def fit(picture: Image.Image, size: int, crop: float = 1.0) -> Image.Image:
+    """Resize the shorter side to size / crop (bicubic, antialiased), then cut out the size x size centre."""
+    shorter = int(size / crop)
+    if min(picture.size) != shorter:
+        picture = resize(picture, shorter, InterpolationMode.BICUBIC)
+    return picture if picture.size == (size, size) else center_crop(picture, size)

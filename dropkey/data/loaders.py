@@ -1,0 +1,189 @@
+"""Loaders: which images make up a batch, on which process, and in what order.
+
+The global batch of optimizer step u in epoch e is order(e)[u * B : (u + 1) * B]. It is cut into world x accumulate
+equal chunks, of which rank r takes `accumulate` consecutive ones. Order and augmentation follow from (seed, epoch,
+place in the epoch), so they do not depend on the number of processes, workers or chunks, nor on where an epoch is
+resumed; mixup and cutmix act within a chunk and do depend on the number of chunks.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from dropkey.config.schema import AugmentConfig, DataConfig
+from dropkey.data.augment import BatchAugment, EvalPicture, Mix, Normalize, TrainPicture
+from dropkey.data.reading import Decoding, OnDevice, Request
+from dropkey.data.splits import Dataset
+from dropkey.errors import ConfigError, DataError
+from dropkey.seeds import derive_seed
+
+
+@dataclass
+class Batch:
+    images: torch.Tensor  # float32 B C H W on the device, normalised
+    targets: torch.Tensor  # on the device: int64 (B,) class ids; float32 (B, classes) with mixing or smoothing
+    ids: torch.Tensor  # int64 (B,) on the CPU: positions in the split
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def epoch_order(images: int, seed: int, epoch: int, repeats: int = 1) -> torch.Tensor:
+    """int64 (images,): positions in the split, shuffled.
+
+    With repeated augmentation (Hoffer et al., 2020) each of a random 1 / repeats of the images comes `repeats` times
+    in a row, and the epoch is no longer.
+    """
+    generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
+    chosen = torch.randperm(images, generator=generator)[: -(-images // repeats)]
+    return chosen.repeat_interleave(repeats)[:images]
+
+
+def train_loader(
+    dataset: Dataset,
+    data: DataConfig,
+    augment: AugmentConfig,
+    *,
+    batch_size: int,
+    accumulate: int = 1,
+    seed: int,
+    rank: int = 0,
+    world: int = 1,
+    device: str | torch.device = "cpu",
+) -> "TrainLoader":
+    """Batches of the train split for process `rank` of `world`; `batch_size` is global.
+
+    Raises:
+        ConfigError: the batch cannot be cut into equal chunks, or into even ones where mixup or cutmix needs them.
+        DataError: fewer training images than one batch.
+    """
+    chunk = _chunk_size(batch_size, world, accumulate, augment)
+    if len(dataset.train) < batch_size:
+        raise DataError(
+            f"the train split has {len(dataset.train)} images, fewer than one batch of {batch_size}; "
+            f"set trainer.batch_size={len(dataset.train)} or less, or hold fewer images out"
+        )
+    return TrainLoader(dataset, data, augment, chunk, batch_size, accumulate, seed, rank, torch.device(device))
+
+
+def _chunk_size(batch_size: int, world: int, accumulate: int, augment: AugmentConfig) -> int:
+    chunk, rest = divmod(batch_size, world * accumulate)
+    cut = f"trainer.batch_size={batch_size} over {world} process(es) x trainer.accumulate={accumulate}"
+    if rest or chunk == 0:
+        raise ConfigError(f"{cut} is not a whole number of images per chunk; take a multiple of {world * accumulate}")
+    if chunk % 2 and augment.mix_prob > 0 and (augment.mixup > 0 or augment.cutmix > 0):
+        raise ConfigError(
+            f"{cut} makes chunks of {chunk}, but mixup and cutmix pair images and need an even number; "
+            f"take a multiple of {2 * world * accumulate}"
+        )
+    return chunk
+
+
+class TrainLoader:
+    """One process's part of every epoch. `len` is optimizer steps per epoch; images that fill no batch are left out."""
+
+    def __init__(self, dataset, data, augment, chunk, batch_size, accumulate, seed, rank, device):
+        self._split, self._device = dataset.train, device
+        self._chunk, self._batch_size, self._accumulate = chunk, batch_size, accumulate
+        self._seed, self._first, self._repeats = seed, rank * accumulate, augment.repeats
+        self._targets = dataset.train.targets.to(device)
+        self._augment = BatchAugment(data, augment, seed, device)
+        self._mix = Mix(augment, dataset.num_classes)
+        if data.in_memory and augment.crop_scale is None and augment.rand_augment is None:
+            self._reader = OnDevice(dataset.train.images, device)
+        else:
+            self._reader = Decoding(dataset.train.images, TrainPicture(data, augment), data.workers, device)
+
+    def __len__(self) -> int:
+        return len(self._split) // self._batch_size
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """`accumulate` batches for each optimizer step of the epoch from step `start` on.
+
+        DataError: an image that cannot be read.
+        """
+        order = epoch_order(len(self._split), self._seed, epoch, self._repeats)
+        places = [
+            (step, chunk)
+            for step in range(start, len(self))
+            for chunk in range(self._first, self._first + self._accumulate)
+        ]
+        begins = [step * self._batch_size + chunk * self._chunk for step, chunk in places]
+        requests = (
+            Request(self._split.rows[order[begin : begin + self._chunk]], (self._seed, "augment picture", epoch), begin)
+            for begin in begins
+        )
+        draws, drawn = None, None
+        for (step, chunk), begin, images in zip(places, begins, self._reader.read(requests)):
+            if drawn != step:
+                draws, drawn = self._augment.draw(epoch, step, self._batch_size), step
+            own = slice(chunk * self._chunk, (chunk + 1) * self._chunk)
+            ids = order[begin : begin + self._chunk]
+            targets = self._targets[ids.to(self._device, non_blocking=True)]
+            images = self._augment(images, draws[own])
+            images, targets = self._mix(images, targets, self._seed, "mix", epoch, step, chunk)
+            yield Batch(images, targets, ids)
+
+    def close(self) -> None:
+        """Ends the workers. Needed only to free them early: they also end with the process."""
+        self._reader.close()
+
+
+def eval_loader(
+    dataset: Dataset,
+    split: str,
+    data: DataConfig,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world: int = 1,
+    device: str | torch.device = "cpu",
+) -> "EvalLoader":
+    """Every image of a split (train, val, test) once over all processes; `batch_size` is global, of any size.
+
+    Raises:
+        DataError: the data set has no such split.
+    """
+    if getattr(dataset, split) is None:
+        raise DataError(f"there is no {split} split: data.{split}_fraction=0 holds nothing out; raise it")
+    return EvalLoader(dataset, split, data, batch_size, rank, world, torch.device(device))
+
+
+class EvalLoader:
+    """One process's part of a split. `len` is the number of iterations, the same on every rank; where the images of
+    the last one do not go round, some ranks get fewer, or an empty batch."""
+
+    def __init__(self, dataset, split, data, batch_size, rank, world, device):
+        self._split, self._device = getattr(dataset, split), device
+        self._batch_size, self._rank, self._world = batch_size, rank, world
+        self._shape = (dataset.channels, dataset.image_size, dataset.image_size)
+        self._targets = self._split.targets.to(device)
+        self._normalize = Normalize(data, device)
+        if data.in_memory:
+            self._reader = OnDevice(self._split.images, device)
+        else:
+            picture = EvalPicture(data.image_size, data.crop)
+            self._reader = Decoding(self._split.images, picture, data.workers, device)
+
+    def __len__(self) -> int:
+        return (len(self._split) + self._batch_size - 1) // self._batch_size
+
+    def __iter__(self) -> Iterator[Batch]:
+        """DataError: an image that cannot be read."""
+        shares = [self._share(index) for index in range(len(self))]
+        pictures = self._reader.read(Request(self._split.rows[ids]) for ids in shares if len(ids))
+        empty = torch.empty((0, *self._shape), dtype=torch.uint8, device=self._device)
+        for ids in shares:
+            images = next(pictures) if len(ids) else empty
+            yield Batch(self._normalize(images), self._targets[ids.to(self._device, non_blocking=True)], ids)
+
+    def _share(self, index: int) -> torch.Tensor:
+        begin = index * self._batch_size
+        images = min(self._batch_size, len(self._split) - begin)
+        own = range(begin + images * self._rank // self._world, begin + images * (self._rank + 1) // self._world)
+        return torch.arange(own.start, own.stop)
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self._reader.close()

@@ -1,0 +1,138 @@
+"""Readers: from a stream of requests to uint8 image batches on the device.
+
+`OnDevice` indexes a tensor; `Decoding` lets worker processes open and transform pictures. What a request yields
+depends on the request alone, so the number of workers never shows in the result.
+"""
+
+import atexit
+import signal
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from dropkey.data.images import Files, Pixels, to_tensor
+from dropkey.errors import DataError
+
+Key = tuple[int | str, ...]  # parts of a seed
+
+
+class Request(NamedTuple):
+    """One batch. Image i of it is augmented by the numbers that follow from (*key, position + i)."""
+
+    rows: torch.Tensor  # int64 (B,): which images of the store
+    key: Key = ()
+    position: int = 0
+
+
+class OnDevice:
+    """Reads from decoded images that live on the device as one tensor."""
+
+    def __init__(self, store: Pixels, device: torch.device):
+        self._images = store.on(device)
+
+    def read(self, requests: Iterable[Request]) -> Iterator[torch.Tensor]:
+        """uint8 B C H W on the device, one per request."""
+        for request in requests:
+            yield self._images.index_select(0, request.rows.to(self._images.device, non_blocking=True))
+
+    def close(self) -> None:
+        pass
+
+
+class Decoding:
+    """Reads through `workers` processes, which stay until `close` (0: in this process).
+
+    `transform(picture, key)` gives the picture at its final size.
+    """
+
+    def __init__(
+        self,
+        store: Files | Pixels,
+        transform: Callable[[Image.Image, Key], Image.Image],
+        workers: int,
+        device: torch.device,
+    ):
+        self._pictures, self._workers, self._device = _Pictures(store, transform), workers, device
+        self._plan = _Plan()
+        self._loader = self._batches = None
+        _open_readers.add(self)
+
+    def read(self, requests: Iterable[Request]) -> Iterator[torch.Tensor]:
+        """uint8 B C H W on the device, one per request. Starting anew abandons a reading not finished."""
+        self._plan.requests = (request._replace(rows=request.rows.tolist()) for request in requests)
+        plan = self._plan.requests
+        self._loader = self._loader or self._start()
+        batches = self._batches = iter(self._loader)
+        for images in batches:
+            if self._plan.requests is not plan:
+                raise RuntimeError("this reading was abandoned: another one has begun on the same reader")
+            if isinstance(images, str):
+                raise DataError(images)
+            yield images.to(self._device, non_blocking=True)
+
+    def _start(self) -> DataLoader:
+        return DataLoader(
+            self._pictures,
+            sampler=self._plan,
+            batch_size=None,  # a request is a batch already
+            num_workers=self._workers,
+            persistent_workers=self._workers > 0,
+            pin_memory=self._device.type == "cuda",
+            worker_init_fn=_ignore_signals,
+            generator=torch.Generator(),  # without one, every epoch would draw from the process's own
+        )
+
+    def close(self) -> None:
+        """Ends the workers; reading again starts new ones."""
+        batches, self._loader, self._batches, self._plan.requests = self._batches, None, None, ()
+        if hasattr(batches, "_shutdown_workers"):
+            batches._shutdown_workers()
+
+
+class _Plan:
+    """The sampler: requests set anew for every reading, while the workers persist."""
+
+    requests: Iterable[Request] = ()
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self.requests)
+
+
+class _Pictures(TorchDataset):
+    def __init__(self, store: Files | Pixels, transform: Callable[[Image.Image, Key], Image.Image]):
+        self.store = store
+        self.transform = transform
+
+    def __getitem__(self, request: Request) -> torch.Tensor | str:
+        """A batch; or what is wrong with it, since torch would wrap a worker's exception in a traceback."""
+        try:
+            tensors = []
+            for index, row in enumerate(request.rows):
+                picture = self.store.picture(row)
+                tensors.append(to_tensor(self.transform(picture, (*request.key, request.position + index))))
+            return torch.stack(tensors)
+        except DataError as error:
+            return str(error)
+
+
+def _ignore_signals(worker: int) -> None:
+    # Ctrl-C and a scheduler's SIGTERM reach the whole process group; the main process saves first, then closes us.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+_open_readers: "weakref.WeakSet[Decoding]" = weakref.WeakSet()
+
+
+def _close_all() -> None:
+    for reader in list(_open_readers):
+        reader.close()
+
+
+# multiprocessing's own exit hook sends SIGTERM, which workers ignore, and waits. This one runs before it.
+atexit.register(_close_all)

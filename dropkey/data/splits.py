@@ -1,0 +1,76 @@
+"""Splits of a data set, and how they are held out of one another: by class, and the same in every run."""
+
+from dataclasses import dataclass
+
+import torch
+
+from dropkey.data.images import Files, Pixels
+from dropkey.errors import DataError
+from dropkey.seeds import derive_seed
+
+SPLIT_SEED = 0  # never the run's: runs that differ in their seed are compared on the same images
+
+
+@dataclass
+class Split:
+    """n images of a store. A position in the split, 0 to n - 1, is an image's id."""
+
+    images: Files | Pixels  # the store, perhaps shared with other splits
+    rows: torch.Tensor  # int64 (n,): which images of the store
+    targets: torch.Tensor  # int64 (n,): class ids
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def subset(self, positions: torch.Tensor) -> "Split":
+        return Split(self.images, self.rows[positions], self.targets[positions])
+
+
+@dataclass
+class Dataset:
+    train: Split
+    val: Split | None
+    test: Split
+    classes: list[str]
+    channels: int
+    image_size: int  # pixels
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+
+def ranks_within_class(targets: torch.Tensor, purpose: str) -> torch.Tensor:
+    """int64 (n,): the place of each image in a fixed random order of its class's images."""
+    ranks = torch.empty_like(targets)
+    for label in targets.unique().tolist():
+        members = (targets == label).nonzero().squeeze(1)
+        generator = torch.Generator().manual_seed(derive_seed(SPLIT_SEED, purpose, label))
+        ranks[members] = torch.randperm(len(members), generator=generator)
+    return ranks
+
+
+def hold_out(split: Split, fraction: float, name: str) -> tuple[Split, Split]:
+    """(what remains, what is held out): of each class the nearest whole number to `fraction`, but never all.
+
+    `name` is val or test, and the key that gave the fraction is named after it.
+    """
+    sizes = torch.bincount(split.targets)
+    quota = (sizes.double() * fraction + 0.5).long().minimum(sizes - 1)
+    held = ranks_within_class(split.targets, f"hold out {name}") < quota[split.targets]
+    if not held.any():
+        raise DataError(
+            f"the {name} split is empty: data.{name}_fraction={fraction} of {len(split)} images in "
+            f"{(sizes > 0).sum()} classes rounds to none per class; raise data.{name}_fraction"
+            + (" or set it to 0 for no val split" if name == "val" else f", or give the images a {name} folder")
+        )
+    return split.subset((~held).nonzero().squeeze(1)), split.subset(held.nonzero().squeeze(1))
+
+
+def limit(split: Split, count: int) -> Split:
+    """`count` images, equally many of each class as far as there are; a smaller count gives a subset."""
+    if count > len(split):
+        raise DataError(f"data.train_limit={count} but the train split has {len(split)} images; lower or drop it")
+    ranks = ranks_within_class(split.targets, "train limit")
+    in_turn = (ranks * (split.targets.max() + 1) + split.targets).argsort()  # first image of every class, second ...
+    return split.subset(in_turn[:count].sort().values)

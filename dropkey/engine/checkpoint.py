@@ -1,0 +1,94 @@
+"""Checkpoints: atomic, verified, loadable without running code, with the previous one kept in case."""
+
+import contextlib
+import os
+import zipfile
+from pathlib import Path
+from typing import Callable, Optional
+
+import torch
+
+from dropkey.errors import StorageError
+from dropkey.records import replace_file
+
+FORMAT = 1  # of the state's layout
+
+
+def verify(path: Path) -> None:
+    """Compares every record of the file with its CRC-32.
+
+    Raises:
+        StorageError: the file is cut short or altered.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError, EOFError) as error:
+        raise StorageError(f"{path} is damaged: {error}") from None
+    except Exception as error:  # zlib.error, struct.error, UnicodeDecodeError: whatever flipped bits lead to
+        raise StorageError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+    if broken is not None:
+        raise StorageError(f"{path} is damaged: checksum of {broken} is wrong")
+
+
+def save(state: dict, path: Path, *, keep_previous: bool = False) -> None:
+    """Writes `state` (tensors and plain Python only) to `path`, atomically; see `replace_file`.
+
+    With `keep_previous`, the file that was there lives on as previous.pt.
+    """
+
+    def rotate_and_verify(temporary: Path) -> None:
+        verify(temporary)
+        if keep_previous and path.exists():
+            link = path.with_name(".previous")
+            link.unlink(missing_ok=True)
+            os.link(path, link)  # a second name, so that at no instant there is no checkpoint
+            os.replace(link, path.with_name("previous.pt"))
+
+    replace_file(path, lambda file: torch.save({"format": FORMAT, **state}, file), rotate_and_verify)
+
+
+def load(path: Path) -> dict:
+    """The state in `path`, on the CPU.
+
+    Raises:
+        StorageError: missing, damaged, or holding anything but tensors and plain Python (its code is not run).
+    """
+    path = Path(path)
+    if not path.exists():
+        raise StorageError(f"{path} does not exist")
+    verify(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise StorageError(f"{path} is refused: {reason}") from None
+
+
+def load_last(directory: Path, say: Callable[[str], None]) -> Optional[dict]:
+    """The newest intact checkpoint of a run, or None if it has none.
+
+    Raises:
+        StorageError: there are checkpoints and all are damaged.
+    """
+    problems = []
+    for name in ("last.pt", "previous.pt"):
+        if (directory / name).exists():
+            try:
+                state = load(directory / name)
+            except StorageError as error:
+                problems.append(str(error))
+                continue
+            for problem in problems:
+                say(f"{problem}; going back to {name}")
+            return state
+    if problems:
+        raise StorageError(f"{'; '.join(problems)}; no intact checkpoint is left, start over with fresh=true")
+    return None
+
+
+def remove_temporaries(directory: Path) -> None:
+    """Deletes what a killed process left half-written."""
+    for leftover in directory.glob(".*.pt.*") if directory.exists() else ():
+        with contextlib.suppress(OSError):
+            leftover.unlink()

@@ -1,0 +1,117 @@
+"""One process or many: rank, device and the few collectives that training needs."""
+
+import os
+import signal
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from dropkey.errors import ConfigError, Interrupted
+
+
+def pick_device(wanted: str, local_rank: int = 0) -> torch.device:
+    """auto, cuda, mps or cpu -> the device of this process.
+
+    Raises:
+        ConfigError: a device that is not there.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind = next(name for name, available in there.items() if available) if wanted == "auto" else wanted
+    if not there[kind]:
+        found = [name for name, available in there.items() if available]
+        raise ConfigError(f"trainer.device={kind}: torch finds no such device here, only {', '.join(found)}")
+    if kind == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(f"process {local_rank} of this machine has no GPU; there are {torch.cuda.device_count()}")
+        return torch.device("cuda", local_rank)
+    return torch.device(kind)
+
+
+@dataclass
+class World:
+    """The processes of a job (torchrun's, or this one alone) and this process's place among them."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @staticmethod
+    def start(wanted_device: str) -> "World":
+        rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        device = pick_device(wanted_device, int(os.environ.get("LOCAL_RANK", 0)))
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        if size > 1:
+            # tensors on the host go through gloo, on the GPU through nccl
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        return World(rank, size, device)
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over processes, on the host."""
+        tensor = tensor.cpu()
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def any(self, *flags: bool) -> list[bool]:
+        """For each flag, whether it is set in any process. Every process must call it equally often."""
+        if self.size == 1:
+            return list(flags)
+        tensor = torch.tensor(flags, dtype=torch.uint8)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return [bool(flag) for flag in tensor]
+
+    def gather(self, value) -> list:
+        """`value` of every process, in the order of ranks."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value):
+        """`value` of the first process."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box)
+        return box[0]
+
+    def close(self) -> None:
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class StopSignal:
+    """Ctrl-C, SIGTERM and SIGUSR1 ask for an end; whoever trains looks at `number` when it can save.
+
+    A second Ctrl-C does not wait: it raises KeyboardInterrupt where the program is.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self):
+        self.number = 0
+
+    def __enter__(self) -> "StopSignal":
+        self.before = {number: signal.signal(number, self.receive) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def receive(self, number: int, frame) -> None:
+        if self.number == number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.number = number
+
+    def interrupted(self, message: str) -> Interrupted:
+        """The exception to leave with; 130 after Ctrl-C, else 143 (SIGUSR1 too: schedulers send it before SIGTERM)."""
+        number = signal.SIGINT if self.number == signal.SIGINT else signal.SIGTERM
+        return Interrupted(message, number)

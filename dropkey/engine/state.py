@@ -1,0 +1,90 @@
+"""All that a training must remember: saved, it goes on to the same bits.
+
+No random state is in it: every draw derives from (run seed, step, purpose), see `dropkey.seeds`.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Optional
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from dropkey.errors import ConfigError
+
+
+@dataclass
+class Position:
+    """Where a training stands."""
+
+    epoch: int = 0  # epochs finished, evaluation included
+    step: int = 0  # optimizer steps done in the epoch under way
+    update: int = 0  # optimizer steps done in all
+    best: float = -1.0  # highest top-1 of an evaluation so far
+    best_epoch: int = 0
+    loss_sum: float = 0.0  # of the epoch under way, this process's share
+    images: int = 0  # in all
+    seconds: float = 0.0  # of training and evaluation, over all sessions
+    training_seconds: float = 0.0  # of that, optimizer steps alone
+
+
+@dataclass
+class State:
+    """The moving parts of a training and their position."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    ema: Optional[ModelEmaV3]
+    position: Position = field(default_factory=Position)
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The weights that evaluation sees: the moving average if there is one."""
+        return self.model if self.ema is None else self.ema.module
+
+    def weights(self) -> dict:
+        """What evaluation and fine-tuning need."""
+        return {
+            "model": self.model.state_dict(),
+            "ema": None if self.ema is None else self.ema.module.state_dict(),
+        }
+
+    def state_dict(self, loss_sums: list[float], chunks: tuple[int, int]) -> dict:
+        """Tensors and plain Python only. `loss_sums` of all processes; `chunks` = (processes, accumulate)."""
+        return {
+            **self.weights(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "position": asdict(self.position),
+            "loss_sums": loss_sums,
+            "chunks": list(chunks),
+        }
+
+    def load_state_dict(self, state: dict, rank: int, chunks: tuple[int, int]) -> Optional[str]:
+        """Returns a notice if the job's shape has changed, else None.
+
+        Raises:
+            ConfigError: the state is of another model.
+        """
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise ConfigError(f"the checkpoint does not fit this model: {str(error).splitlines()[0]}") from None
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None and state["ema"] is not None:
+            self.ema.module.load_state_dict(state["ema"])
+        self.position = Position(**state["position"])
+        sums, before = state["loss_sums"], tuple(state["chunks"])
+        if len(sums) == chunks[0]:
+            self.position.loss_sum = sums[rank]
+        else:
+            self.position.loss_sum = sum(sums) if rank == 0 else 0.0
+        if before != chunks:
+            return (
+                f"resuming with {chunks[0]} processes x {chunks[1]} chunks, before {before[0]} x {before[1]}: "
+                "same global batch and data order" + ("" if before[0] * before[1] == chunks[0] * chunks[1] else
+                ", but other masks, because each chunk draws its own")
+            )
+        return None

@@ -1,0 +1,256 @@
+"""Swapping attention layers for regularized ones.
+
+Two things change in a module, and neither adds a parameter or a state_dict key:
+- its `attn_drop` becomes a `Regularize`, which masks and renormalises softmaxed weights; exact for any attention
+  that runs softmax, then `attn_drop` (windows, relative biases and all);
+- its class becomes a subclass whose training forward diverts calls of `scaled_dot_product_attention` to
+  `dropkey.attention`, for modules that compute softmax(QKᵀ)V in one call and never show their weights.
+In evaluation both step aside, so the output is that of the unpatched module, bit for bit.
+"""
+
+import contextlib
+import copy
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Iterator, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from dropkey import regularizers, schedules
+from dropkey.operator import attention, choose
+from dropkey.patching.sites import find, key_grid
+from dropkey.regularizers import Grid, Window
+
+
+class Regularize(nn.Module):
+    """Stands where a module's `attn_drop` was: identity in evaluation, the regularizer on weights in training."""
+
+    p = 0.0  # what fused attention layers read as their dropout probability
+
+    def __init__(self, kind: str, window: Window, impl: str, site: str, grid: Optional[Grid], num_prefix: int):
+        super().__init__()
+        self.kind, self.ratio, self.window, self.impl = kind, 0.0, window, impl
+        self.site, self.grid, self.num_prefix = site, grid, num_prefix
+        self.always = False  # on in evaluation too, for Monte Carlo
+
+    @property
+    def active(self) -> bool:
+        return self.ratio > 0 and (self.training or self.always)
+
+    def where_keys_lie(self, keys: int) -> dict:
+        """Arguments `grid`, `num_prefix` and `window` of `regularizers.draw` for a layer with so many keys."""
+        if self.kind not in regularizers.STRUCTURED:
+            return {}
+        if self.site == "outlook":  # the keys are a k x k neighbourhood
+            grid, prefix = key_grid(keys, None, 0)
+        else:
+            grid, prefix = key_grid(keys, self.grid, self.num_prefix)
+        return {"grid": grid, "num_prefix": prefix, "window": self.window}
+
+    def forward(self, weights: Tensor) -> Tensor:
+        """weights: ... Q K, each row a distribution over keys."""
+        if not self.active:
+            return weights
+        rows = weights.flatten(1, -3) if weights.dim() > 4 else weights  # outlook attention: B H N K K
+        where = self.where_keys_lie(rows.shape[-1])
+        drop = regularizers.draw(self.kind, tuple(rows.shape), self.ratio, device=rows.device, **where)
+        # fp32, because a sum of bf16 weights is off by up to 1 % and would scale the output
+        kept = regularizers.KINDS[self.kind].reweigh(rows.float(), drop, self.ratio)
+        return kept.to(weights.dtype).view_as(weights)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Optional[Tensor], scale: Optional[float]) -> Tensor:
+        return attention(
+            q,
+            k,
+            v,
+            regularizer=self.kind,
+            ratio=self.ratio,
+            impl=self.impl,
+            scale=scale,
+            bias=bias,
+            **self.where_keys_lie(k.shape[-2]),
+        )
+
+    def extra_repr(self) -> str:
+        window = "" if self.window is None else f", window={self.window}"
+        return f"{self.kind}, ratio={self.ratio:.4g}{window}, site={self.site}"
+
+
+class Divert(TorchFunctionMode):
+    """While entered, scaled_dot_product_attention is the regularized operator."""
+
+    def __init__(self, regularize: Regularize):
+        super().__init__()
+        self.regularize = regularize
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return self.divert(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def divert(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        if enable_gqa:
+            repeats = query.shape[-3] // key.shape[-3]
+            key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
+        if is_causal:
+            attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+        return self.regularize.attend(query, key, value, attn_mask, scale)
+
+
+class Regularized:
+    """Mixin that comes before the original class of an attention module."""
+
+    def forward(self, *args, **kwargs):
+        if not self.attn_drop.active:
+            return super().forward(*args, **kwargs)
+        with Divert(self.attn_drop):
+            return super().forward(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol):  # the class is made at run time: pickle and deepcopy make it again
+        return blank, (type(self).__mro__[2],), self.__dict__
+
+
+@lru_cache(maxsize=None)
+def regularized_class(base: type) -> type:
+    return type(f"Regularized{base.__name__}", (Regularized, base), {"__module__": __name__, "__doc__": base.__doc__})
+
+
+def blank(base: type) -> nn.Module:
+    cls = regularized_class(base)
+    return cls.__new__(cls)
+
+
+@dataclass
+class Site:
+    """One regularized attention layer."""
+
+    name: str
+    kind: str  # self, class, outlook, token
+    ratio: float
+    way: str  # "fused": the operator computes attention; "weights": masked and renormalised after the softmax
+
+
+@dataclass
+class Report:
+    """What `apply` did."""
+
+    regularizer: str
+    schedule: str
+    impl: str  # what the operator uses at fused sites
+    sites: list[Site] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)  # name, reason
+
+    def __str__(self) -> str:
+        head = f"{self.regularizer} ({self.schedule}) at {len(self.sites)} attention sites"
+        lines = [head + (f", impl {self.impl}" if any(s.way == "fused" for s in self.sites) else "")]
+        lines += [f"  {s.name:<36} {s.kind:<8} {s.way:<8} ratio {s.ratio:.4f}" for s in self.sites]
+        lines += [f"  {name:<36} skipped: {reason}" for name, reason in self.skipped]
+        return "\n".join(lines)
+
+
+def model_grid(model: nn.Module) -> tuple[Optional[Grid], int]:
+    """The patch grid (height, width) and the number of prefix tokens, where the model tells them."""
+    embed = getattr(model, "patch_embed", None)
+    grid = getattr(model, "grid_size", None) or getattr(embed, "grid_size", None)
+    size, patch = getattr(embed, "img_size", None), getattr(embed, "patch_size", None)
+    if grid is None and size and patch:
+        pair = [(x, x) if isinstance(x, int) else tuple(x) for x in (size, patch)]
+        grid = (pair[0][0] // pair[1][0], pair[0][1] // pair[1][1])
+    return (tuple(grid) if grid else None), getattr(model, "num_prefix_tokens", 1)
+
+
+def apply(
+    model: nn.Module,
+    regularizer: str = "dropkey",
+    ratio: float = 0.1,
+    schedule: str = "decreasing",
+    *,
+    end: float = 0.0,
+    window: Window = None,
+    sites: tuple[str, ...] = ("self", "class"),
+    impl: str = "auto",
+    grid: Optional[Grid] = None,
+) -> Report:
+    """Regularizes the attention layers of `model`, in place.
+
+    Args:
+        ratio: drop probability; the peak when the schedule varies it over depth.
+        schedule, end: see `dropkey.schedules.ratios`; layers count in forward order among the sites taken.
+        window: of dropkey_block and dropkey_cross, in cells.
+        sites: attention layers to act on: self, class, outlook (VOLO), token (T2T's token transformers).
+        impl: how fused sites compute attention, see `dropkey.attention`.
+        grid: height and width of the patch grid, for models that do not tell it.
+    Returns:
+        The sites with their ratios, and what was left alone and why.
+    Raises:
+        ValueError: an unknown regularizer, schedule or impl; a model without any such site.
+    """
+    undo(model)
+    if regularizer == "none":
+        return Report("none", schedule, "none")
+    if regularizer not in regularizers.KINDS:
+        raise ValueError(f"no regularizer '{regularizer}'; there are none, {', '.join(regularizers.KINDS)}")
+    chosen = choose(impl, regularizer)
+    own_grid, num_prefix = model_grid(model)
+    report, taken = Report(regularizer, schedule, chosen), []
+    for found in list(find(model)):
+        if found.obstacle:
+            report.skipped.append((found.name, found.obstacle))
+        elif found.site not in sites:
+            report.skipped.append((found.name, f"{found.site} attention is not among sites={list(sites)}"))
+        else:
+            taken.append(found)
+    if not taken:
+        raise ValueError(f"{type(model).__name__} has no attention layer of sites={list(sites)}")
+    values = schedules.ratios(schedule, ratio, end, len(taken))
+    for found, value in zip(taken, values):
+        module = found.module
+        layer = Regularize(regularizer, window, impl, found.site, grid or own_grid, num_prefix)
+        layer.ratio, layer.replaced = value, (module.attn_drop,)  # a tuple, so that it is no submodule
+        layer.train(module.training)
+        module.attn_drop = layer
+        fused = bool(getattr(module, "fused_attn", False))
+        if fused:
+            module.__class__ = regularized_class(type(module))
+        report.sites.append(Site(found.name, found.site, value, "fused" if fused else "weights"))
+    return report
+
+
+def regularized_layers(model: nn.Module) -> Iterator[tuple[nn.Module, Regularize]]:
+    """(attention module, its Regularize), in forward order."""
+    for module in model.modules():
+        layer = getattr(module, "attn_drop", None)
+        if isinstance(layer, Regularize):
+            yield module, layer
+
+
+def undo(model: nn.Module) -> None:
+    """The model as it was before `apply`; nothing happens to one that is not patched."""
+    for module, layer in list(regularized_layers(model)):
+        module.attn_drop = copy.copy(layer.replaced[0]).train(layer.training)
+        if isinstance(module, Regularized):
+            module.__class__ = type(module).__mro__[2]
+
+
+def set_ratio(model: nn.Module, ratio: float, schedule: str = "decreasing", end: float = 0.0) -> None:
+    """New ratios at the sites that `apply` took, for ramps over training."""
+    layers = [layer for _, layer in regularized_layers(model)]
+    for layer, value in zip(layers, schedules.ratios(schedule, ratio, end, len(layers))):
+        layer.ratio = value
+
+
+@contextlib.contextmanager
+def always_on(model: nn.Module):
+    """Within, the regularizer acts in evaluation mode too: one pass is then one Monte Carlo sample (figure 7)."""
+    layers = [layer for _, layer in regularized_layers(model)]
+    for layer in layers:
+        layer.always = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.always = False

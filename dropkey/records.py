@@ -1,0 +1,190 @@
+"""What a run leaves on disk: the truth that reports, resumption and W&B are made from. Imports no torch."""
+
+import contextlib
+import datetime
+import fcntl
+import json
+import os
+import platform
+import shutil
+import socket
+import tempfile
+from pathlib import Path
+from typing import Callable, Iterator, Optional
+
+from dropkey.errors import Busy, StorageError
+
+STATES = ("running", "done", "failed", "diverged", "interrupted")
+
+
+def replace_file(path: Path, write: Callable, verify: Optional[Callable[[Path], None]] = None) -> None:
+    """The file `path` becomes what `write(file)` writes, all of it or not at all, whenever the machine stops.
+
+    Written to a temporary file in the same directory, flushed, checked by `verify(temporary path)`, renamed.
+
+    Raises:
+        StorageError: the disk is full or refuses; the old file is intact and the temporary one gone.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if verify is not None:
+            verify(temporary)
+        os.chmod(temporary, 0o666 & ~current_umask())
+        os.replace(temporary, path)
+        sync_directory(path.parent)
+    except (OSError, RuntimeError) as error:  # torch.save wraps a full disk in RuntimeError
+        written = temporary.stat().st_size if temporary.exists() else 0
+        free = shutil.disk_usage(path.parent).free
+        raise StorageError(
+            f"cannot write {path}: {error} (after {written:,} bytes; {free:,} free); the old file is intact"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def current_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, content: dict) -> None:
+    text = json.dumps(content, indent=2) + "\n"
+    replace_file(path, lambda file: file.write(text.encode()))
+
+
+class RunDirectory:
+    """A run on disk: config.yaml, status.json, metrics.jsonl, summary.json, log.txt, curves.png, checkpoints/."""
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+
+    # -------------------------------------------------------------------------------------------- status, summary
+
+    def status(self) -> dict:
+        """{} for a run that never began; else `state` (of STATES), `time`, and with a failure its `reason`."""
+        return self.read_json("status.json")
+
+    def set_status(self, state: str, **details) -> None:
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        process = {"host": socket.gethostname(), "pid": os.getpid()}
+        write_json(self.path / "status.json", {"state": state, "time": now, **process, **details})
+
+    @property
+    def finished(self) -> bool:
+        return self.status().get("state") == "done" and bool(self.summary())
+
+    def summary(self) -> dict:
+        return self.read_json("summary.json")
+
+    def write_summary(self, summary: dict) -> None:
+        write_json(self.path / "summary.json", summary)
+
+    def read_json(self, name: str) -> dict:
+        try:
+            return json.loads((self.path / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except json.JSONDecodeError as error:
+            raise StorageError(f"{self.path / name} is no JSON ({error}); delete it, or start over with fresh=true")
+
+    # ---------------------------------------------------------------------------------------------------- metrics
+
+    def append(self, record: dict) -> None:
+        """One line of metrics.jsonl. `kind` is "step" or "epoch"; floats carry 7 significant digits."""
+        rounded = {k: float(f"{v:.7g}") if isinstance(v, float) else v for k, v in record.items()}
+        with open(self.metrics, "a", encoding="utf-8") as file:
+            file.write(json.dumps(rounded) + "\n")
+
+    def records(self, kind: Optional[str] = None) -> list[dict]:
+        """All records, or those of one kind; a last line cut short by a crash is left out."""
+        if not self.metrics.exists():
+            return []
+        found = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                found.append(json.loads(line))
+        return [record for record in found if kind in (None, record["kind"])]
+
+    def truncate(self, update: int, epoch: int) -> None:
+        """Forgets what was recorded after optimizer step `update` and `epoch` finished epochs, because the
+        training continues from there."""
+        kept = [r for r in self.records() if (r["step"] <= update if r["kind"] == "step" else r["epoch"] <= epoch)]
+        text = "".join(json.dumps(record) + "\n" for record in kept)
+        replace_file(self.metrics, lambda file: file.write(text.encode()))
+
+    def log(self, text: str) -> None:
+        with open(self.path / "log.txt", "a", encoding="utf-8") as file:
+            file.write(text + "\n")
+
+    # ------------------------------------------------------------------------------------------------------- life
+
+    def clear(self) -> None:
+        """Removes the run's files, for fresh=true; the lock stays with its holder."""
+        for child in self.path.iterdir() if self.path.exists() else ():
+            if child.name != ".lock":
+                shutil.rmtree(child) if child.is_dir() else child.unlink()
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Holds the run against other processes; the system lets go of it however this process ends.
+
+        Raises:
+            Busy: another process holds it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / ".lock", "a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = self.status()
+                raise Busy(
+                    f"{self.path} is being trained by process {holder.get('pid')} on {holder.get('host')}; "
+                    "wait for it or stop it"
+                ) from None
+            yield
+
+
+def clock(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def headline(summary: dict) -> str:
+    """A run's result as one line for people."""
+    return (
+        f"test   top-1 {summary['top1']:.2f} %, top-5 {summary['top5']:.2f} %, loss {summary['loss']:.4f}, "
+        f"calibration error {summary['ece']:.2f} %  ({summary['images']:,} images, epoch {summary['epochs']}, "
+        f"{clock(summary['seconds'])})"
+    )
+
+
+def hardware() -> str:
+    """The processor's name and the number of cores this process may use."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.split(":", 1)[1].strip()
+                break
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{name}, {cores} cores"

@@ -1,0 +1,24 @@
+"""Drop ratio over depth (paper, section 'how to set the drop ratio'; figure 6)."""
+
+
+def ratios(kind: str, peak: float, end: float, layers: int) -> list[float]:
+    """One drop ratio per attention layer, in forward order.
+
+    The paper says that the ratio decreases with depth but not where the ramp ends; ours is linear,
+    d_l = peak + (end - peak) * l / (layers - 1), with end = 0 unless asked otherwise. `increasing` is the mirror
+    image. A single layer takes the peak.
+
+    Raises:
+        ValueError: an unknown kind, or ratios outside [0, 1).
+    """
+    if not (0 <= peak < 1 and 0 <= end < 1):
+        raise ValueError(f"ratios lie in [0, 1): peak={peak}, end={end}")
+    if kind == "constant":
+        return [peak] * layers
+    depths = [layer / max(layers - 1, 1) for layer in range(layers)]
+    falling = [peak * (1 - depth) + end * depth for depth in depths]
+    if kind == "decreasing":
+        return falling
+    if kind == "increasing":
+        return falling[::-1]
+    raise ValueError(f"no schedule '{kind}'; there are constant, decreasing, increasing")

@@ -1,0 +1,388 @@
+"""One run from checked config to summary; what train.py does once torch may be imported."""
+
+import copy
+import dataclasses
+import importlib.metadata
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Optional
+
+import torch
+
+from dropkey import build, curves, data, patching
+from dropkey.config import compose, identity
+from dropkey.config.schema import DataConfig, EvalConfig, TrainConfig
+from dropkey.engine import checkpoint, tracking
+from dropkey.engine.distributed import StopSignal, World
+from dropkey.engine.evaluate import average, evaluate
+from dropkey.engine.fit import Job, fit
+from dropkey.engine.optim import build_autocast, build_loss, duration
+from dropkey.engine.progress import Progress
+from dropkey.errors import ConfigError, Diverged, Interrupted, RunError
+from dropkey.records import RunDirectory, hardware, write_json
+from dropkey.seeds import derive_seed
+
+PACKAGES = ("torch", "torchvision", "timm", "hydra-core", "omegaconf", "wandb")
+
+
+def train(cfg: TrainConfig, run: RunDirectory) -> dict:
+    """Trains `cfg` in `run` and returns the summary. Leaves a status behind however it ends.
+
+    Raises:
+        RunError: with the exit code that fits (see dropkey.errors).
+    """
+    stop = StopSignal()
+    with stop:
+        world = World.start(cfg.trainer.device)
+        try:
+            if not world.main:
+                return train_in(world, cfg, run, stop)
+            with run.lock():
+                return train_recording_status(world, cfg, run, stop)
+        finally:
+            world.close()
+
+
+def train_recording_status(world: World, cfg: TrainConfig, run: RunDirectory, stop: StopSignal) -> dict:
+    """`train_in` in the first process, which keeps status.json."""
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if cfg.fresh and not again:  # torchrun restarts with the same arguments and must not start over
+        run.clear()
+    refuse_other_config(cfg, run)
+    run.set_status("running")
+    try:
+        summary = train_in(world, cfg, run, stop)
+    except (Interrupted, KeyboardInterrupt) as error:
+        run.set_status("interrupted", reason=str(error) or "Ctrl-C twice")
+        raise
+    except Diverged as error:
+        run.set_status("diverged", reason=str(error))
+        raise
+    except BaseException as error:
+        with_suppressed_storage_error(run, f"{type(error).__name__}: {error}")
+        raise
+    run.set_status("done")
+    return summary
+
+
+def with_suppressed_storage_error(run: RunDirectory, reason: str) -> None:
+    """The failure itself matters more than that it could not be written down (a full disk, say)."""
+    try:
+        run.set_status("failed", reason=reason)
+    except RunError as error:
+        print(f"status.json could not be written either: {error}", file=sys.stderr)
+
+
+def refuse_other_config(cfg: TrainConfig, run: RunDirectory) -> None:
+    if run.config.exists():
+        before = compose.load(run.config)
+        if identity.canonical(before) != identity.canonical(cfg):
+            changes = "; ".join(identity.differences(before, cfg))
+            raise ConfigError(f"{run.config} was changed ({changes}); restore it, or start over with fresh=true")
+    else:
+        run.path.mkdir(parents=True, exist_ok=True)
+    compose.save(cfg, run.config)
+
+
+def train_in(world: World, cfg: TrainConfig, run: RunDirectory, stop: StopSignal) -> dict:
+    """Data, model, training, final evaluation, summary: the same in every process."""
+    if world.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    progress = Progress(cfg.trainer.epochs, run.log, show=world.main)
+    if world.main:
+        checkpoint.remove_temporaries(run.checkpoints)
+    dataset = data.load(cfg.data)
+    model, report = prepare_model(cfg, dataset)
+    trainer = cfg.trainer
+    train_loader = data.train_loader(
+        dataset,
+        cfg.data,
+        cfg.augment,
+        batch_size=trainer.batch_size,
+        accumulate=trainer.accumulate,
+        seed=cfg.seed,
+        rank=world.rank,
+        world=world.size,
+        device=world.device,
+    )
+    if trainer.overfit:
+        train_loader = FirstBatch(train_loader)
+    watched = "test" if dataset.val is None else "val"
+    _, progress.epochs = duration(trainer.epochs, trainer.max_steps, len(train_loader))
+    resumed = (run.checkpoints / "last.pt").exists()
+    load_start(cfg, model, resumed, progress)
+    introduce(cfg, run, dataset, model, report, world, progress)
+    tracker = start_tracker(cfg, run, world, progress)
+
+    job = Job(
+        model=model,
+        loss=build_loss(cfg.augment.smoothing),
+        train=train_loader,
+        evaluation=loader_of(dataset, watched, cfg, world),
+        num_classes=dataset.num_classes,
+        trainer=trainer,
+        optim=cfg.optim,
+        seed=cfg.seed,
+        run=run,
+        world=world,
+        stop=stop,
+        tracker=tracker,
+        progress=progress,
+    )
+    summary = None
+    try:
+        state = fit(job)
+        test = loader_of(dataset, "test", cfg, world)
+        autocast = build_autocast(trainer.amp, world.device)
+        result = evaluate(state.evaluated.eval(), test, world, dataset.num_classes, stop, autocast)
+        if result is None:
+            raise stop.interrupted(f"interrupted in the final evaluation, all saved in {run.path}")
+        summary = summarise(cfg, run, state.position, result, watched, model, world)
+        if world.main:
+            run.write_summary(summary)
+    finally:
+        progress.close()
+        train_loader.close()
+        if world.main:
+            title = f"{identity.model_label(cfg)}, {cfg.regularizer.kind}, {identity.data_label(cfg)}"
+            if run.records("epoch"):
+                curves.draw(run.records(), title, run.path / "curves.png", split_name(watched))
+            tracker.finish(summary, run.path / "curves.png")
+    return summary
+
+
+class FirstBatch:
+    """A loader whose epochs are its first step, always the same (debug=overfit)."""
+
+    def __init__(self, loader):
+        self.loader, self.close = loader, loader.close
+        self.chunks = []
+
+    def __len__(self) -> int:
+        return 1
+
+    def epoch(self, epoch: int, start: int = 0):
+        if not self.chunks:
+            batches = self.loader.epoch(0)
+            self.chunks = [next(batches) for _ in range(self.loader.accumulate)]
+        yield from self.chunks[start * len(self.chunks) :]
+
+
+def split_name(split: str) -> str:
+    return {"val": "validation"}.get(split, split)
+
+
+def prepare_model(cfg: TrainConfig, dataset):
+    """The model, initialised from the seed alone (so the same under every regularizer), and what was patched."""
+    torch.manual_seed(derive_seed(cfg.seed, "initialisation"))
+    model = build.build_model(
+        cfg.model, image_size=dataset.image_size, channels=dataset.channels, classes=dataset.num_classes
+    )
+    return model, build.regularize(model, cfg.regularizer, cfg.schedule)
+
+
+def loader_of(dataset, split: str, cfg: TrainConfig, world: World, batch_size: Optional[int] = None):
+    return data.eval_loader(
+        dataset,
+        split,
+        cfg.data,
+        batch_size=batch_size or cfg.trainer.eval_batch_size,
+        rank=world.rank,
+        world=world.size,
+        device=world.device,
+    )
+
+
+def load_start(cfg: TrainConfig, model: torch.nn.Module, resumed: bool, progress: Progress) -> None:
+    if cfg.init_from is None or resumed:
+        return
+    file = build.find_checkpoint(cfg.init_from)
+    fresh = build.load_weights(model, file)
+    extra = f"; new: {', '.join(fresh)}" if fresh else ""
+    progress.say(f"weights from {file}{extra}")
+
+
+def introduce(cfg, run, dataset, model, report, world, progress) -> None:
+    """The first lines of a run: where, what, on what, and which attention sites are regularized."""
+    sizes = ", ".join(
+        f"{len(images):,} {name}"
+        for name, images in (("training", dataset.train), ("validation", dataset.val), ("test", dataset.test))
+        if images is not None
+    )
+    processes = f"{world.size} processes, " if world.size > 1 else ""
+    progress.say(f"run    {run.path}")
+    progress.say(
+        f"model  {cfg.model.name}, {build.parameter_count(model):,} parameters, {dataset.image_size} px"
+        + (f", patch {cfg.model.patch_size}" if cfg.model.patch_size else "")
+    )
+    progress.say(f"data   {cfg.data.name}: {sizes} images of {dataset.num_classes} classes")
+    progress.say(f"device {processes}{world.device.type}, amp {cfg.trainer.amp}")
+    progress.say(str(report))
+
+
+def start_tracker(cfg: TrainConfig, run: RunDirectory, world: World, progress: Progress):
+    if not world.main:
+        return tracking.Silent()
+    return tracking.start(
+        cfg.logger,
+        run.path,
+        dataclasses.asdict(cfg),
+        run_id=identity.run_hash(cfg),
+        group=identity.group_hash(cfg),
+        name=run.path.name,
+        say=progress.say,
+    )
+
+
+def summarise(cfg, run, position, result: dict, watched: str, model, world: World) -> dict:
+    """summary.json: figures of the last epoch's weights on the test split, and what they were measured on."""
+    return {
+        "top1": round(result["top1"], 4),
+        "top5": round(result["top5"], 4),
+        "loss": round(result["loss"], 6),
+        "ece": round(result["ece"], 4),
+        "images": result["count"],
+        "best_top1": round(position.best, 4),
+        "best_epoch": position.best_epoch,
+        "best_split": watched,
+        "epochs": position.epoch,
+        "steps": position.update,
+        "seconds": round(position.seconds, 2),
+        "images_per_second": round(position.images / max(position.training_seconds, 1e-9), 1),
+        "parameters": build.parameter_count(model),
+        "peak_memory_mib": peak_memory_mib(world),
+        "run": str(run.path),
+        "hash": identity.run_hash(cfg),
+        "group": identity.group_hash(cfg),
+        "seed": cfg.seed,
+        "hardware": f"{world.size} x {device_name(world)}",
+        "versions": {"python": sys.version.split()[0], **versions()},
+        "commit": git_commit(),
+    }
+
+
+def peak_memory_mib(world: World) -> int:
+    """Of the GPU, or of the process where there is none."""
+    if world.device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(world.device) / 2**20)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20)
+
+
+def device_name(world: World) -> str:
+    return torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else hardware()
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def git_commit() -> Optional[str]:
+    """The commit of this code, with + when files differ from it; None outside a repository."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+# ----------------------------------------------------------------------------------------------- evaluating a run
+
+
+def evaluate_run(cfg: EvalConfig, trained: TrainConfig, directory: Path) -> tuple[dict, Path]:
+    """Figures of a trained run on a split, and the JSON file in the run directory that now holds them.
+
+    Args:
+        cfg: what to evaluate and how.
+        trained: the run's own config.
+    Raises:
+        ConfigError, DataError, StorageError: see dropkey.errors.
+    """
+    options = cfg.eval
+    world = World.start(options.device)
+    try:
+        settings = copy.deepcopy(trained)
+        if cfg.data is not None:
+            settings.data = match_data(cfg.data, trained)
+        dataset = data.load(settings.data)
+        model, _ = prepare_model(settings, dataset)
+        file = Path(cfg.checkpoint) if cfg.checkpoint else build.find_checkpoint(directory, options.weights)
+        fresh = build.load_weights(model, file)
+        if fresh:
+            raise ConfigError(
+                f"{file} knows other classes than the {dataset.num_classes} of data={settings.data.name}; "
+                "evaluation needs the classes of training (init_from=... fine-tunes to others)"
+            )
+        model.to(world.device).eval()
+        loader = loader_of(dataset, options.split, settings, world, options.batch_size)
+        autocast = build_autocast(trained.trainer.amp, world.device)
+        result = evaluate_with(model, options.monte_carlo, trained, loader, world, dataset.num_classes, autocast)
+        result |= {
+            "split": options.split,
+            "data": settings.data.name,
+            "root": settings.data.root,
+            "monte_carlo": options.monte_carlo,
+            "checkpoint": str(file),
+            "run": str(directory),
+            "hardware": f"{world.size} x {device_name(world)}",
+            "versions": versions(),
+        }
+        name = evaluation_name(cfg, settings)
+        if world.main:
+            write_json(directory / name, result)
+        return result, directory / name
+    finally:
+        world.close()
+
+
+def evaluate_with(model, passes: int, trained: TrainConfig, loader, world: World, classes: int, autocast) -> dict:
+    """One plain pass, or the average of `passes` with the regularizer on."""
+    if passes == 0:
+        return evaluate(model, loader, world, classes, autocast=autocast)
+    if trained.regularizer.kind == "none" or trained.regularizer.ratio == 0:
+        raise ConfigError(f"eval.monte_carlo={passes}: this run has no regularizer that could be left on")
+
+    def reseed(batch: int, index: int) -> None:
+        torch.manual_seed(derive_seed(trained.seed, "monte carlo", batch, index, world.rank))
+
+    with patching.always_on(model):
+        return evaluate(average(model, passes, reseed), loader, world, classes, autocast=autocast)
+
+
+def match_data(other: DataConfig, trained: TrainConfig) -> DataConfig:
+    """Another data set, seen through the eyes of the run: its image size, channels and normalisation."""
+    own = trained.data
+    return dataclasses.replace(
+        other, image_size=own.image_size, channels=own.channels, mean=own.mean, std=own.std, crop=own.crop
+    )
+
+
+def evaluation_name(cfg: EvalConfig, settings: TrainConfig) -> str:
+    """eval-test.json, eval-val-best-mc16.json, eval-test-cifar10.json: one file per question."""
+    parts = ["eval", cfg.eval.split]
+    if cfg.data is not None:
+        parts.append(identity.data_label(settings))
+    if cfg.checkpoint or cfg.eval.weights != "last":
+        parts.append(Path(cfg.checkpoint).stem if cfg.checkpoint else cfg.eval.weights)
+    if cfg.eval.monte_carlo:
+        parts.append(f"mc{cfg.eval.monte_carlo}")
+    return "-".join(parts) + ".json"
+
+
+def describe(result: dict) -> str:
+    passes = f", mean of {result['monte_carlo']} passes" if result["monte_carlo"] else ""
+    return (
+        f"{result['split']:<6} top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss {result['loss']:.4f}, "
+        f"calibration error {result['ece']:.2f} %  ({result['count']:,} images of {result['data']}{passes})"
+    )

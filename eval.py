@@ -1,0 +1,28 @@
+"""Evaluates a run: python eval.py run=runs/<directory> [eval.split=val] [eval.monte_carlo=16] [data=...].
+
+The result is printed and written as JSON into the run directory. Exit codes as in train.py.
+"""
+
+from pathlib import Path
+
+from dropkey.config import check, compose
+from dropkey.config.schema import EvalConfig
+from dropkey.errors import ConfigError
+
+
+def main(cfg: EvalConfig) -> None:
+    cfg = check.check_evaluation(cfg)
+    directory = Path(cfg.run) if cfg.run else Path(cfg.checkpoint).resolve().parent.parent
+    if not (directory / "config.yaml").exists():
+        raise ConfigError(f"{directory} is no run directory: it has no config.yaml")
+    trained = compose.load(directory / "config.yaml")
+
+    from dropkey import session  # imports torch and timm: seconds, so after the checks
+
+    result, file = session.evaluate_run(cfg, trained, directory)
+    print(session.describe(result))
+    print(f"result {file}")
+
+
+if __name__ == "__main__":
+    compose.launch("eval", main)

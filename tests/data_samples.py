@@ -1,0 +1,38 @@
+"""Small image folders and configs for the tests of dropkey.data."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dropkey.config.schema import AugmentConfig, DataConfig
+
+LIGHT = AugmentConfig(flip=True, crop_padding=2, erasing=0.5)
+HEAVY = AugmentConfig(flip=True, crop_scale=[0.3, 1.0], rand_augment="rand-m9-mstd0.5-inc1", erasing=0.25)
+MIXED = AugmentConfig(flip=True, crop_padding=1, mixup=0.8, cutmix=1.0, smoothing=0.1)
+
+
+def write_images(folder: Path, count: int, size=(12, 12), seed: int = 0, suffix: str = ".png") -> None:
+    """RGB noise as files 000.png, 001.png ...; `size` is width, height."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(seed)
+    for index in range(count):
+        pixels = random.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index:03d}{suffix}")
+
+
+def image_folder(root: Path, splits=("train", "test"), counts=(8, 10, 6), size=(12, 12)) -> Path:
+    """Classes a, b, c with `counts` images in every split; splits=("",) puts the classes into the root."""
+    for split_number, split in enumerate(splits):
+        for number, (name, count) in enumerate(zip("abc", counts)):
+            write_images(root / split / name, count, size, seed=100 * split_number + number)
+    return root
+
+
+def folder_config(root: Path, **changes) -> DataConfig:
+    given = {"name": "folder", "root": str(root), "image_size": 12, "val_fraction": 0.0, "workers": 0}
+    return DataConfig(**{**given, **changes})
+
+
+def digits_config(**changes) -> DataConfig:
+    return DataConfig(**{"name": "digits", "channels": 1, "workers": 0, **changes})

@@ -1,0 +1,50 @@
+"""Trains one run: python train.py [group=option] [key=value]; `python train.py --help` lists them.
+
+Exit codes: 0 done, 2 config, 3 data, 4 diverged, 5 storage, 6 the run is being trained already,
+130 / 143 interrupted and saved.
+"""
+
+import os
+import sys
+
+from dropkey.config.check import check
+from dropkey.config.compose import launch
+from dropkey.config.identity import run_directory
+from dropkey.config.schema import TrainConfig
+from dropkey.errors import Diverged, Interrupted
+from dropkey.records import RunDirectory, headline
+
+
+def main(cfg: TrainConfig) -> None:
+    cfg = check(cfg)
+    run = RunDirectory(run_directory(cfg))
+    first = int(os.environ.get("RANK", 0)) == 0
+    if run.finished and not cfg.fresh:
+        if first:
+            print(f"done already: {run.path} (fresh=true trains it again)")
+            say_result(run.summary())
+        return
+    if run.status().get("state") == "diverged" and not cfg.fresh:
+        raise Diverged(f"{run.path} diverged before and would again: {run.status()['reason']}; fresh=true tries anew")
+
+    from dropkey import session  # imports torch and timm: seconds, so after the checks
+
+    try:
+        summary = session.train(cfg, run)
+    except Interrupted as stopped:
+        command = " ".join(["python", *sys.argv])
+        error = Interrupted(f"{stopped}; go on with: {command}", 0)
+        error.exit_code = stopped.exit_code
+        raise error from None
+    if first:
+        say_result(summary)
+        print(f"next   python eval.py run={run.path} eval.monte_carlo=16    or another seed, or regularizer=none")
+
+
+def say_result(summary: dict) -> None:
+    print(headline(summary))
+    print(f"run    {summary['run']}  (config.yaml, metrics.jsonl, summary.json, curves.png, checkpoints/)")
+
+
+if __name__ == "__main__":
+    launch("train", main)
