@@ -17,9 +17,14 @@ from dropkey.engine import checkpoint
 from dropkey.errors import ConfigError, StorageError
 
 
-def build_model(model: ModelConfig, *, image_size: int, channels: int, classes: int) -> nn.Module:
+def build_model(
+    model: ModelConfig, *, image_size: int, channels: int, classes: int, fused: bool = True
+) -> nn.Module:
     """The timm architecture of that name at this image size.
 
+    Args:
+        fused: whether plain attention is one call of `scaled_dot_product_attention`, or its parts. The parts are
+            2.6 times as fast in a whole training step under bf16 on a CPU (ViT 6 x 128, 65 tokens), else slower.
     Raises:
         ConfigError: the constructor refuses an argument, or published weights cannot be had.
     """
@@ -28,6 +33,8 @@ def build_model(model: ModelConfig, *, image_size: int, channels: int, classes: 
     if family(model.name) != "other" or fixed_input_size(model.name):
         arguments["img_size"] = image_size
     arguments |= {"drop_path_rate": model.drop_path, **model.args}
+    before = timm.layers.use_fused_attn()
+    timm.layers.set_fused_attn(fused)  # read by each attention module as it is made
     try:
         return timm.create_model(
             model.name, pretrained=model.pretrained, num_classes=classes, in_chans=channels, **arguments
@@ -36,6 +43,8 @@ def build_model(model: ModelConfig, *, image_size: int, channels: int, classes: 
         reason = " ".join(str(error).split()) or type(error).__name__
         hint = "; weights could not be fetched, is there a network?" if model.pretrained else ""
         raise ConfigError(f"model.name={model.name} with {arguments}: {reason[:300]}{hint}") from None
+    finally:
+        timm.layers.set_fused_attn(before)
 
 
 def fixed_input_size(name: str) -> bool:

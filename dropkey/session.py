@@ -95,7 +95,7 @@ def train_in(world: World, cfg: TrainConfig, run: RunDirectory, stop: StopSignal
     if world.main:
         checkpoint.remove_temporaries(run.checkpoints)
     dataset = data.load(cfg.data)
-    model, report = prepare_model(cfg, dataset)
+    model, report = prepare_model(cfg, dataset, world)
     trainer = cfg.trainer
     train_loader = data.train_loader(
         dataset,
@@ -175,11 +175,15 @@ def split_name(split: str) -> str:
     return {"val": "validation"}.get(split, split)
 
 
-def prepare_model(cfg: TrainConfig, dataset):
+def prepare_model(cfg: TrainConfig, dataset, world: World):
     """The model, initialised from the seed alone (so the same under every regularizer), and what was patched."""
     torch.manual_seed(derive_seed(cfg.seed, "initialisation"))
     model = build.build_model(
-        cfg.model, image_size=dataset.image_size, channels=dataset.channels, classes=dataset.num_classes
+        cfg.model,
+        image_size=dataset.image_size,
+        channels=dataset.channels,
+        classes=dataset.num_classes,
+        fused=not (world.device.type == "cpu" and cfg.trainer.amp == "bf16"),
     )
     return model, build.regularize(model, cfg.regularizer, cfg.schedule)
 
@@ -316,7 +320,7 @@ def evaluate_run(cfg: EvalConfig, trained: TrainConfig, directory: Path) -> tupl
         if cfg.data is not None:
             settings.data = match_data(cfg.data, trained)
         dataset = data.load(settings.data)
-        model, _ = prepare_model(settings, dataset)
+        model, _ = prepare_model(settings, dataset, world)
         file = Path(cfg.checkpoint) if cfg.checkpoint else build.find_checkpoint(directory, options.weights)
         fresh = build.load_weights(model, file)
         if fresh:

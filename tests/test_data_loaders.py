@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -77,7 +76,7 @@ def test_order_is_a_permutation_that_follows_from_seed_and_epoch():
     assert len({tuple(order.tolist()) for order in orders.values()}) == 4
     torch.manual_seed(9)
     assert torch.equal(epoch_order(100, 1, 1), orders[1, 1])
-    assert orders[0, 0][:4].tolist() == [19, 39, 56, 93]  # other values would change every run
+    assert orders[0, 0][:4].tolist() == [48, 44, 8, 1]  # other values would change every run
 
 
 @pytest.mark.parametrize(("images", "repeats"), [(90, 3), (100, 3), (7, 2)])
@@ -90,8 +89,8 @@ def test_repeats_keep_the_epoch_length_and_show_fewer_images_more_often(images, 
 
 
 def test_repeats_are_augmented_differently():
-    ((batch, *_), ids) = (found := batches(digits_config(), replace(LIGHT, repeats=2))), found[0].ids
-    assert torch.equal(ids[0::2], ids[1::2])
+    batch = batches(digits_config(), replace(LIGHT, repeats=2))[0]
+    assert torch.equal(batch.ids[0::2], batch.ids[1::2])
     assert (batch.images[0::2] != batch.images[1::2]).flatten(1).any(1).all()
 
 
@@ -131,7 +130,7 @@ def test_two_processes_mix_what_one_process_mixes_in_two_chunks():
 def test_batches_do_not_depend_on_workers(folder, augment):
     data = folder_config(folder, in_memory=False)
     expected = batches(data, augment)
-    for workers in (1, 3):
+    for workers in (1, 2):
         assert_equal(batches(replace(data, workers=workers), augment), expected)
 
 
@@ -385,9 +384,8 @@ def test_workers_outlive_signals_and_end_on_close(folder):
     found = [next(epoch)]
     workers = set(multiprocessing.active_children()) - others
     assert len(workers) == 2
-    for number in (signal.SIGINT, signal.SIGTERM):
-        for worker in workers:
-            os.kill(worker.pid, number)
+    for name in ("INT", "TERM"):  # from another process: our own SIGTERM would end them
+        subprocess.run(["kill", f"-{name}", *(str(worker.pid) for worker in workers)], check=True)
     assert_equal(found + list(epoch), batches(data, LIGHT, batch_size=2))
     begin = time.perf_counter()
     loader.close()

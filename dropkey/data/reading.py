@@ -4,9 +4,9 @@
 depends on the request alone, so the number of workers never shows in the result.
 """
 
-import atexit
+import os
 import signal
-import weakref
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -60,20 +60,21 @@ class Decoding:
         self._pictures, self._workers, self._device = _Pictures(store, transform), workers, device
         self._plan = _Plan()
         self._loader = self._batches = None
-        _open_readers.add(self)
 
     def read(self, requests: Iterable[Request]) -> Iterator[torch.Tensor]:
         """uint8 B C H W on the device, one per request. Starting anew abandons a reading not finished."""
         self._plan.requests = (request._replace(rows=request.rows.tolist()) for request in requests)
         plan = self._plan.requests
-        self._loader = self._loader or self._start()
+        if self._loader is None:
+            self._loader = self._start()
         batches = self._batches = iter(self._loader)
         for images in batches:
-            if self._plan.requests is not plan:
-                raise RuntimeError("this reading was abandoned: another one has begun on the same reader")
             if isinstance(images, str):
+                self.close()
                 raise DataError(images)
             yield images.to(self._device, non_blocking=True)
+            if self._plan.requests is not plan:
+                raise RuntimeError("this reading was abandoned: another one has begun on the same reader")
 
     def _start(self) -> DataLoader:
         return DataLoader(
@@ -83,7 +84,7 @@ class Decoding:
             num_workers=self._workers,
             persistent_workers=self._workers > 0,
             pin_memory=self._device.type == "cuda",
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_outlive_signals,
             generator=torch.Generator(),  # without one, every epoch would draw from the process's own
         )
 
@@ -120,19 +121,18 @@ class _Pictures(TorchDataset):
             return str(error)
 
 
-def _ignore_signals(worker: int) -> None:
-    # Ctrl-C and a scheduler's SIGTERM reach the whole process group; the main process saves first, then closes us.
+def _outlive_signals(worker: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach the whole process group: only the main process is to act on them.
+
+    SIGTERM from the main process itself still ends the worker, as torch and multiprocessing rely on.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # elsewhere (macOS) nothing tells who sent a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_parent, daemon=True).start()
 
 
-_open_readers: "weakref.WeakSet[Decoding]" = weakref.WeakSet()
-
-
-def _close_all() -> None:
-    for reader in list(_open_readers):
-        reader.close()
-
-
-# multiprocessing's own exit hook sends SIGTERM, which workers ignore, and waits. This one runs before it.
-atexit.register(_close_all)
+def _obey_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

@@ -1,0 +1,28 @@
+# `make` or `make help` lists the commands.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help setup train test lint clean
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+.venv/installed: requirements.txt
+	@test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+setup: .venv/installed ## make .venv and install the pinned requirements
+
+train: setup ## train a small ViT with DropKey on digits (under a minute)
+	@$(BIN)/python train.py $(ARGS)
+
+test: setup ## run all tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $${TEST_PROCESSES:-2} --dist worksteal $(ARGS)
+
+lint: setup ## check style
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+clean: ## remove the environment and caches; runs stay
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
