@@ -17,9 +17,7 @@ from dropkey.engine import checkpoint
 from dropkey.errors import ConfigError, StorageError
 
 
-def build_model(
-    model: ModelConfig, *, image_size: int, channels: int, classes: int, fused: bool = True
-) -> nn.Module:
+def build_model(model: ModelConfig, *, image_size: int, channels: int, classes: int, fused: bool = True) -> nn.Module:
     """The timm architecture of that name at this image size.
 
     Args:
@@ -94,11 +92,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
         return load_file(path)
-    if torch.serialization._is_zipfile(open(path, "rb")) is False:  # the format before torch 1.6 has no checksums
-        content = load_old_format(path)
-    else:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # official files carry their arguments
-            content = checkpoint.load(path)
+    with torch.serialization.safe_globals([argparse.Namespace]):  # official files carry their arguments
+        content = checkpoint.load(path)
     for key in ("ema", "state_dict_ema", "model_ema", "state_dict", "model"):
         if isinstance(content.get(key), dict):
             content = content[key]
@@ -107,14 +102,6 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not weights:
         raise StorageError(f"{path} holds no weights; its keys are {list(content)[:8]}")
     return weights
-
-
-def load_old_format(path: Path) -> dict:
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise StorageError(f"{path} is no checkpoint: {str(error).splitlines()[0]}") from None
 
 
 def load_weights(model: nn.Module, path: Path) -> list[str]:
@@ -145,7 +132,8 @@ def load_weights(model: nn.Module, path: Path) -> list[str]:
 
 def classifier_names(model: nn.Module) -> tuple[str, ...]:
     names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or "head"
-    return tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names)) + ("aux_head.",)
+    names = (names,) if isinstance(names, str) else names
+    return tuple(f"{name}." for name in (*names, "aux_head"))
 
 
 def parameter_count(model: nn.Module, trainable: Optional[bool] = None) -> int:

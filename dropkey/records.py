@@ -103,7 +103,9 @@ class RunDirectory:
         except FileNotFoundError:
             return {}
         except json.JSONDecodeError as error:
-            raise StorageError(f"{self.path / name} is no JSON ({error}); delete it, or start over with fresh=true")
+            raise StorageError(
+                f"{self.path / name} is no JSON ({error}); delete it, or start over with fresh=true"
+            ) from None
 
     # ---------------------------------------------------------------------------------------------------- metrics
 

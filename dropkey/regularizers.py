@@ -31,7 +31,7 @@ def bernoulli(shape: tuple[int, ...], p: float, device: torch.device) -> Tensor:
         return torch.rand(shape, device=device) < p
     count = math.prod(shape)
     threshold = min(max(round(p * 65536), 1), 65535) - 32768
-    words = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    words = torch.randint(-(2**63), 2**63 - 1, ((count + 3) // 4,))  # `random_` cannot be compiled
     return (words.view(torch.int16) < threshold)[:count].view(shape)
 
 
@@ -109,9 +109,12 @@ def survivors(drop: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def share(kept: Tensor) -> Tensor:
-    """The sum over keys to divide by; 1 for a query that lost all its keys, whose weights and gradients stay 0."""
+    """The sum over keys to divide by; 1 for a query that lost all its keys, whose weights and gradients stay 0.
+
+    Less than 1e-18 counts as all lost: the gradient of 1 / total would overflow, and infinity times 0 is NaN.
+    """
     total = kept.sum(-1, keepdim=True)
-    return total.masked_fill(total < torch.finfo(total.dtype).tiny, 1.0)
+    return total.masked_fill(total < 1e-18, 1.0)
 
 
 def scale(weights: Tensor, drop: Tensor, ratio: float) -> Tensor:
@@ -156,6 +159,15 @@ KINDS = {
 STRUCTURED = ("dropkey_block", "dropkey_cross")  # the kinds that must know the grid of the keys
 
 
+def check_window(kind: str, window: Window) -> None:
+    """Raises ValueError if Block or Cross cannot have that window; the other kinds have none."""
+    if kind not in STRUCTURED or (window == "full" and kind == "dropkey_cross"):
+        return
+    if not isinstance(window, int) or window < 1 or window % 2 == 0:
+        also = ' or "full"' if kind == "dropkey_cross" else ""
+        raise ValueError(f"{kind} takes an odd window in cells{also}, not {window}")
+
+
 def draw(
     kind: str,
     shape: tuple[int, int, int, int],
@@ -181,6 +193,7 @@ def draw(
     """
     if kind not in STRUCTURED:
         return KINDS[kind].mask(shape, ratio, device)
-    if grid is None or window is None:
-        raise ValueError(f"{kind} needs grid=(height, width) of the keys and a window; got {grid}, {window}")
+    check_window(kind, window)
+    if grid is None:
+        raise ValueError(f"{kind} needs grid=(height, width) of the keys")
     return structured(shape, ratio, device, kind=kind, grid=tuple(grid), num_prefix=num_prefix, window=window)

@@ -19,7 +19,7 @@ from dropkey.engine import checkpoint, tracking
 from dropkey.engine.distributed import StopSignal, World
 from dropkey.engine.evaluate import average, evaluate
 from dropkey.engine.fit import Job, fit
-from dropkey.engine.optim import build_autocast, build_loss, duration
+from dropkey.engine.optim import build_autocast, duration
 from dropkey.engine.progress import Progress
 from dropkey.errors import ConfigError, Diverged, Interrupted, RunError
 from dropkey.records import RunDirectory, hardware, write_json
@@ -119,7 +119,7 @@ def train_in(world: World, cfg: TrainConfig, run: RunDirectory, stop: StopSignal
 
     job = Job(
         model=model,
-        loss=build_loss(cfg.augment.smoothing),
+        loss=torch.nn.CrossEntropyLoss(),  # of class ids, or of mixed and smoothed targets
         train=train_loader,
         evaluation=loader_of(dataset, watched, cfg, world),
         num_classes=dataset.num_classes,

@@ -1,11 +1,13 @@
-"""Small image folders and configs for the tests of dropkey.data."""
+"""Small image folders, configs and batches for the tests of dropkey.data."""
 
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from dropkey.config.schema import AugmentConfig, DataConfig
+from dropkey.data import load, train_loader
 
 LIGHT = AugmentConfig(flip=True, crop_padding=2, erasing=0.5)
 HEAVY = AugmentConfig(flip=True, crop_scale=[0.3, 1.0], rand_augment="rand-m9-mstd0.5-inc1", erasing=0.25)
@@ -24,7 +26,7 @@ def write_images(folder: Path, count: int, size=(12, 12), seed: int = 0, suffix:
 def image_folder(root: Path, splits=("train", "test"), counts=(8, 10, 6), size=(12, 12)) -> Path:
     """Classes a, b, c with `counts` images in every split; splits=("",) puts the classes into the root."""
     for split_number, split in enumerate(splits):
-        for number, (name, count) in enumerate(zip("abc", counts)):
+        for number, (name, count) in enumerate(zip("abc", counts, strict=True)):
             write_images(root / split / name, count, size, seed=100 * split_number + number)
     return root
 
@@ -36,3 +38,28 @@ def folder_config(root: Path, **changes) -> DataConfig:
 
 def digits_config(**changes) -> DataConfig:
     return DataConfig(**{"name": "digits", "channels": 1, "workers": 0, **changes})
+
+
+def batches(data, augment, *, batch_size=8, epoch=1, start=0, seed=5, **named):
+    dataset = load(data)
+    loader = train_loader(dataset, data, augment, batch_size=batch_size, seed=seed, **named)
+    found = list(loader.epoch(epoch, start))
+    loader.close()
+    return found
+
+
+def joined(parts):
+    return [torch.cat([getattr(part, name) for part in parts]) for name in ("images", "targets", "ids")]
+
+
+def assert_equal(left, right):
+    for one, other in zip(joined(left), joined(right), strict=True):
+        assert one.shape == other.shape
+        assert (one != other).sum() == 0
+
+
+def merged(per_rank, accumulate):
+    """The chunks of all ranks in the order of the global batch."""
+    steps = len(per_rank[0]) // accumulate
+    spans = [slice(step * accumulate, (step + 1) * accumulate) for step in range(steps)]
+    return [batch for span in spans for rank in per_rank for batch in rank[span]]

@@ -1,28 +1,31 @@
 """Loaders: order, augmentation and evaluation are exact, whatever the processes, workers, chunks or interruptions."""
 
-import multiprocessing
 import os
 import random
-import subprocess
-import sys
-import time
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from data_samples import HEAVY, LIGHT, MIXED, digits_config, folder_config, image_folder, write_images
-from timm.data.mixup import mixup_target
+from data_samples import (
+    HEAVY,
+    LIGHT,
+    MIXED,
+    assert_equal,
+    batches,
+    digits_config,
+    folder_config,
+    image_folder,
+    joined,
+    merged,
+    write_images,
+)
 
 from dropkey.config.schema import AugmentConfig
 from dropkey.data import Dataset, Split, epoch_order, eval_loader, load, train_loader
-from dropkey.data.augment import BatchAugment, Normalize
 from dropkey.data.images import Pixels, fit, to_tensor
 from dropkey.errors import ConfigError, DataError
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -40,31 +43,6 @@ def folder(tmp_path_factory):
     os.environ["DROPKEY_CACHE"] = str(root / "cache")
     yield image_folder(root / "images", size=(20, 15))
     del os.environ["DROPKEY_CACHE"]
-
-
-def batches(data, augment, *, batch_size=8, epoch=1, start=0, seed=5, **named):
-    dataset = load(data)
-    loader = train_loader(dataset, data, augment, batch_size=batch_size, seed=seed, **named)
-    found = list(loader.epoch(epoch, start))
-    loader.close()
-    return found
-
-
-def joined(parts):
-    return [torch.cat([getattr(part, name) for part in parts]) for name in ("images", "targets", "ids")]
-
-
-def assert_equal(left, right):
-    for one, other in zip(joined(left), joined(right), strict=True):
-        assert one.shape == other.shape
-        assert (one != other).sum() == 0
-
-
-def merged(per_rank, accumulate):
-    """The chunks of all ranks in the order of the global batch."""
-    steps = len(per_rank[0]) // accumulate
-    spans = [slice(step * accumulate, (step + 1) * accumulate) for step in range(steps)]
-    return [batch for span in spans for rank in per_rank for batch in rank[span]]
 
 
 # ------------------------------------------------------------------------------------------------- order
@@ -194,88 +172,6 @@ def test_random_state_of_the_main_process_is_left_as_found(folder, augment, work
     assert state() == before
 
 
-# ------------------------------------------------------------------------------------------ augmentation
-
-
-@pytest.mark.parametrize(("flip", "padding"), [(True, 0), (False, 3), (True, 3), (True, 11)])
-def test_flip_and_padded_crop_equal_a_loop_over_single_images(flip, padding):
-    data = digits_config(image_size=12, channels=3)
-    images = torch.randint(0, 256, (40, 3, 12, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    augment = BatchAugment(data, AugmentConfig(flip=flip, crop_padding=padding), 0, torch.device("cpu"))
-    draws = augment.draw(0, 0, 40)
-    expected = []
-    for image, (mirror, down, right) in zip(images.numpy(), draws[:, :3].tolist()):
-        padded = np.pad(image, ((0, 0), (padding, padding), (padding, padding)), mode="reflect")
-        top, left = int(down * (2 * padding + 1)), int(right * (2 * padding + 1))
-        window = padded[:, top : top + 12, left : left + 12]
-        expected.append(torch.from_numpy((window[:, :, ::-1] if flip and mirror < 0.5 else window).copy()))
-    assert torch.equal(augment(images, draws), Normalize(data, torch.device("cpu"))(torch.stack(expected)))
-
-
-def test_flips_and_shifts_are_uniform():
-    data = digits_config()
-    draws = BatchAugment(data, LIGHT, 0, torch.device("cpu")).draw(0, 0, 20000)
-    assert abs((draws[:, 0] < 0.5).double().mean() - 0.5) < 0.02
-    assert ((draws[:, 1] * 5).long().bincount() / 20000 - 0.2).abs().max() < 0.02
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_erasing_puts_noise_into_one_rectangle_of_so_many_images(channels):
-    data = digits_config(image_size=32, channels=channels)
-    images = torch.full((2000, channels, 32, 32), 128, dtype=torch.uint8)
-    augment = BatchAugment(data, AugmentConfig(erasing=0.25), 0, torch.device("cpu"))
-    result = augment(images, augment.draw(0, 0, 2000))
-    changed = (result != result.new_tensor(128 / 127.5 - 1)).all(1) & ((result - 128 / 127.5 + 1).abs() > 1e-5).all(1)
-    erased = changed.flatten(1).any(1)
-    assert abs(erased.double().mean() - 0.25) < 0.03
-    areas = []
-    for mask in changed[erased]:
-        rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
-        area = (rows.max() - rows.min() + 1) * (columns.max() - columns.min() + 1)
-        assert mask.sum() >= 0.98 * area  # a noise value may come close to the grey
-        areas.append(area.item() / 1024)
-    assert 0.01 < min(areas) and max(areas) < 0.36
-    noise = result[changed[:, None].expand_as(result)]
-    assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
-    assert torch.equal(augment(images, augment.draw(0, 0, 2000)), result)
-
-
-def test_mixed_targets_sum_to_one_and_are_those_of_the_mixed_images():
-    data = digits_config()
-    soft = batches(data, replace(MIXED, flip=False, crop_padding=0, cutmix=0.0))
-    plain = batches(data, AugmentConfig())
-    assert len({batch.targets.max(1).values[0].item() for batch in soft}) > len(soft) // 2  # a lambda per batch
-    for mixed, batch in zip(soft, plain):
-        assert mixed.targets.dtype == torch.float32
-        assert torch.allclose(mixed.targets.sum(1), torch.ones(8), atol=1e-6)
-        apart = (batch.targets != batch.targets.flip(0)).nonzero().squeeze(1)
-        if len(apart) == 0:
-            continue
-        share = (mixed.targets[apart[0], batch.targets[apart[0]]] - 0.01) / 0.9
-        expected = share * batch.images + (1 - share) * batch.images.flip(0)
-        assert torch.allclose(mixed.images, expected, atol=1e-5)
-
-
-def test_smoothing_alone_gives_soft_targets_and_nothing_gives_class_ids():
-    data = digits_config()
-    smooth, plain = batches(data, AugmentConfig(smoothing=0.1)), batches(data, AugmentConfig())
-    assert plain[0].targets.dtype == torch.int64
-    assert torch.equal(smooth[0].targets, mixup_target(plain[0].targets, 10, smoothing=0.1))
-    assert torch.equal(smooth[0].images, plain[0].images)
-    logits = torch.randn(8, 10)
-    cross_entropy = torch.nn.functional.cross_entropy
-    built_in = cross_entropy(logits, plain[0].targets, label_smoothing=0.1)
-    assert torch.allclose(cross_entropy(logits, smooth[0].targets), built_in)
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_rand_augment_survives_its_strongest_settings_on_grey_and_colour(folder, channels):
-    data = folder_config(folder, channels=channels)
-    for policy in ("rand-m10-n6-p1-inc1", "rand-m10-n6-p1-mstd0.5"):
-        found = batches(data, AugmentConfig(rand_augment=policy), batch_size=24)
-        assert found[0].images.isfinite().all()
-
-
 # --------------------------------------------------------------------------------------------- evaluation
 
 
@@ -305,7 +201,7 @@ def test_evaluation_meets_every_image_once_on_any_number_of_processes(world, in_
             assert ids.tolist() == list(range(size))
             assert torch.equal(targets, ids % 3)
             assert ((images[:, 0, 0, 0] + 1) * 127.5).round().tolist() == ids.tolist()
-            for step in zip(*per_rank):
+            for step in zip(*per_rank, strict=True):
                 assert sum(map(len, step)) <= batch_size
                 assert max(map(len, step)) - min(map(len, step)) <= 1
                 assert all(batch.images.shape[1:] == (1, 4, 4) for batch in step)
@@ -371,50 +267,6 @@ def test_an_unreadable_image_ends_training_and_evaluation_with_its_name(tmp_path
     with pytest.raises(DataError) as caught:
         list(eval_loader(load(data), "test", data, batch_size=5))
     assert str(broken[1]) in str(caught.value) and "\n" not in str(caught.value)
-
-
-# ----------------------------------------------------------------------------------------------- workers
-
-
-def test_workers_outlive_signals_and_end_on_close(folder):
-    data = folder_config(folder, in_memory=False, workers=2)
-    loader = train_loader(load(data), data, LIGHT, batch_size=2, seed=5)
-    others = set(multiprocessing.active_children())
-    epoch = loader.epoch(1)
-    found = [next(epoch)]
-    workers = set(multiprocessing.active_children()) - others
-    assert len(workers) == 2
-    for name in ("INT", "TERM"):  # from another process: our own SIGTERM would end them
-        subprocess.run(["kill", f"-{name}", *(str(worker.pid) for worker in workers)], check=True)
-    assert_equal(found + list(epoch), batches(data, LIGHT, batch_size=2))
-    begin = time.perf_counter()
-    loader.close()
-    assert not any(worker.is_alive() for worker in workers)
-    assert time.perf_counter() - begin < 4
-
-
-PROGRAM = """
-import os, signal, sys
-sys.path[:0] = {paths}
-from data_samples import LIGHT, folder_config
-from dropkey.data import load, train_loader
-data = folder_config({root!r}, in_memory=False, workers=2)
-loader = train_loader(load(data), data, LIGHT, batch_size=2, seed=0)
-for batch in loader.epoch(0):
-    {event}
-"""
-
-
-@pytest.mark.parametrize("event", ["raise ValueError('as planned')", "os.killpg(0, signal.SIGINT)"])
-def test_a_dying_process_takes_its_workers_along_and_they_say_nothing(folder, event):
-    paths = [str(ROOT), str(ROOT / "tests")]
-    program = PROGRAM.format(paths=paths, root=str(folder), event=event)
-    ended = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, start_new_session=True
-    )
-    assert ended.returncode not in (0, None)
-    assert ended.stderr.count("Traceback") == 1, ended.stderr
-    assert ("as planned" in ended.stderr) != ("KeyboardInterrupt" in ended.stderr)
 
 
 def test_seeded_pictures_differ_from_their_neighbours(tmp_path, monkeypatch):

@@ -65,7 +65,14 @@ def known_models() -> set[str]:
     files = list(Path(spec.origin).parent.glob("models/*.py")) if spec else []
     files.append(Path(__file__).parents[1] / "models" / "t2t_vit.py")
     pattern = re.compile(r"^@register_model\s*\ndef (\w+)\(|^(t2t_vit_\w+) = _register\(", re.MULTILINE)
-    return {name for file in files if file.exists() for pair in pattern.findall(file.read_text(encoding="utf-8")) for name in pair if name}
+    return {
+        name
+        for file in files
+        if file.exists()
+        for pair in pattern.findall(file.read_text(encoding="utf-8"))
+        for name in pair
+        if name
+    }
 
 
 def own_patch(name: str) -> int:
@@ -75,7 +82,7 @@ def own_patch(name: str) -> int:
 
 
 def default_patch(name: str, image_size: int) -> int:
-    """The model's own patch, or on small images one of 2 px or more that leaves about 8 x 8 tokens (VOLO knows 4, 8, 16)."""
+    """The model's own patch, or on small images one of 2 px or more that leaves about 8 x 8 tokens."""
     if image_size >= SMALL_IMAGE:
         return own_patch(name)
     if family(name) == "volo":
@@ -121,10 +128,15 @@ def check_model(model: ModelConfig, image_size: int) -> None:
             require(patch in (4, 8, 16), f"model.patch_size={patch}: VOLO knows 4, 8 and 16")
         step = 2 * patch if kind == "volo" else patch  # VOLO halves its grid between outlook and self-attention
         why = "twice model.patch_size" if kind == "volo" else "model.patch_size"
-        good = [size for size in (step * n for n in range(1, 200)) if size >= image_size][:1]
+        good = step * max(2, -(-image_size // step))
         require(
             image_size % step == 0,
-            f"data.image_size={image_size} is not divisible by {why} ({step}); take data.image_size={good[0]}",
+            f"data.image_size={image_size} is not divisible by {why} ({step}); take data.image_size={good}",
+        )
+        require(
+            image_size >= 2 * patch,
+            f"model.patch_size={patch} leaves one token of data.image_size={image_size}; take another size, "
+            f"such as data.image_size={8 * (-(-image_size // 8))}",
         )
 
 
@@ -165,6 +177,10 @@ def check_data(data: DataConfig) -> None:
     within("data.val_fraction", data.val_fraction, 0, 1, high_open=True)
     within("data.test_fraction", data.test_fraction, 0, 1, high_open=True)
     within("data.crop", data.crop, 0.1, 1)
+    require(
+        data.crop == 1 or not data.in_memory,
+        f"data.crop={data.crop} needs data.in_memory=false: images kept in memory are cropped already; or data.crop=1",
+    )
     positive("data.train_limit", data.train_limit)
     positive("data.classes", data.classes)
     positive("data.workers", data.workers, zero=True)

@@ -18,7 +18,7 @@ from timm.data.mixup import Mixup, mixup_target
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from dropkey.config.schema import AugmentConfig, DataConfig
-from dropkey.data.images import fit
+from dropkey.data.images import fit, send
 from dropkey.errors import ConfigError
 from dropkey.seeds import derive_seed
 
@@ -162,12 +162,12 @@ class BatchAugment:
         """
         here = torch.arange(self.size)
         if self.padding > 0:  # whole lines of pixels first: index_select copies them many times faster than gather
-            rows = self._reflect(here + down[:, None] - self.padding).to(self.device, non_blocking=True)
+            rows = send(self._reflect(here + down[:, None] - self.padding), self.device)
             planes = torch.arange(images.shape[0] * self.channels, device=self.device).view(-1, self.channels, 1)
             lines = (planes * self.size + rows[:, None, :]).flatten()
             images = images.reshape(-1, self.size).index_select(0, lines).view(images.shape)
         columns = torch.where(mirrored[:, None], here.flip(0), here)
-        columns = self._reflect(columns + right[:, None] - self.padding).to(self.device, non_blocking=True)
+        columns = send(self._reflect(columns + right[:, None] - self.padding), self.device)
         return images.gather(3, columns[:, None, None, :].expand_as(images))
 
     def _reflect(self, index):
@@ -192,8 +192,8 @@ class BatchAugment:
         here = torch.arange(self.size)
         rows = (here >= top[:, None]) & (here < (top + height)[:, None])
         columns = (here >= left[:, None]) & (here < (left + width)[:, None])
-        inside = (rows[:, :, None] & columns[:, None, :])[:, None].to(self.device, non_blocking=True)
-        which = which.to(self.device, non_blocking=True)
+        rows, columns, which = (send(tensor, self.device) for tensor in (rows, columns, which))
+        inside = (rows[:, :, None] & columns[:, None, :])[:, None]
         shape = images.shape[1:]
         filling = torch.stack([self.noise[start : start + shape.numel()].view(shape) for start in noise.tolist()])
         images.index_copy_(0, which, torch.where(inside, filling, images.index_select(0, which)))

@@ -76,7 +76,7 @@ def _decode(files: Files, data: DataConfig, shape: tuple[int, ...]) -> np.ndarra
     requests = [Request(rows) for rows in torch.arange(len(files)).split(CHUNK)]
     reader = Decoding(files, EvalPicture(data.image_size), data.workers, torch.device("cpu"))
     try:
-        for request, images in zip(requests, reader.read(requests)):
+        for request, images in zip(requests, reader.read(requests), strict=True):
             array[int(request.rows[0]) :][: len(images)] = images.numpy()
     finally:
         reader.close()

@@ -57,6 +57,11 @@ class Pixels:
         return to_picture(self.images[row].numpy())
 
 
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A small CPU tensor on the device, without waiting: CUDA copies pageable memory only once it is idle."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
 def to_picture(array_CHW: np.ndarray) -> Image.Image:
     if len(array_CHW) == 1:
         return Image.fromarray(array_CHW[0])

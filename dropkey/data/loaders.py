@@ -13,6 +13,7 @@ import torch
 
 from dropkey.config.schema import AugmentConfig, DataConfig
 from dropkey.data.augment import BatchAugment, EvalPicture, Mix, Normalize, TrainPicture
+from dropkey.data.images import send
 from dropkey.data.reading import Decoding, OnDevice, Request
 from dropkey.data.splits import Dataset
 from dropkey.errors import ConfigError, DataError
@@ -114,13 +115,14 @@ class TrainLoader:
             Request(self._split.rows[order[begin : begin + self._chunk]], (self._seed, "augment picture", epoch), begin)
             for begin in begins
         )
+        pictures = self._reader.read(requests)
         draws, drawn = None, None
-        for (step, chunk), begin, images in zip(places, begins, self._reader.read(requests)):
+        for (step, chunk), begin, images in zip(places, begins, pictures, strict=True):
             if drawn != step:
                 draws, drawn = self._augment.draw(epoch, step, self._batch_size), step
             own = slice(chunk * self._chunk, (chunk + 1) * self._chunk)
             ids = order[begin : begin + self._chunk]
-            targets = self._targets[ids.to(self._device, non_blocking=True)]
+            targets = self._targets[send(ids, self._device)]
             images = self._augment(images, draws[own])
             images, targets = self._mix(images, targets, self._seed, "mix", epoch, step, chunk)
             yield Batch(images, targets, ids)
@@ -176,7 +178,7 @@ class EvalLoader:
         empty = torch.empty((0, *self._shape), dtype=torch.uint8, device=self._device)
         for ids in shares:
             images = next(pictures) if len(ids) else empty
-            yield Batch(self._normalize(images), self._targets[ids.to(self._device, non_blocking=True)], ids)
+            yield Batch(self._normalize(images), self._targets[send(ids, self._device)], ids)
 
     def _share(self, index: int) -> torch.Tensor:
         begin = index * self._batch_size

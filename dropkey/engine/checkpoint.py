@@ -48,6 +48,12 @@ def save(state: dict, path: Path, *, keep_previous: bool = False) -> None:
     replace_file(path, lambda file: torch.save({"format": FORMAT, **state}, file), rotate_and_verify)
 
 
+def is_old_format(path: Path) -> bool:
+    """Whether the file begins as torch wrote checkpoints before 1.6: a bare pickle, which carries no checksums."""
+    with open(path, "rb") as file:
+        return file.read(2) in (b"\x80\x02", b"\x80\x03", b"\x80\x04")
+
+
 def load(path: Path) -> dict:
     """The state in `path`, on the CPU.
 
@@ -57,7 +63,8 @@ def load(path: Path) -> dict:
     path = Path(path)
     if not path.exists():
         raise StorageError(f"{path} does not exist")
-    verify(path)
+    if not is_old_format(path):
+        verify(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:

@@ -1,11 +1,10 @@
-"""Optimizer, learning rate, loss and precision from the config."""
+"""Optimizer, learning rate and precision from the config."""
 
 import contextlib
 import math
 from typing import Callable
 
 import torch
-from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import CosineLRScheduler
 from torch import nn
@@ -48,12 +47,6 @@ def build_schedule(optimizer: torch.optim.Optimizer, optim: OptimConfig, steps: 
         warmup_prefix=True,
         t_in_epochs=False,
     )
-
-
-def build_loss(smoothing: float) -> Callable:
-    """Cross-entropy for class ids (smoothed) and for the soft targets of mixup and cutmix (smoothed already)."""
-    hard, soft = nn.CrossEntropyLoss(label_smoothing=smoothing), SoftTargetCrossEntropy()
-    return lambda logits, targets: (soft if targets.is_floating_point() else hard)(logits, targets)
 
 
 def build_autocast(amp: str, device: torch.device) -> Callable:

@@ -52,4 +52,3 @@ class Progress:
             self.bar.stop()
             self.bar.remove_task(self.task)
             self.bar = None
-

@@ -84,7 +84,11 @@ class State:
         if before != chunks:
             return (
                 f"resuming with {chunks[0]} processes x {chunks[1]} chunks, before {before[0]} x {before[1]}: "
-                "same global batch and data order" + ("" if before[0] * before[1] == chunks[0] * chunks[1] else
-                ", but other masks, because each chunk draws its own")
+                "same global batch and data order"
+                + (
+                    ""
+                    if before[0] * before[1] == chunks[0] * chunks[1]
+                    else ", but other masks, because each chunk draws its own"
+                )
             )
         return None

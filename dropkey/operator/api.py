@@ -65,9 +65,10 @@ def attention(
         raise ValueError(f"ratio={ratio} lies outside [0, 1)")
     if regularizer != "none" and regularizer not in regularizers.KINDS:
         raise ValueError(f"no regularizer '{regularizer}'; there are none, {', '.join(regularizers.KINDS)}")
+    if regularizer != "none":
+        impl = choose(impl, regularizer)
     if regularizer == "none" or ratio == 0 or not training:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
-    impl = choose(impl, regularizer)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     shape = (*q.shape[:-1], k.shape[-2])
     drop = regularizers.draw(

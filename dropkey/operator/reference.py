@@ -12,7 +12,15 @@ from dropkey import regularizers
 
 
 def reference(
-    q: Tensor, k: Tensor, v: Tensor, drop: Tensor, *, regularizer: str, ratio: float, scale: float, bias: Optional[Tensor]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    drop: Tensor,
+    *,
+    regularizer: str,
+    ratio: float,
+    scale: float,
+    bias: Optional[Tensor],
 ) -> Tensor:
     """Regularized attention given the mask `drop` (True = dropped, broadcastable to B H Q K).
 
@@ -29,5 +37,6 @@ def reference(
     empty = (logits == -torch.inf).all(-1, keepdim=True)
     weights = logits.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)  # no NaN to leak into gradients
     if not kind.on_logits:
-        weights = kind.reweigh(weights, drop, ratio)
+        full = weights.to(torch.promote_types(weights.dtype, torch.float32))  # a sum of half weights is 1 % off
+        weights = kind.reweigh(full, drop, ratio)
     return weights.to(v.dtype) @ v

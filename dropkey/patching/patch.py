@@ -57,8 +57,9 @@ class Regularize(nn.Module):
         rows = weights.flatten(1, -3) if weights.dim() > 4 else weights  # outlook attention: B H N K K
         where = self.where_keys_lie(rows.shape[-1])
         drop = regularizers.draw(self.kind, tuple(rows.shape), self.ratio, device=rows.device, **where)
-        # fp32, because a sum of bf16 weights is off by up to 1 % and would scale the output
-        kept = regularizers.KINDS[self.kind].reweigh(rows.float(), drop, self.ratio)
+        # fp32 at least, because a sum of bf16 weights is off by up to 1 % and would scale the output
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        kept = regularizers.KINDS[self.kind].reweigh(rows, drop, self.ratio)
         return kept.to(weights.dtype).view_as(weights)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Optional[Tensor], scale: Optional[float]) -> Tensor:
@@ -160,6 +161,9 @@ def model_grid(model: nn.Module) -> tuple[Optional[Grid], int]:
     if grid is None and size and patch:
         pair = [(x, x) if isinstance(x, int) else tuple(x) for x in (size, patch)]
         grid = (pair[0][0] // pair[1][0], pair[0][1] // pair[1][1])
+    positions = getattr(model, "pos_embed", None)
+    if grid is None and isinstance(positions, Tensor) and positions.dim() == 4:  # VOLO: 1, height, width, channels
+        grid = positions.shape[1:3]
     return (tuple(grid) if grid else None), getattr(model, "num_prefix_tokens", 1)
 
 
@@ -187,7 +191,8 @@ def apply(
     Returns:
         The sites with their ratios, and what was left alone and why.
     Raises:
-        ValueError: an unknown regularizer, schedule or impl; a model without any such site.
+        ValueError: an unknown regularizer, schedule or impl; a window that Block or Cross cannot have; a model without
+            any such site.
     """
     undo(model)
     if regularizer == "none":
@@ -195,6 +200,7 @@ def apply(
     if regularizer not in regularizers.KINDS:
         raise ValueError(f"no regularizer '{regularizer}'; there are none, {', '.join(regularizers.KINDS)}")
     chosen = choose(impl, regularizer)
+    regularizers.check_window(regularizer, window)
     own_grid, num_prefix = model_grid(model)
     report, taken = Report(regularizer, schedule, chosen), []
     for found in list(find(model)):
@@ -207,7 +213,7 @@ def apply(
     if not taken:
         raise ValueError(f"{type(model).__name__} has no attention layer of sites={list(sites)}")
     values = schedules.ratios(schedule, ratio, end, len(taken))
-    for found, value in zip(taken, values):
+    for found, value in zip(taken, values, strict=True):
         module = found.module
         layer = Regularize(regularizer, window, impl, found.site, grid or own_grid, num_prefix)
         layer.ratio, layer.replaced = value, (module.attn_drop,)  # a tuple, so that it is no submodule
@@ -239,7 +245,7 @@ def undo(model: nn.Module) -> None:
 def set_ratio(model: nn.Module, ratio: float, schedule: str = "decreasing", end: float = 0.0) -> None:
     """New ratios at the sites that `apply` took, for ramps over training."""
     layers = [layer for _, layer in regularized_layers(model)]
-    for layer, value in zip(layers, schedules.ratios(schedule, ratio, end, len(layers))):
+    for layer, value in zip(layers, schedules.ratios(schedule, ratio, end, len(layers)), strict=True):
         layer.ratio = value
 
 

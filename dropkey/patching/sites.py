@@ -14,7 +14,14 @@ SITE_OF_CLASS = {
     "ClassAttn": "class",
     "TokenTransformerAttention": "token",
 }
-NO_SOFTMAX = {"TokenPerformer": "a performer has no softmax"}
+# Classes whose `attn_drop`, if they have one, does not see each query's distribution over keys.
+OBSTACLES = {
+    "TokenPerformer": "a performer has no softmax",
+    "TalkingHeadAttn": "heads are mixed between the softmax and attn_drop",  # CaiT
+    "XCA": "its softmax is over channels, not keys",  # XCiT
+    "CrossCovarianceAttn": "its softmax is over channels, not keys",  # EdgeNeXt
+    "LinearSelfAttention": "all queries share one row of weights",  # MobileViT v2
+}
 
 
 @dataclass
@@ -31,8 +38,8 @@ def find(model: nn.Module) -> Iterator[Found]:
     """Attention modules in forward order (for the models of this project that is the order of definition)."""
     for name, module in model.named_modules():
         kind = type(module).__name__
-        if kind in NO_SOFTMAX:
-            yield Found(name, module, obstacle=NO_SOFTMAX[kind])
+        if kind in OBSTACLES:
+            yield Found(name, module, obstacle=OBSTACLES[kind])
         elif isinstance(getattr(module, "attn_drop", None), nn.Module):
             yield Found(name, module, site=SITE_OF_CLASS.get(kind.removeprefix("Regularized"), "self"))
         elif isinstance(module, nn.MultiheadAttention):

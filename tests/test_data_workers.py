@@ -1,0 +1,74 @@
+"""Decoding processes: signals pass them by, and none is left behind."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from data_samples import LIGHT, assert_equal, batches, folder_config, image_folder
+
+from dropkey.data import load, train_loader
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """48 images of 15 x 20 pixels in 3 classes; the module's cache beside them."""
+    root = tmp_path_factory.mktemp("loaders")
+    os.environ["DROPKEY_CACHE"] = str(root / "cache")
+    yield image_folder(root / "images", size=(20, 15))
+    del os.environ["DROPKEY_CACHE"]
+
+
+def test_workers_outlive_signals_and_end_on_close(folder):
+    data = folder_config(folder, in_memory=False, workers=2)
+    loader = train_loader(load(data), data, LIGHT, batch_size=2, seed=5)
+    others = set(multiprocessing.active_children())
+    epoch = loader.epoch(1)
+    found = [next(epoch)]
+    workers = set(multiprocessing.active_children()) - others
+    assert len(workers) == 2
+    for name in ("INT", "TERM"):  # from another process: our own SIGTERM would end them
+        subprocess.run(["kill", f"-{name}", *(str(worker.pid) for worker in workers)], check=True)
+    assert_equal(found + list(epoch), batches(data, LIGHT, batch_size=2))
+    begin = time.perf_counter()
+    loader.close()
+    assert not any(worker.is_alive() for worker in workers)
+    assert time.perf_counter() - begin < 4
+
+
+PROGRAM = """
+import os, signal, sys
+sys.path[:0] = {paths}
+from data_samples import LIGHT, folder_config
+from dropkey.data import load, train_loader
+data = folder_config({root!r}, in_memory=False, workers=2)
+loader = train_loader(load(data), data, LIGHT, batch_size=2, seed=0)
+for batch in loader.epoch(0):
+    {event}
+"""
+
+
+@pytest.mark.parametrize("event", ["raise ValueError('as planned')", "os.killpg(0, signal.SIGINT)"])
+def test_a_dying_process_takes_its_workers_along_and_they_say_nothing(folder, event):
+    paths = [str(ROOT), str(ROOT / "tests")]
+    program = PROGRAM.format(paths=paths, root=str(folder), event=event)
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, start_new_session=True
+    )
+    assert ended.returncode not in (0, None)
+    assert ended.stderr.count("Traceback") == 1, ended.stderr
+    assert ("as planned" in ended.stderr) != ("KeyboardInterrupt" in ended.stderr)

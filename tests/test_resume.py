@@ -1,0 +1,205 @@
+"""An interrupted run, resumed, is the uninterrupted one to the last bit (faults 1-6, 9)."""
+
+import signal
+
+import pytest
+import torch
+
+import runs
+from dropkey import curves
+from dropkey.config.schema import KINDS, SCHEDULES
+from dropkey.engine import fit
+from dropkey.errors import Interrupted
+
+EVERYTHING = (
+    "model.drop_path=0.2",
+    "augment.mixup=0.8",
+    "augment.cutmix=1.0",
+    "augment.crop_padding=1",
+    "augment.erasing=0.25",
+    "trainer.accumulate=2",
+    "trainer.ema_decay=0.9",
+    "optim.clip=1.0",
+)
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    monkeypatch.setattr(curves, "draw", lambda *args: None)
+
+
+def assert_resumes_exactly(tmp_path, monkeypatch, step: int, *overrides: str, number: int = signal.SIGTERM) -> None:
+    whole = runs.train(tmp_path / "whole", *overrides)
+    with monkeypatch.context() as patch:
+        runs.on_step(patch, step, runs.send(number))
+        with pytest.raises(Interrupted):
+            runs.train(tmp_path / "parts", *overrides)
+    parts = runs.train(tmp_path / "parts", *overrides)
+    assert runs.unequal(runs.state(whole), runs.state(parts)) is None
+    assert runs.unequal(runs.state(whole, "best.pt"), runs.state(parts, "best.pt")) is None
+    assert runs.records(whole) == runs.records(parts)
+    figures = ("top1", "top5", "loss", "ece", "best_top1", "best_epoch", "steps")
+    assert {k: whole.summary()[k] for k in figures} == {k: parts.summary()[k] for k in figures}
+
+
+@pytest.mark.parametrize("step", [4, 6], ids=["mid-epoch", "epoch-end"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_regularizer_resumes_to_the_same_bits(tmp_path, monkeypatch, kind, step):
+    assert_resumes_exactly(tmp_path, monkeypatch, step, f"regularizer={kind}", *EVERYTHING)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_resumes_to_the_same_bits(tmp_path, monkeypatch, schedule):
+    assert_resumes_exactly(tmp_path, monkeypatch, 4, f"schedule={schedule}")
+
+
+@pytest.mark.parametrize(
+    "option", [*EVERYTHING, "trainer.amp=bf16", "trainer.amp=fp16", "optim=sgd", "data.val_fraction=0"]
+)
+def test_every_option_resumes_to_the_same_bits(tmp_path, monkeypatch, option):
+    assert_resumes_exactly(tmp_path, monkeypatch, 4, option)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+def test_other_signals_save_as_well(tmp_path, monkeypatch, number):
+    assert_resumes_exactly(tmp_path, monkeypatch, 5, number=number)
+
+
+def test_images_decoded_as_they_come_resume_to_the_same_bits(tmp_path, monkeypatch):
+    options = ("augment=deit", "data.in_memory=false", "data.workers=0")
+    assert_resumes_exactly(tmp_path, monkeypatch, 4, *options)
+
+
+def test_interruption_in_evaluation_resumes_to_the_same_bits(tmp_path, monkeypatch):
+    whole = runs.train(tmp_path / "whole")
+    original = fit.evaluate
+
+    def interrupted(*args, **kwargs):
+        runs.send()(None)
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fit, "evaluate", interrupted)
+        with pytest.raises(Interrupted):
+            runs.train(tmp_path / "parts")
+    parts = runs.train(tmp_path / "parts")
+    assert runs.unequal(runs.state(whole), runs.state(parts)) is None
+    assert runs.records(whole) == runs.records(parts)
+
+
+def test_three_interruptions_within_one_epoch_change_nothing(tmp_path, monkeypatch):
+    whole = runs.train(tmp_path / "whole")
+    for step in (1, 2, 3):
+        with monkeypatch.context() as patch:
+            runs.on_step(patch, step, runs.send())
+            with pytest.raises(Interrupted):
+                runs.train(tmp_path / "parts")
+    parts = runs.train(tmp_path / "parts")
+    assert runs.unequal(runs.state(whole), runs.state(parts)) is None
+    assert runs.records(whole) == runs.records(parts)
+
+
+def test_a_crash_without_warning_resumes_from_the_last_checkpoint_to_the_same_bits(tmp_path, monkeypatch):
+    def crash(loop):
+        raise MemoryError("as sudden as SIGKILL")
+
+    whole = runs.train(tmp_path / "whole", "regularizer=dropkey_column")
+    with monkeypatch.context() as patch:
+        runs.on_step(patch, 5, crash)
+        with pytest.raises(MemoryError):
+            runs.train(tmp_path / "parts", "regularizer=dropkey_column")
+    parts = runs.train(tmp_path / "parts", "regularizer=dropkey_column")
+    assert runs.unequal(runs.state(whole), runs.state(parts)) is None
+    assert runs.records(whole) == runs.records(parts)
+
+
+def test_the_sample_stream_is_that_of_the_uninterrupted_run(tmp_path, monkeypatch):
+    seen = []
+    original = fit.Loop.step
+
+    def step(self, batches):
+        def noting():
+            for batch in batches:
+                seen.append((self.state.position.update, batch.ids.tolist()))
+                yield batch
+
+        return original(self, noting())
+
+    monkeypatch.setattr(fit.Loop, "step", step)
+    runs.train(tmp_path / "whole")
+    whole, seen[:] = list(seen), []
+    with monkeypatch.context() as patch:
+        runs.on_step(patch, 4, runs.send())
+        with pytest.raises(Interrupted):
+            runs.train(tmp_path / "parts")
+    runs.train(tmp_path / "parts")
+    assert seen == whole
+
+
+def test_a_worse_epoch_after_resuming_does_not_replace_the_best(tmp_path, monkeypatch):
+    figures = iter([50.0, 90.0, 10.0, 20.0])
+    result = {"top5": 0.0, "loss": 1.0, "ece": 0.0, "count": 1}
+    monkeypatch.setattr(fit, "evaluate", lambda *a, **k: {"top1": next(figures), **result})
+    with monkeypatch.context() as patch:
+        runs.on_step(patch, 7, runs.send())
+        with pytest.raises(Interrupted):
+            runs.train(tmp_path)
+    run = runs.train(tmp_path)
+    assert run.summary()["best_top1"] == 90.0
+    assert run.summary()["best_epoch"] == 2
+    assert runs.state(run, "best.pt")["epoch"] == 2
+
+
+def test_a_checkpoint_holds_raw_and_averaged_weights(tmp_path):
+    content = runs.state(runs.train(tmp_path, "trainer.ema_decay=0.9"))
+    assert content["model"].keys() == content["ema"].keys()
+    assert any(not torch.equal(content["model"][k], content["ema"][k]) for k in content["model"])
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path, monkeypatch, capsys):
+    import train
+
+    cfg = runs.config(tmp_path)
+    run = runs.train(tmp_path)
+    before = (run.checkpoints / "last.pt").stat().st_mtime_ns
+    train.main(cfg)
+    assert "done already" in capsys.readouterr().out
+    assert (run.checkpoints / "last.pt").stat().st_mtime_ns == before
+
+
+def test_fresh_starts_over(tmp_path, monkeypatch):
+    whole = runs.train(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        runs.on_step(patch, 4, runs.send())
+        with pytest.raises(Interrupted):
+            runs.train(tmp_path / "again")
+    again = runs.train(tmp_path / "again", "fresh=true")
+    assert "resuming" not in (again.path / "log.txt").read_text()
+    assert runs.records(again) == runs.records(whole)
+
+
+def test_torchruns_restart_does_not_start_over_although_asked_for_fresh(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        runs.on_step(patch, 4, runs.send())
+        with pytest.raises(Interrupted):
+            runs.train(tmp_path, "fresh=true")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    run = runs.train(tmp_path, "fresh=true")
+    assert "resuming after 1 epochs and 1 of 3 steps" in (run.path / "log.txt").read_text()
+
+
+def test_a_regularizer_does_not_change_initialisation_or_data_order(tmp_path, monkeypatch):
+    starts = []
+    monkeypatch.setattr(
+        fit.Loop,
+        "step",
+        lambda self, batches: (
+            starts.append(
+                ({k: v.clone() for k, v in self.state.model.state_dict().items()}, next(batches).ids.tolist())
+            )
+            or 0.0
+        ),
+    )
+    for kind in ("none", "dropkey"):
+        runs.train(tmp_path, f"regularizer={kind}", "trainer.max_steps=1")
+    assert runs.unequal(starts[0], starts[1]) is None
