@@ -56,7 +56,9 @@ def structured(shape, ratio: float, device, *, kind: str, grid: Grid, num_prefix
     height, width = grid
     if num_prefix + height * width != shape[-1]:
         raise ValueError(f"{shape[-1]} keys are not {num_prefix} prefix tokens and a grid of {height} x {width}")
-    seeds = bernoulli((*shape[:-1], height, width), seed_probability(kind, grid, window, ratio), device)
+    (known,) = {ratio}  # for torch.compile: elements of a set are constants, never symbols
+    probability = seed_probability(kind, grid, window, known)
+    seeds = bernoulli((*shape[:-1], height, width), probability, device)
     dropped = spread(seeds, window, -1)
     dropped = spread(dropped, window, -2) if kind == "dropkey_block" else dropped | spread(seeds, window, -2)
     dropped = dropped.flatten(-2)
@@ -77,11 +79,15 @@ def spread(seeds: Tensor, window: Window, dim: int) -> Tensor:
     return reached
 
 
-@lru_cache(maxsize=None)
+@torch.compiler.assume_constant_result  # solved when compiling; tracing it would take minutes
 def seed_probability(kind: str, grid: Grid, window: Window, ratio: float) -> float:
     """The seed probability g at which the mean of 1 - (1 - g)^n over the cells is `ratio`, n being the number of
     seed positions whose window covers the cell."""
+    return solve_seed_probability(kind, grid, window, ratio)
 
+
+@lru_cache(maxsize=None)
+def solve_seed_probability(kind: str, grid: Grid, window: Window, ratio: float) -> float:
     def reach(size: int) -> list[int]:
         half = size if window == "full" else window // 2
         return [min(i + half, size - 1) - max(i - half, 0) + 1 for i in range(size)]

@@ -109,7 +109,7 @@ def train_in(world: World, cfg: TrainConfig, run: RunDirectory, stop: StopSignal
         device=world.device,
     )
     if trainer.overfit:
-        train_loader = FirstBatch(train_loader)
+        train_loader = FirstBatch(train_loader, trainer.accumulate)
     watched = "test" if dataset.val is None else "val"
     _, progress.epochs = duration(trainer.epochs, trainer.max_steps, len(train_loader))
     resumed = (run.checkpoints / "last.pt").exists()
@@ -157,8 +157,8 @@ def train_in(world: World, cfg: TrainConfig, run: RunDirectory, stop: StopSignal
 class FirstBatch:
     """A loader whose epochs are its first step, always the same (debug=overfit)."""
 
-    def __init__(self, loader):
-        self.loader, self.close = loader, loader.close
+    def __init__(self, loader, accumulate: int):
+        self.loader, self.accumulate, self.close = loader, accumulate, loader.close
         self.chunks = []
 
     def __len__(self) -> int:
@@ -167,7 +167,7 @@ class FirstBatch:
     def epoch(self, epoch: int, start: int = 0):
         if not self.chunks:
             batches = self.loader.epoch(0)
-            self.chunks = [next(batches) for _ in range(self.loader.accumulate)]
+            self.chunks = [next(batches) for _ in range(self.accumulate)]
         yield from self.chunks[start * len(self.chunks) :]
 
 
@@ -318,7 +318,7 @@ def evaluate_run(cfg: EvalConfig, trained: TrainConfig, directory: Path) -> tupl
     try:
         settings = copy.deepcopy(trained)
         if cfg.data is not None:
-            settings.data = match_data(cfg.data, trained)
+            settings.data = match_data(cfg.data, trained, options.split)
         dataset = data.load(settings.data)
         model, _ = prepare_model(settings, dataset, world)
         file = Path(cfg.checkpoint) if cfg.checkpoint else build.find_checkpoint(directory, options.weights)
@@ -364,12 +364,13 @@ def evaluate_with(model, passes: int, trained: TrainConfig, loader, world: World
         return evaluate(average(model, passes, reseed), loader, world, classes, autocast=autocast)
 
 
-def match_data(other: DataConfig, trained: TrainConfig) -> DataConfig:
-    """Another data set, seen through the eyes of the run: its image size, channels and normalisation."""
+def match_data(other: DataConfig, trained: TrainConfig, split: str) -> DataConfig:
+    """Another data set, seen through the eyes of the run: its image size, channels and normalisation. Nothing is
+    held out of its training images unless that is what will be looked at."""
     own = trained.data
-    return dataclasses.replace(
-        other, image_size=own.image_size, channels=own.channels, mean=own.mean, std=own.std, crop=own.crop
-    )
+    held_out = other.val_fraction if split == "val" else 0.0
+    eyes = {key: getattr(own, key) for key in ("image_size", "channels", "mean", "std")}
+    return dataclasses.replace(other, **eyes, val_fraction=held_out)
 
 
 def evaluation_name(cfg: EvalConfig, settings: TrainConfig) -> str:

@@ -27,7 +27,11 @@ SCHEMAS = {"train": TrainConfig, "eval": EvalConfig}
 
 def register_schemas() -> None:
     for name, schema in SCHEMAS.items():
-        ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+        node = OmegaConf.structured(schema)
+        if name == "train":  # arguments of constructors are free: model.args.qk_norm=true needs no +
+            OmegaConf.set_struct(node.model.args, False)
+            OmegaConf.set_struct(node.optim.args, False)
+        ConfigStore.instance().store(name=f"{name}_schema", node=node)
 
 
 def typed(cfg: DictConfig):
@@ -96,7 +100,7 @@ def valid_keys(config_name: str) -> list[str]:
     keys = flatten(dataclasses.asdict(SCHEMAS[config_name]()))
     if config_name == "eval":
         keys |= flatten({"data": dataclasses.asdict(TrainConfig().data)})
-    return sorted(keys)
+    return sorted([*keys, "model.args", "optim.args"] if config_name == "train" else keys)
 
 
 def explain(error: BaseException, overrides: list[str], config_name: str) -> str:

@@ -57,6 +57,7 @@ def canonical(cfg: TrainConfig) -> dict[str, object]:
         cfg.schedule.end = 0.0
     defaults = flatten(asdict(TrainConfig()))
     keys = {k: v for k, v in flatten(asdict(cfg)).items() if v != defaults.get(k) and not harmless(k)}
+    keys["seed"] = cfg.seed  # always, so that a run's hash is never its group's
     if cfg.data.name == "folder":  # a folder's path is its identity; a named set is the same wherever it lies
         keys["data.root"] = str(Path(cfg.data.root).resolve())
     if cfg.init_from is not None:

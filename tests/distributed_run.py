@@ -1,0 +1,38 @@
+"""What test_distributed.py starts under torchrun: a small run in which one rank may be signalled at one step.
+
+Usage: distributed_run.py <output> <signal>:<step>:<rank> <override>...   (0:0:0 for no signal)
+"""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+
+import runs
+
+import train
+from dropkey import curves
+from dropkey.config import compose
+from dropkey.engine import fit
+
+
+def main() -> None:
+    output, event, *words = sys.argv[1:]
+    number, step, rank = (int(part) for part in event.split(":"))
+    first_life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    original = fit.Loop.count
+
+    def count(self, loss, seconds):
+        original(self, loss, seconds)
+        if number and first_life and self.job.world.rank == rank and self.state.position.update == step:
+            os.kill(os.getpid(), number)
+
+    fit.Loop.count = count
+    curves.draw = lambda *args: None
+    sys.argv = ["train.py", *runs.SMALL, f"output={output}", *words]
+    compose.launch("train", train.main)
+
+
+if __name__ == "__main__":
+    main()

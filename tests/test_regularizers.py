@@ -1,0 +1,303 @@
+"""What each kind drops, how much of it, how independently, and what the mask does to the weights."""
+
+import math
+
+import pytest
+import torch
+
+from dropkey import regularizers
+from dropkey.config import schema
+from dropkey.regularizers import KINDS, STRUCTURED, bernoulli, draw, seed_probability
+
+UNSTRUCTURED = [kind for kind in KINDS if kind not in STRUCTURED]
+WINDOWS = [("dropkey_block", 3), ("dropkey_block", 5), ("dropkey_block", 7)]
+WINDOWS += [("dropkey_cross", 3), ("dropkey_cross", 5), ("dropkey_cross", 7), ("dropkey_cross", "full")]
+KIND_AND_WINDOW = [(kind, None) for kind in UNSTRUCTURED] + WINDOWS
+GRIDS = [(4, 4), (8, 8), (14, 14), (6, 10)]
+SHAPE = (64, 8, 12, 16)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def mask_of(kind, window, ratio, shape=SHAPE, grid=(4, 4), num_prefix=0):
+    where = {"grid": grid, "num_prefix": num_prefix, "window": window} if kind in STRUCTURED else {}
+    return draw(kind, shape, ratio, **where)
+
+
+def covers(kind, grid, window):
+    """K x K, True where a seed at the row's cell drops the column's cell: straight from the definition."""
+    height, width = grid
+    rows = torch.arange(height).repeat_interleave(width)
+    columns = torch.arange(width).repeat(height)
+    down, across = (rows[:, None] - rows).abs(), (columns[:, None] - columns).abs()
+    half = max(grid) if window == "full" else (window - 1) // 2
+    if kind == "dropkey_block":
+        return (down <= half) & (across <= half)
+    return ((down == 0) & (across <= half)) | ((across == 0) & (down <= half))
+
+
+def test_the_kinds_are_those_of_the_config():
+    assert {"none", *KINDS} == set(schema.KINDS)
+
+
+# ---- how much is dropped
+
+
+@pytest.mark.parametrize("ratio", [0.001, 0.05, 0.1, 0.3, 0.5, 0.7, 0.95])
+@pytest.mark.parametrize("kind", UNSTRUCTURED)
+def test_realised_ratio(kind, ratio):
+    mask = draw(kind, (256, 12, 1 if kind == "dropkey_column" else 20, 65), ratio)
+    error = math.sqrt(ratio * (1 - ratio) / mask.numel())
+    assert abs(mask.double().mean().item() - ratio) < 4 * error + 1 / 65536
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize(("kind", "window"), WINDOWS)
+def test_realised_ratio_of_structured_kinds_is_within_one_percent(kind, window, grid):
+    keys = grid[0] * grid[1]
+    mask = mask_of(kind, window, 0.3, (16, 16, 12_000_000 // keys // 256, keys), grid)
+    assert mask.double().mean().item() == pytest.approx(0.3, rel=0.01)
+
+
+@pytest.mark.parametrize("ratio", [0.05, 0.1, 0.3, 0.5, 0.7])
+@pytest.mark.parametrize("grid", [*GRIDS, (1, 9)], ids=str)
+@pytest.mark.parametrize(("kind", "window"), WINDOWS)
+def test_expected_ratio_of_structured_kinds_is_the_asked_one(kind, window, grid, ratio):
+    seeds_that_reach = covers(kind, grid, window).sum(0).double()
+    expected = [
+        (1 - (1 - g) ** seeds_that_reach).mean().item() for g in rounded(seed_probability, kind, grid, window, ratio)
+    ]
+    assert expected == [pytest.approx(ratio, rel=1e-9), pytest.approx(ratio, rel=0.01)]
+
+
+def rounded(function, *arguments):
+    """A probability, and what `bernoulli` makes of it on a CPU."""
+    exact = function(*arguments)
+    return exact, round(exact * 65536) / 65536
+
+
+# paper.md, 'Choices where the paper is silent': for a mean ratio of 0.3
+@pytest.mark.parametrize(
+    ("kind", "grid", "printed"),
+    [
+        ("dropkey_block", (14, 14), {3: ".0430", 5: ".0171", 7: ".00953"}),
+        ("dropkey_cross", (14, 14), {3: ".0730", 5: ".0430", 7: ".0312"}),
+        ("dropkey_block", (8, 8), {3: ".0465", 5: ".0198", 7: ".0119"}),
+        ("dropkey_cross", (8, 8), {3: ".0765", 5: ".0466", 7: ".0352"}),
+    ],
+)
+def test_seed_probabilities_are_the_printed_ones(kind, grid, printed):
+    for window, digits in printed.items():
+        assert f"{seed_probability(kind, grid, window, 0.3):.{len(digits) - 1}f}" == f"0{digits}"
+
+
+@pytest.mark.parametrize("kind", STRUCTURED)
+def test_a_window_of_one_cell_drops_single_keys(kind):
+    assert seed_probability(kind, (8, 8), 1, 0.3) == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("num_prefix", [1, 2])
+@pytest.mark.parametrize(("kind", "window"), WINDOWS)
+def test_prefix_tokens_are_dropped_with_the_ratio_like_the_grid(kind, window, num_prefix):
+    mask = mask_of(kind, window, 0.3, (64, 16, 60, num_prefix + 60), (6, 10), num_prefix).double()
+    assert mask[..., :num_prefix].mean().item() == pytest.approx(0.3, rel=0.02)
+    assert mask[..., num_prefix:].mean().item() == pytest.approx(0.3, rel=0.02)
+
+
+@pytest.mark.parametrize("kind", STRUCTURED)
+def test_each_prefix_token_is_dropped_by_itself(kind):
+    mask = mask_of(kind, 3, 0.3, (64, 16, 60, 18), (4, 4), 2).double().flatten(0, 2)
+    correlation = torch.corrcoef(mask.T)[:2]  # of the prefix tokens with every key
+    correlation[0, 0] = correlation[1, 1] = 0
+    assert correlation.abs().max() < 5 / math.sqrt(len(mask))
+
+
+# ---- which keys are dropped together
+
+
+@pytest.mark.parametrize("num_prefix", [0, 1, 2])
+@pytest.mark.parametrize("grid", [(4, 4), (6, 10), (1, 9)], ids=str)
+@pytest.mark.parametrize(("kind", "window"), [*WINDOWS, ("dropkey_block", 1), ("dropkey_cross", 99)])
+def test_masks_are_windows_around_the_seeds(monkeypatch, kind, window, grid, num_prefix):
+    seeds, prefix = torch.rand(2, 3, 5, *grid) < 0.06, torch.rand(2, 3, 5, num_prefix) < 0.3
+    given = {seeds.shape: seeds, prefix.shape: prefix}
+    monkeypatch.setattr(regularizers, "bernoulli", lambda shape, p, device: given[shape])
+    keys = grid[0] * grid[1]
+    mask = mask_of(kind, window, 0.3, (2, 3, 5, num_prefix + keys), grid, num_prefix)
+    dilated = seeds.flatten(-2).double() @ covers(kind, grid, window).double() > 0
+    assert torch.equal(mask, torch.cat([prefix, dilated], dim=-1))
+
+
+def test_column_shares_one_draw_over_queries():
+    assert draw("dropkey_column", SHAPE, 0.3).shape == (64, 8, 1, 16)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "dropkey_column"])
+def test_other_kinds_draw_for_every_query(kind):
+    assert mask_of(kind, 3 if kind in STRUCTURED else None, 0.3).shape == SHAPE
+
+
+@pytest.mark.parametrize(("kind", "window"), KIND_AND_WINDOW)
+def test_masks_are_boolean(kind, window):
+    assert mask_of(kind, window, 0.3).dtype == torch.bool
+
+
+@pytest.mark.parametrize("axis", ["sample", "head", "query", "key"])
+@pytest.mark.parametrize(("kind", "window"), KIND_AND_WINDOW)
+def test_draws_are_independent(kind, window, axis):
+    """Same key, next sample (head, query), or next key: both are dropped as often as chance has it."""
+    dim = ["sample", "head", "query", "key"].index(axis)
+    if axis == "key" and kind in STRUCTURED or axis == "query" and kind == "dropkey_column":
+        pytest.skip("shared by definition")
+    mask = mask_of(kind, window, 0.3, (96, 16, 1 if kind == "dropkey_column" else 24, 16)).double()
+    centred = mask - mask.mean((0, 1, 2), keepdim=True)  # per key: on the border of a grid fewer seeds reach
+    for lag in (1, 2, 4):
+        product = centred * centred.roll(lag, dim)
+        per_row = product.mean(-1).flatten()  # keys of a row are not independent under Block and Cross
+        assert abs(per_row.mean().item()) < 4.5 * per_row.std().item() / math.sqrt(len(per_row))
+
+
+@pytest.mark.parametrize(("kind", "window"), KIND_AND_WINDOW)
+def test_consecutive_draws_differ(kind, window):
+    assert not torch.equal(mask_of(kind, window, 0.3), mask_of(kind, window, 0.3))
+
+
+@pytest.mark.parametrize(("kind", "window"), KIND_AND_WINDOW)
+def test_the_same_seed_draws_the_same_mask(kind, window):
+    first = mask_of(kind, window, 0.3)
+    torch.manual_seed(0)
+    assert torch.equal(mask_of(kind, window, 0.3), first)
+
+
+# ---- bernoulli
+
+
+@pytest.mark.parametrize("shape", [(1,), (3,), (5, 7), (2, 3, 5, 7), (0, 4)])
+def test_bernoulli_has_the_asked_shape(shape):
+    assert bernoulli(shape, 0.3, "cpu").shape == shape
+
+
+@pytest.mark.parametrize("p", [1e-9, 1 / 65536, 0.0001, 0.5, 0.9999, 1 - 1e-9])
+def test_bernoulli_is_right_near_zero_and_one(p):
+    """To within the documented step of 1/65536, and never always False or always True."""
+    drawn = bernoulli((8_000_000,), p, "cpu")
+    nearest = min(max(round(p * 65536), 1), 65535) / 65536
+    error = math.sqrt(nearest * (1 - nearest) / drawn.numel())
+    assert abs(drawn.double().mean().item() - nearest) < 4 * error
+    assert drawn.any()
+    assert not drawn.all()
+
+
+# ---- from mask to weights
+
+
+def softmaxed(shape=(2, 3, 5, 16), dtype=torch.float64):
+    logits = torch.randn(shape, dtype=dtype, requires_grad=True)
+    return logits, logits.softmax(-1)
+
+
+def test_dropout_scales_survivors_by_one_over_the_kept_share():
+    _, weights = softmaxed()
+    drop = torch.rand(weights.shape) < 0.3
+    wanted = torch.where(drop, 0, weights / 0.7)
+    torch.testing.assert_close(KINDS["dropout"].reweigh(weights, drop, 0.3), wanted, rtol=1e-14, atol=0)
+
+
+def test_dropout_keeps_the_expectation():
+    weights = torch.full((400, 16, 16, 16), 1 / 16)
+    dropped = KINDS["dropout"].reweigh(weights, draw("dropout", weights.shape, 0.3), 0.3)
+    assert dropped.mean().item() == pytest.approx(1 / 16, rel=5e-3)
+
+
+RENORMALISING = [kind for kind in KINDS if kind != "dropout"]
+
+
+@pytest.mark.parametrize("kind", RENORMALISING)
+def test_rows_sum_to_one_or_to_zero_where_all_keys_are_dropped(kind):
+    _, weights = softmaxed()
+    drop = torch.rand(weights.shape) < 0.7
+    drop[0, 0, 0], drop[1, 2, 4] = True, True
+    rows = KINDS[kind].reweigh(weights, drop, 0.7).sum(-1)
+    torch.testing.assert_close(rows, (~drop.all(-1)).double(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if KINDS[kind].on_logits])
+def test_renormalised_weights_are_the_softmax_of_masked_logits(kind):
+    logits, weights = softmaxed()
+    drop = torch.rand(weights.shape) < 0.3
+    drop[..., 0] = False  # no query loses all keys
+    towards = torch.randn(weights.shape, dtype=torch.float64)
+    ours = KINDS[kind].reweigh(weights, drop, 0.3)
+    wanted = logits.masked_fill(drop, -torch.inf).softmax(-1)
+    torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-12)
+    ours, wanted = (torch.autograd.grad((out * towards).sum(), logits)[0] for out in (ours, wanted))
+    torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-12)
+
+
+def test_dropattention_takes_no_gradient_through_its_divisor():
+    _, weights = softmaxed()
+    weights = weights.detach().requires_grad_()
+    drop = torch.rand(weights.shape) < 0.3
+    towards = torch.randn(weights.shape, dtype=torch.float64)
+    out = KINDS["dropattention"].reweigh(weights, drop, 0.3)
+    gradient = torch.autograd.grad((out * towards).sum(), weights)[0]
+    kept = torch.where(drop, 0, weights.detach())
+    torch.testing.assert_close(gradient, torch.where(drop, 0, towards / kept.sum(-1, keepdim=True)))
+
+
+def test_dropkey_takes_the_gradient_through_its_divisor():
+    _, weights = softmaxed()
+    weights = weights.detach().requires_grad_()
+    drop = torch.rand(weights.shape) < 0.3
+    towards = torch.randn(weights.shape, dtype=torch.float64)
+    out = KINDS["dropkey"].reweigh(weights, drop, 0.3)
+    gradient = torch.autograd.grad((out * towards).sum(), weights)[0]
+    mean = (out.detach() * towards).sum(-1, keepdim=True)
+    total = torch.where(drop, 0, weights.detach()).sum(-1, keepdim=True)
+    torch.testing.assert_close(gradient, torch.where(drop, 0, (towards - mean) / total))
+
+
+@pytest.mark.parametrize("gap", [20, 40, 43, 60, 80, 95, 104, 200])
+@pytest.mark.parametrize("kind", RENORMALISING)
+def test_gradients_are_finite_when_next_to_nothing_survives(kind, gap):
+    """One key holds all but exp(-gap) of the attention, and is dropped."""
+    logits = torch.randn(1, 1, 50, 9)
+    logits[..., 0] += gap
+    logits.requires_grad_()
+    drop = torch.zeros(1, 1, 50, 9, dtype=torch.bool)
+    drop[..., 0] = True
+    out = KINDS[kind].reweigh(logits.softmax(-1), drop, 0.3)
+    (100 * out * torch.randn_like(out)).sum().backward()
+    assert out.isfinite().all()
+    assert logits.grad.isfinite().all()
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize("kind", STRUCTURED)
+@pytest.mark.parametrize(("grid", "num_prefix"), [((4, 4), 1), ((3, 5), 0), ((4, 5), 0)])
+def test_a_grid_that_does_not_hold_the_keys_is_refused(kind, grid, num_prefix):
+    with pytest.raises(ValueError, match="16 keys are not"):
+        draw(kind, SHAPE, 0.3, grid=grid, num_prefix=num_prefix, window=3)
+
+
+@pytest.mark.parametrize("kind", STRUCTURED)
+def test_structured_kinds_need_a_grid(kind):
+    with pytest.raises(ValueError, match=f"{kind} needs grid"):
+        draw(kind, SHAPE, 0.3, window=3)
+
+
+@pytest.mark.parametrize("kind", STRUCTURED)
+@pytest.mark.parametrize("window", [None, 0, -3, 4, 2.5, "wide"])
+def test_a_window_that_is_no_odd_number_of_cells_is_refused(kind, window):
+    with pytest.raises(ValueError, match=f"{kind} takes an odd window"):
+        draw(kind, SHAPE, 0.3, grid=(4, 4), window=window)
+
+
+def test_block_has_no_full_window():
+    with pytest.raises(ValueError, match="dropkey_block takes an odd window"):
+        draw("dropkey_block", SHAPE, 0.3, grid=(4, 4), window="full")

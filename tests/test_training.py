@@ -1,0 +1,425 @@
+"""What a run does besides resuming: records, divergence, locks, evaluation, fine-tuning (faults 6-9, 16, 22, 27)."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+
+import eval as evaluation
+import train as training
+from dropkey import build, curves, session
+from dropkey.config.schema import KINDS, DataConfig, EvalConfig, EvaluationConfig
+from dropkey.engine import distributed, fit, tracking
+from dropkey.engine.evaluate import evaluate
+from dropkey.engine.optim import build_optimizer, build_schedule, duration
+from dropkey.errors import Busy, ConfigError, Diverged
+from dropkey.records import RunDirectory
+from dropkey.regularizers import KINDS as REGULARIZERS
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "losses.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> RunDirectory:
+    """A finished run with every file, not to be changed."""
+    return runs.train(tmp_path_factory.mktemp("finished"), "regularizer.ratio=0.3", "trainer.ema_decay=0.9")
+
+
+def evaluated(run: RunDirectory, **options) -> dict:
+    keys = {k: options.pop(k) for k in ("data", "checkpoint") if k in options}
+    where = {} if "checkpoint" in keys else {"run": str(run.path)}
+    cfg = EvalConfig(**where, **keys, eval=EvaluationConfig(**options))
+    return session.evaluate_run(cfg, runs_config(run), run.path)[0]
+
+
+def runs_config(run: RunDirectory):
+    from dropkey.config.compose import load
+
+    return load(run.config)
+
+
+# --------------------------------------------------------------------------------------------------------- records
+
+
+def test_a_run_leaves_all_its_files(finished):
+    names = {path.name for path in finished.path.iterdir()}
+    expected = {"config.yaml", "status.json", "metrics.jsonl", "summary.json", "checkpoints", "log.txt", "curves.png"}
+    assert expected <= names
+    assert finished.status()["state"] == "done"
+
+
+def test_the_summary_has_every_figure_that_was_promised(finished):
+    keys = "top1 top5 loss best_top1 epochs seconds images_per_second parameters peak_memory_mib versions commit run"
+    assert set(keys.split()) <= finished.summary().keys()
+    assert "hardware" in finished.summary()
+
+
+def test_there_is_one_record_per_epoch_and_per_step(finished):
+    assert [r["epoch"] for r in finished.records("epoch")] == [1, 2, 3]
+    assert [r["step"] for r in finished.records("step")] == list(range(1, 10))
+
+
+def test_the_learning_rate_warms_up_and_falls_as_a_pure_function_of_the_step(finished):
+    rates = [r["lr"] for r in finished.records("step")]
+    cfg = runs_config(finished)
+    schedule = build_schedule(build_optimizer(torch.nn.Linear(1, 1), cfg.optim), cfg.optim, 9, 3)
+    assert rates == pytest.approx([schedule._get_lr(step)[0] for step in range(9)], rel=1e-6)
+    assert max(rates) == rates[3] == cfg.optim.lr
+
+
+def test_the_log_names_sites_with_ratio_and_what_was_skipped(tmp_path):
+    sizes = "{use_aux_head: false, layers: [1, 1, 1, 1], embed_dims: [32, 32, 32, 32], num_heads: [2, 2, 2, 2]}"
+    words = ("model=volo_d1", f"model.args={sizes}", "model.depth=null", "model.embed_dim=null", "model.num_heads=null")
+    run = runs.train(tmp_path, *words, "data.image_size=32", "trainer.max_steps=1")
+    log = (run.path / "log.txt").read_text()
+    assert "self     fused    ratio 0.1000" in log
+    assert "skipped: outlook attention is not among sites" in log
+
+
+def test_durations_in_steps_and_epochs():
+    assert duration(epochs=3, max_steps=None, per_epoch=10) == (30, 3)
+    assert duration(epochs=3, max_steps=15, per_epoch=10) == (15, 2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_first_20_losses_are_those_on_record(tmp_path, kind, monkeypatch):
+    """tests/golden/losses.json; make it again with: python tests/golden/make.py"""
+    from golden import make
+
+    monkeypatch.setattr(curves, "draw", lambda *args: None)
+    assert make.losses(tmp_path, kind) == pytest.approx(GOLDEN[kind], rel=2e-4)
+
+
+def test_each_regularizer_has_its_own_losses():
+    assert len({tuple(GOLDEN[kind]) for kind in KINDS}) == len(KINDS) == len(REGULARIZERS) + 1
+
+
+def test_overfit_learns_one_batch_by_heart(tmp_path):
+    run = runs.train(
+        tmp_path, "debug=overfit", "trainer.epochs=150", "optim.lr=0.01", "trainer.eval_every=150", "regularizer=none"
+    )
+    assert run.records("epoch")[-1]["train_loss"] < 0.05
+
+
+def test_profile_leaves_a_trace(tmp_path):
+    run = runs.train(tmp_path, "debug=profile", "trainer.epochs=4")
+    assert "traceEvents" in (run.path / "trace.json").read_text()[:20000]
+
+
+def test_compiled_training_gives_the_losses_of_eager_training(tmp_path):
+    words = ("trainer.max_steps=4", "model.depth=1", "regularizer=none")
+    eager = runs.train(tmp_path, *words)
+    compiled = runs.train(tmp_path, *words, "trainer.compile=true")
+    losses = [[r["loss"] for r in run.records("step")] for run in (eager, compiled)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert runs.state(eager)["model"].keys() == runs.state(compiled)["model"].keys()
+
+
+# -------------------------------------------------------------------------------------------------- things go wrong
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update_and_leaves_evidence(tmp_path, monkeypatch):
+    original = fit.Loop.step
+
+    def poisoned(self, batches):
+        if self.state.position.update == 4:
+            self.before = {k: v.clone() for k, v in self.state.model.state_dict().items()}
+            self.job.loss = lambda logits, targets: logits.sum() * float("nan")
+        try:
+            return original(self, batches)
+        except Diverged:
+            assert runs.unequal(self.before, dict(self.state.model.state_dict())) is None
+            raise
+
+    monkeypatch.setattr(fit.Loop, "step", poisoned)
+    with pytest.raises(Diverged, match="epoch 2, step 5") as error:
+        runs.train(tmp_path)
+    assert error.value.exit_code == 4
+    (path,) = tmp_path.iterdir()
+    run = RunDirectory(path)
+    assert run.status()["state"] == "diverged"
+    assert len(json.loads((path / "diverged.json").read_text())["processes"][0]["sample_ids"]) == 16
+    assert runs.state(run)["position"]["epoch"] == 1
+
+
+def test_a_diverged_run_is_not_repeated_unless_asked_for(tmp_path, monkeypatch):
+    cfg = runs.config(tmp_path)
+    run = RunDirectory(training.run_directory(cfg))
+    run.path.mkdir()
+    run.set_status("diverged", reason="loss nan")
+    with pytest.raises(Diverged, match="fresh=true tries anew"):
+        training.main(cfg)
+
+
+def test_a_failure_is_recorded_with_its_reason(tmp_path, monkeypatch):
+    def crash(loop):
+        raise MemoryError("no room")
+
+    runs.on_step(monkeypatch, 2, crash)
+    with pytest.raises(MemoryError):
+        runs.train(tmp_path)
+    (path,) = tmp_path.iterdir()
+    assert RunDirectory(path).status()["state"] == "failed"
+    assert "no room" in RunDirectory(path).status()["reason"]
+
+
+def test_one_process_at_a_time_trains_a_run(tmp_path):
+    run = RunDirectory(training.run_directory(runs.config(tmp_path)))
+    with run.lock(), pytest.raises(Busy, match="is being trained by process"):
+        runs.train(tmp_path)
+
+
+def test_a_run_whose_config_was_edited_is_refused_with_the_difference(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        runs.on_step(patch, 1, runs.send())
+        with pytest.raises(Exception, match="interrupted"):
+            runs.train(tmp_path)
+    (path,) = tmp_path.iterdir()
+    text = (path / "config.yaml").read_text()
+    (path / "config.yaml").write_text(text.replace("epochs: 3", "epochs: 5"))
+    with pytest.raises(ConfigError, match="trainer.epochs: 5 -> 3"):
+        runs.train(tmp_path)
+
+
+def test_harmless_keys_may_change_between_sessions(tmp_path, monkeypatch):
+    whole = runs.train(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        runs.on_step(patch, 4, runs.send())
+        with pytest.raises(Exception, match="interrupted"):
+            runs.train(tmp_path / "parts")
+    parts = runs.train(tmp_path / "parts", "data.workers=0", "logger.project=other")
+    assert runs.unequal(runs.state(whole), runs.state(parts)) is None
+
+
+def test_interruption_says_how_to_go_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "seed=0"])
+    runs.on_step(monkeypatch, 2, runs.send(2))
+    with pytest.raises(Exception, match=r"all saved in .*; go on with: python train.py seed=0") as error:
+        training.main(runs.config(tmp_path))
+    assert error.value.exit_code == 130
+
+
+def test_a_device_that_is_not_there_is_named():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ConfigError, match=r"trainer.device=cuda: torch finds no such device here, only cpu"):
+        distributed.pick_device("cuda")
+
+
+# ------------------------------------------------------------------------------------------------------ evaluation
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 256])
+def test_eval_repeats_the_figures_of_training_at_any_batch_size(finished, batch_size):
+    result = evaluated(finished, batch_size=batch_size)
+    summary = finished.summary()
+    assert round(result["top1"], 4) == summary["top1"]
+    assert round(result["top5"], 4) == summary["top5"]
+    assert round(result["loss"], 4) == round(summary["loss"], 4)
+
+
+def test_eval_with_the_batch_size_of_training_repeats_it_to_the_last_digit(finished):
+    result, summary = evaluated(finished), finished.summary()
+    assert [round(result["loss"], 6), round(result["ece"], 4)] == [summary["loss"], summary["ece"]]
+
+
+def test_figures_are_those_of_a_plain_computation():
+    torch.manual_seed(0)
+    logits, targets = torch.randn(53, 8), torch.randint(0, 8, (53,))
+    batches = [fit_batch(logits[i : i + 10], targets[i : i + 10]) for i in range(0, 53, 10)]
+    world = distributed.World(0, 1, torch.device("cpu"))
+    result = evaluate(lambda images: images, batches, world, 8)
+    probabilities = logits.softmax(-1).double()
+    confidence, predicted = probabilities.max(-1)
+    right = (predicted == targets).double()
+    gap = 0.0
+    for low in range(15):
+        inside = (confidence >= low / 15) & (confidence < (low + 1) / 15)
+        if inside.any():
+            gap += inside.double().mean() * (right[inside].mean() - confidence[inside].mean()).abs()
+    assert result["top1"] == pytest.approx(100 * right.mean().item())
+    assert result["loss"] == pytest.approx(-probabilities[range(53), targets].log().mean().item(), rel=1e-6)
+    assert result["ece"] == pytest.approx(100 * float(gap), abs=1e-4)
+    fifth = probabilities.sort(-1).values[:, -5]
+    assert result["top5"] == pytest.approx(100 * (probabilities[range(53), targets] >= fifth).double().mean().item())
+
+
+def fit_batch(images, targets):
+    from dropkey.data import Batch
+
+    return Batch(images, targets, torch.arange(len(targets)))
+
+
+def test_monte_carlo_differs_from_one_pass_and_repeats_itself(finished):
+    plain, first, second = (evaluated(finished, monte_carlo=n) for n in (0, 4, 4))
+    assert first["loss"] != plain["loss"]
+    assert first["loss"] == second["loss"]
+
+
+def test_more_monte_carlo_passes_come_closer_to_their_limit(finished):
+    limit = evaluated(finished, monte_carlo=64)["loss"]
+    distances = [abs(evaluated(finished, monte_carlo=n)["loss"] - limit) for n in (1, 32)]
+    assert distances[1] < distances[0]
+
+
+def test_monte_carlo_without_a_regularizer_is_refused(tmp_path):
+    run = runs.train(tmp_path, "regularizer=none", "trainer.max_steps=1")
+    with pytest.raises(ConfigError, match="no regularizer that could be left on"):
+        evaluated(run, monte_carlo=4)
+
+
+def test_validation_split_and_best_weights_can_be_evaluated(finished):
+    result = evaluated(finished, split="val", weights="best")
+    assert round(result["top1"], 4) == finished.summary()["best_top1"]
+
+
+def test_a_checkpoint_file_can_be_evaluated(finished):
+    result = evaluated(finished, checkpoint=str(finished.checkpoints / "last.pt"))
+    assert round(result["top1"], 4) == finished.summary()["top1"]
+
+
+def test_another_data_set_of_the_same_classes_can_be_evaluated(finished, tmp_path):
+    from data_samples import write_images
+
+    for name in "0123456789":
+        write_images(tmp_path / "test" / name, 2, size=(28, 28))
+        write_images(tmp_path / "train" / name, 2, size=(28, 28))
+    other = DataConfig(name="folder", root=str(tmp_path), in_memory=False, workers=0, image_size=224)
+    result = evaluated(finished, data=other)
+    assert (result["count"], result["data"]) == (20, "folder")
+
+
+def test_eval_writes_its_result_beside_the_run_and_on_the_screen(finished, capsys):
+    evaluation.main(EvalConfig(run=str(finished.path), eval=EvaluationConfig(split="val")))
+    out = capsys.readouterr().out
+    file = finished.path / "eval-val.json"
+    assert str(file) in out
+    assert f"top-1 {json.loads(file.read_text())['top1']:.2f} %" in out
+
+
+@pytest.mark.parametrize("cfg", [EvalConfig(), EvalConfig(run="a", checkpoint="b")], ids=["neither", "both"])
+def test_eval_needs_a_run_or_a_checkpoint(cfg):
+    with pytest.raises(ConfigError, match="not both and not neither"):
+        evaluation.main(cfg)
+
+
+# ----------------------------------------------------------------------------------------------------- fine-tuning
+
+
+def test_fine_tuning_starts_from_the_weights_of_a_run(finished, tmp_path):
+    words = (f"init_from={finished.path}", "regularizer=none", "optim.lr=1e-12", "optim.warmup_lr=0", "optim.min_lr=0")
+    run = runs.train(tmp_path, *words, "trainer.epochs=1", "optim.weight_decay=0")
+    assert run.summary()["top1"] == finished.summary()["top1"]
+    assert run.summary()["loss"] == pytest.approx(finished.summary()["loss"], abs=1e-5)
+
+
+def test_fine_tuning_is_another_run_and_starts_its_counters_anew(finished, tmp_path):
+    run = runs.train(tmp_path, f"init_from={finished.path}", "trainer.epochs=1")
+    assert run.summary()["epochs"] == 1
+    assert run.path.name != finished.path.name
+
+
+def test_fine_tuning_to_other_classes_gets_a_new_head_and_says_so(finished, tmp_path):
+    from data_samples import write_images
+
+    for name in "abc":
+        write_images(tmp_path / "images" / name, 12, size=(8, 8))
+    words = ("data=folder", f"data.root={tmp_path}/images", "data.in_memory=true", "data.crop=1", "data.image_size=8")
+    words += ("data.channels=1", "data.mean=null", "data.std=null", "data.train_limit=null", "trainer.batch_size=8")
+    run = runs.train(tmp_path / "runs", *words, f"init_from={finished.path}", "trainer.epochs=1")
+    assert "new: head.weight, head.bias" in (run.path / "log.txt").read_text()
+    assert runs.state(run)["model"]["head.weight"].shape[0] == 3
+
+
+def test_weights_of_another_architecture_are_refused_by_name(finished, tmp_path):
+    with pytest.raises(ConfigError, match=r"does not fit the model: .* first "):
+        runs.train(tmp_path, f"init_from={finished.path}", "model.embed_dim=48")
+
+
+def test_position_embeddings_follow_the_image_size(finished, tmp_path):
+    words = ("data.image_size=16", "model.patch_size=2", "trainer.max_steps=1")
+    run = runs.train(tmp_path, f"init_from={finished.path}", *words)
+    assert runs.state(run)["model"]["pos_embed"].shape[1] == 65
+
+
+@pytest.mark.parametrize("key", ["state_dict_ema", "state_dict", "model", None])
+def test_checkpoints_of_other_programs_load(finished, tmp_path, key):
+    import argparse
+
+    weights = {f"module.{k}": v for k, v in runs.state(finished)["ema"].items()}
+    content = weights if key is None else {key: weights, "args": argparse.Namespace(lr=1.0), "epoch": 7}
+    torch.save(content, tmp_path / "official.pth.tar")
+    found = build.read_weights(tmp_path / "official.pth.tar")
+    assert runs.unequal(found, dict(runs.state(finished)["ema"])) is None
+
+
+def test_safetensors_load(finished, tmp_path):
+    from safetensors.torch import save_file
+
+    weights = dict(runs.state(finished)["ema"])
+    save_file({k: v.contiguous() for k, v in weights.items()}, tmp_path / "weights.safetensors")
+    assert runs.unequal(build.read_weights(tmp_path / "weights.safetensors"), weights) is None
+
+
+def test_published_weights_that_cannot_be_fetched_end_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    cfg = runs.config(tmp_path, "model.pretrained=true")
+    with pytest.raises(ConfigError, match="is there a network"):
+        build.build_model(cfg.model, image_size=8, channels=1, classes=10)
+
+
+# -------------------------------------------------------------------------------------------------------- tracking
+
+
+def test_offline_tracking_mirrors_the_run_under_its_hash(tmp_path):
+    run = runs.train(tmp_path, "logger=wandb", "trainer.max_steps=2")
+    (folder,) = (run.path / "wandb").glob("offline-run-*")
+    assert folder.name.endswith(run.summary()["hash"])
+    assert run.summary()["group"] != run.summary()["hash"]
+
+
+@pytest.mark.parametrize("key", ["", "0" * 40])
+def test_a_server_that_cannot_be_reached_neither_delays_nor_fails(tmp_path, key):
+    program = "import runs, sys, pathlib; runs.train(pathlib.Path(sys.argv[1]), 'logger=wandb', 'logger.mode=online')"
+    environment = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": key, "HOME": str(tmp_path)}
+    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "runs")],
+        env=os.environ | environment | paths,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert done.returncode == 0, done.stderr
+    assert ("does not answer" if key else "no API key") in done.stdout
+    (run,) = (tmp_path / "runs").iterdir()
+    assert len(RunDirectory(run).records("epoch")) == 3
+
+
+def test_training_works_without_the_wandb_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    run = runs.train(tmp_path, "logger=wandb", "trainer.max_steps=1")
+    assert "wandb is not installed" in (run.path / "log.txt").read_text()
+
+
+def test_a_tracker_that_fails_does_not_fail_the_run(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise RuntimeError("quota exceeded")
+
+    monkeypatch.setattr(tracking, "Wandb", refuse)
+    run = runs.train(tmp_path, "logger=wandb", "trainer.max_steps=1")
+    assert run.status()["state"] == "done"
+    assert "W&B is off for this run: quota exceeded" in (run.path / "log.txt").read_text()
+
+
+def test_only_the_first_process_talks_to_wandb(tmp_path):
+    world = distributed.World(1, 2, torch.device("cpu"))
+    cfg = runs.config(tmp_path, "logger=wandb")
+    assert isinstance(session.start_tracker(cfg, RunDirectory(tmp_path), world, None), tracking.Silent)
