@@ -1,5 +1,7 @@
 """The drop ratio over depth: end points, straight lines, mirror images and refusals."""
 
+from itertools import pairwise
+
 import pytest
 
 from dropkey.config import schema
@@ -37,7 +39,7 @@ def test_end_points_are_exact(layers, peak, end):
 @pytest.mark.parametrize("kind", ["decreasing", "increasing"])
 def test_steps_between_layers_are_equal(kind):
     values = ratios(kind, 0.3, 0.02, 19)
-    steps = [after - before for before, after in zip(values, values[1:])]
+    steps = [after - before for before, after in pairwise(values)]
     assert steps == pytest.approx([steps[0]] * 18, abs=1e-15)
 
 

@@ -35,8 +35,9 @@ def reference(
     if kind.on_logits:
         logits = logits.masked_fill(drop, -torch.inf)
     empty = (logits == -torch.inf).all(-1, keepdim=True)
-    weights = logits.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)  # no NaN to leak into gradients
+    full = torch.promote_types(logits.dtype, torch.float32)  # sums of half weights are 1 % off, gradients overflow
+    weights = logits.masked_fill(empty, 0.0).softmax(-1, dtype=full)
+    weights = weights.masked_fill(empty, 0.0)  # a row of zeros, without a NaN to leak into gradients
     if not kind.on_logits:
-        full = weights.to(torch.promote_types(weights.dtype, torch.float32))  # a sum of half weights is 1 % off
-        weights = kind.reweigh(full, drop, ratio)
+        weights = kind.reweigh(weights, drop, ratio)
     return weights.to(v.dtype) @ v

@@ -1,0 +1,310 @@
+"""Every implementation of every kind against the paper's two lines in float64, and the plain cases bit for bit."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dropkey import regularizers
+from dropkey.config import schema
+from dropkey.operator import attention, choose
+from dropkey.operator.api import IMPLS
+from dropkey.regularizers import KINDS, STRUCTURED, draw
+
+IMPLS_OF = {kind: IMPLS if KINDS[kind].on_logits else ("reference",) for kind in KINDS}
+EVERY = pytest.mark.parametrize(("kind", "impl"), [(kind, impl) for kind in KINDS for impl in IMPLS_OF[kind]])
+ON_LOGITS = pytest.mark.parametrize(
+    ("kind", "impl"), [(kind, impl) for kind in KINDS if KINDS[kind].on_logits for impl in IMPLS]
+)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
+GRIDS = {1: ((1, 1), 0), 5: ((2, 2), 1), 15: ((3, 5), 0), 49: ((7, 7), 0), 65: ((8, 8), 1), 197: ((14, 14), 1)}
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def inputs(queries, keys, dtype=torch.float64, width=8):
+    return [torch.randn(2, 3, n, width).to(dtype).requires_grad_() for n in (queries, keys, keys)]
+
+
+def where_keys_lie(kind, keys):
+    grid, num_prefix = GRIDS[keys]
+    return {"grid": grid, "num_prefix": num_prefix, "window": 3} if kind in STRUCTURED else {}
+
+
+def paper(q, k, v, drop, *, kind="dropkey", ratio=0.3, scale=None, bias=None, penalty=-1e12):
+    """The two lines, for any kind, in float64: penalty on dropped logits, softmax."""
+    q, k, v = q.double(), k.double(), v.double()
+    logits = q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if bias is not None:
+        logits = logits + (penalty * ~bias if bias.dtype == torch.bool else bias.double())
+    if KINDS[kind].on_logits:
+        return (logits + penalty * drop).softmax(-1) @ v
+    weights = logits.softmax(-1) * ~drop
+    if kind == "dropout":
+        return weights / (1 - ratio) @ v
+    total = weights.sum(-1, keepdim=True).detach()
+    return weights / torch.where(total > 0, total, 1) @ v
+
+
+def gradients(out, towards, tensors):
+    return [g.double() for g in torch.autograd.grad((out.double() * towards).sum(), tensors)]
+
+
+def assert_parity(tensors, drop, run, *, dtype=torch.float64, allowed=None, extra=(), **arguments):
+    """`run()` gives the paper's values and gradients; queries without any key are 0 in both."""
+    allowed = torch.ones((), dtype=torch.bool) if allowed is None else allowed
+    has_keys = (~drop & allowed).any(-1, keepdim=True).expand(*tensors[0].shape[:-1], 1)
+    towards = torch.randn(has_keys.shape[:-1] + tensors[2].shape[-1:], dtype=torch.float64)
+    out, wanted = run(), torch.where(has_keys, paper(*tensors, drop, **arguments), 0)
+    assert out.dtype == dtype
+    near = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
+    torch.testing.assert_close(out.double(), wanted, **near)
+    tensors = [*tensors, *extra]
+    for ours, theirs in zip(gradients(out, towards, tensors), gradients(wanted, towards, tensors), strict=True):
+        assert ours.isfinite().all()
+        torch.testing.assert_close(ours, theirs, **near)
+
+
+# ---- the paper's two lines
+
+
+@DTYPES
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (5, 5), (49, 49), (65, 65), (197, 197), (1, 65), (7, 15)])
+@EVERY
+def test_values_and_gradients_are_those_of_the_paper(kind, impl, queries, keys, dtype):
+    tensors, where = inputs(queries, keys, dtype), where_keys_lie(kind, keys)
+    torch.manual_seed(1)
+    drop = draw(kind, (2, 3, queries, keys), 0.3, **where)
+
+    def run():
+        torch.manual_seed(1)
+        return attention(*tensors, regularizer=kind, ratio=0.3, impl=impl, **where)
+
+    assert_parity(tensors, drop, run, dtype=dtype, kind=kind)
+
+
+BIASES = {
+    "additive": lambda: torch.randn(2, 3, 7, 15, dtype=torch.float64),
+    "additive, shared by samples": lambda: torch.randn(1, 3, 7, 15, dtype=torch.float64),
+    "additive, shared by all": lambda: torch.randn(7, 15, dtype=torch.float64),
+    "boolean": lambda: torch.rand(2, 3, 7, 15) < 0.6,
+    "boolean, padded keys": lambda: (torch.arange(15) < 11).expand(2, 1, 1, 15),
+}
+
+
+@pytest.mark.parametrize("scale", [None, 0.7])
+@pytest.mark.parametrize("bias", BIASES)
+@EVERY
+def test_bias_and_scale_enter_as_in_the_paper(kind, impl, bias, scale):
+    tensors, where, bias = inputs(7, 15), where_keys_lie(kind, 15), BIASES[bias]()
+    boolean = bias.dtype == torch.bool
+    torch.manual_seed(1)
+    drop = draw(kind, (2, 3, 7, 15), 0.3, **where)
+
+    def run():
+        torch.manual_seed(1)
+        return attention(*tensors, regularizer=kind, ratio=0.3, impl=impl, bias=bias, scale=scale, **where)
+
+    extra = () if boolean else (bias.requires_grad_(),)
+    allowed = bias if boolean else None
+    assert_parity(tensors, drop, run, allowed=allowed, extra=extra, kind=kind, bias=bias, scale=scale)
+
+
+@ON_LOGITS
+def test_a_penalty_of_a_trillionth_instead_of_a_trillion_would_be_noticed(monkeypatch, kind, impl):
+    tensors, drop = inputs(49, 49), torch.rand(2, 3, 49, 49) < 0.3
+    monkeypatch.setattr(regularizers, "draw", lambda *args, **kwargs: drop)
+    out = attention(*tensors, regularizer=kind, ratio=0.3, impl=impl)
+    assert (out - paper(*tensors, drop, penalty=-1e-12)).abs().max() > 0.1
+
+
+@ON_LOGITS
+def test_a_dropped_key_has_no_influence_at_all(monkeypatch, kind, impl):
+    """Not even the share of attention that a key of logit 0 would take."""
+    (q, k, v), drop = inputs(7, 15), torch.zeros(2, 3, 7, 15, dtype=torch.bool)
+    drop[..., 4] = True
+    monkeypatch.setattr(regularizers, "draw", lambda *args, **kwargs: drop)
+    without = [torch.cat([x[..., :4, :], x[..., 5:, :]], dim=-2) for x in (k, v)]
+    out = attention(q, k, v, regularizer=kind, ratio=0.3, impl=impl)
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, *without), rtol=0, atol=1e-12)
+
+
+@ON_LOGITS
+def test_attention_stays_a_probability_distribution(kind, impl):
+    q, k, v = inputs(65, 65)
+    out = attention(q, k, torch.ones_like(v), regularizer=kind, ratio=0.5, impl=impl, **where_keys_lie(kind, 65))
+    torch.testing.assert_close(out, torch.ones_like(v), rtol=0, atol=1e-12)
+
+
+@ON_LOGITS
+def test_masking_before_the_softmax_is_masking_after_it_and_renormalising(kind, impl):
+    tensors, where = inputs(65, 65), where_keys_lie(kind, 65)
+    torch.manual_seed(1)
+    drop = draw(kind, (2, 3, 65, 65), 0.3, **where)
+    q, k, v = tensors
+    weights = (q @ k.transpose(-2, -1) * 8**-0.5).softmax(-1).masked_fill(drop, 0)
+    after = weights / weights.sum(-1, keepdim=True) @ v
+    torch.manual_seed(1)
+    before = attention(*tensors, regularizer=kind, ratio=0.3, impl=impl, **where)
+    torch.testing.assert_close(before, after, rtol=0, atol=1e-12)
+    towards = torch.randn_like(after)
+    for ours, theirs in zip(gradients(before, towards, tensors), gradients(after, towards, tensors), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+@EVERY
+def test_each_call_draws_anew(kind, impl):
+    tensors, where = inputs(49, 49), where_keys_lie(kind, 49)
+    first, second = (attention(*tensors, regularizer=kind, ratio=0.3, impl=impl, **where) for _ in range(2))
+    assert not torch.equal(first, second)
+
+
+# ---- queries without keys, and other strains
+
+
+def one_query_loses_all(bias_kind):
+    """Mask and bias for 2 samples, 3 heads, 7 queries, 15 keys; query 2 of (0, 0) is left without a key."""
+    drop, bias = torch.rand(2, 3, 7, 15) < 0.3, None
+    if bias_kind is None:
+        drop[0, 0, 2] = True
+    else:
+        bias = torch.ones(2, 3, 7, 15, dtype=torch.bool)
+        bias[0, 0, 2] = False
+        if bias_kind == "additive":
+            bias = torch.zeros(2, 3, 7, 15).masked_fill(~bias, -torch.inf)
+    return drop, bias
+
+
+@DTYPES
+@pytest.mark.parametrize("bias_kind", [None, "boolean", "additive", "additive with gradient"])
+@EVERY
+def test_a_query_without_keys_attends_to_nothing(monkeypatch, kind, impl, bias_kind, dtype):
+    (q, k, v), (drop, bias) = inputs(7, 15, dtype), one_query_loses_all(bias_kind and bias_kind.split()[0])
+    if bias is not None and bias.dtype != torch.bool:
+        bias = bias.to(dtype).requires_grad_(bias_kind == "additive with gradient")
+    monkeypatch.setattr(regularizers, "draw", lambda *args, **kwargs: drop)
+    out = attention(q, k, v, regularizer=kind, ratio=0.3, impl=impl, bias=bias)
+    assert not out[0, 0, 2].any()
+    assert out.isfinite().all()
+    trained = [q, k, v] + ([bias] if bias is not None and bias.requires_grad else [])
+    grads = torch.autograd.grad(out.float().square().sum() + out.float().sum(), trained)
+    assert all(grad.isfinite().all() for grad in grads)
+    assert not grads[0][0, 0, 2].any()
+
+
+@DTYPES
+@EVERY
+def test_all_keys_of_all_queries_dropped_is_zero_with_zero_gradients(monkeypatch, kind, impl, dtype):
+    tensors = inputs(7, 15, dtype)
+    monkeypatch.setattr(regularizers, "draw", lambda *args, **kwargs: torch.ones(2, 3, 7, 15, dtype=torch.bool))
+    out = attention(*tensors, regularizer=kind, ratio=0.3, impl=impl)
+    assert not out.any()
+    assert not any(grad.any() for grad in torch.autograd.grad(out.sum(), tensors))
+
+
+@DTYPES
+@pytest.mark.parametrize("ratio", [0.3, 0.7, 0.95])
+@EVERY
+def test_peaked_attention_stays_finite(kind, impl, ratio, dtype):
+    """Logits of some hundreds, few of them kept."""
+    q, k, v = inputs(15, 15, dtype)
+    out = attention(15 * q, 5 * k, v, regularizer=kind, ratio=ratio, impl=impl, **where_keys_lie(kind, 15))
+    grads = torch.autograd.grad(out.float().square().sum(), [q, k, v])
+    assert out.isfinite().all()
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+@EVERY
+def test_bf16_autocast_is_near_fp32(kind, impl):
+    tensors, where = inputs(65, 65, torch.float32), where_keys_lie(kind, 65)
+    bias, outs = torch.randn(1, 3, 65, 65), []
+    for enabled in (False, True):
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = attention(*tensors, regularizer=kind, ratio=0.3, impl=impl, bias=bias, **where)
+        outs.append(out.float())
+    torch.testing.assert_close(outs[1], outs[0], rtol=0.05, atol=0.05)
+
+
+# ---- plain attention
+
+
+PLAIN = {
+    "ratio 0": lambda kind: {"regularizer": kind, "ratio": 0.0},
+    "evaluation": lambda kind: {"regularizer": kind, "ratio": 0.3, "training": False},
+    "none": lambda kind: {"regularizer": "none", "ratio": 0.3},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("plain", PLAIN)
+@EVERY
+def test_plain_attention_is_torchs_bit_for_bit(kind, impl, plain, dtype):
+    tensors, towards = inputs(65, 65, dtype), torch.randn(2, 3, 65, 8)
+    arguments = PLAIN[plain](kind) | ({} if plain == "none" else {"impl": impl})
+    ours, wanted = attention(*tensors, **arguments), F.scaled_dot_product_attention(*tensors)
+    assert torch.equal(ours, wanted)
+    pairs = zip(gradients(ours, towards, tensors), gradients(wanted, towards, tensors), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("plain", PLAIN)
+@pytest.mark.parametrize("bias", BIASES)
+def test_plain_attention_takes_bias_and_scale(plain, bias):
+    tensors, bias = inputs(7, 15), BIASES[bias]()
+    wanted = F.scaled_dot_product_attention(*tensors, attn_mask=bias, scale=0.7)
+    assert torch.equal(attention(*tensors, bias=bias, scale=0.7, **PLAIN[plain]("dropkey")), wanted)
+
+
+@pytest.mark.parametrize("plain", PLAIN)
+def test_plain_attention_draws_no_random_numbers(plain):
+    tensors, before = inputs(7, 15), torch.get_rng_state()
+    attention(*tensors, **PLAIN[plain]("dropkey"))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# ---- refusals and choices
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.0, 1.5, float("nan")])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_ratio_outside_zero_to_one_is_refused(ratio, training):
+    with pytest.raises(ValueError, match=r"outside \[0, 1\)"):
+        attention(*inputs(5, 5), ratio=ratio, training=training)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"training": False}, {"ratio": 0.0}])
+def test_an_unknown_regularizer_is_refused_with_the_known_ones(arguments):
+    with pytest.raises(ValueError, match="no regularizer 'dropkeys'; there are none, dropout, dropkey"):
+        attention(*inputs(5, 5), **{"regularizer": "dropkeys", "ratio": 0.3} | arguments)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"training": False}, {"ratio": 0.0}])
+def test_an_unknown_impl_is_refused(arguments):
+    with pytest.raises(ValueError, match="no impl 'flash'; there are auto, reference, sdpa"):
+        attention(*inputs(5, 5), **{"impl": "flash", "ratio": 0.3} | arguments)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"training": False}, {"ratio": 0.0}])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if not KINDS[kind].on_logits])
+def test_an_impl_asked_for_and_impossible_is_refused(kind, arguments):
+    with pytest.raises(ValueError, match=f"impl=sdpa masks logits, and {kind}"):
+        attention(*inputs(5, 5), **{"regularizer": kind, "impl": "sdpa", "ratio": 0.3} | arguments)
+
+
+@pytest.mark.parametrize("kind", STRUCTURED)
+def test_structured_kinds_without_a_grid_are_refused(kind):
+    with pytest.raises(ValueError, match="needs grid"):
+        attention(*inputs(5, 5), regularizer=kind, ratio=0.3, window=3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_auto_stands_for_an_impl_that_can(kind):
+    assert choose("auto", kind) in IMPLS_OF[kind]
+
+
+def test_the_impls_are_those_of_the_config():
+    assert ("auto", *IMPLS) == schema.IMPLS

@@ -1,0 +1,426 @@
+"""Patching adds nothing, leaves evaluation alone, reports what it did, and can be taken back, copied and saved."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import timm
+import torch
+from tiny_models import EVERY_SITE, FAMILIES, KINDS_AND_NONE, deit, pictures, t2t, t2t_t, vit, volo, window_of
+from torch import nn
+
+from dropkey import patching, regularizers
+from dropkey.config import schema
+from dropkey.patching.patch import Regularize, regularized_layers
+from dropkey.patching.sites import SITE_OF_CLASS
+from dropkey.regularizers import KINDS
+from dropkey.schedules import ratios
+
+FAMILY = pytest.mark.parametrize("family", FAMILIES)
+KIND = pytest.mark.parametrize("kind", KINDS)
+KIND_OR_NONE = pytest.mark.parametrize("kind", KINDS_AND_NONE)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def patch(model, kind="dropkey", ratio=0.3, schedule="constant", sites=EVERY_SITE, **others):
+    return patching.apply(model, kind, ratio, schedule, sites=sites, window=window_of(kind), **others)
+
+
+def run(model, images, seed=1):
+    torch.manual_seed(seed)
+    return model(images)
+
+
+def run_and_gradients(model, images, seed=1):
+    model.zero_grad()
+    out = run(model, images, seed)
+    out.square().sum().backward()
+    return [out, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+def equal(ours, theirs):
+    return len(ours) == len(theirs) and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+# ---- what must not change
+
+
+@KIND_OR_NONE
+@FAMILY
+def test_state_dict_is_unchanged(family, kind):
+    model = FAMILIES[family]()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    patch(model, kind)
+    assert list(before) == list(model.state_dict())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@KIND_OR_NONE
+@FAMILY
+def test_evaluation_is_that_of_the_unpatched_model_bit_for_bit(family, kind):
+    model = FAMILIES[family]().eval()
+    images = pictures(model)
+    before = model(images)
+    patch(model, kind, 0.7)
+    assert torch.equal(model(images), before)
+    assert torch.equal(model.train().eval()(images), before)
+
+
+@KIND
+@FAMILY
+def test_ratio_zero_trains_like_the_unpatched_model_bit_for_bit(family, kind):
+    model = FAMILIES[family]()
+    images = pictures(model)
+    before = run_and_gradients(model, images)
+    before = [x.clone() for x in before]
+    patch(model, kind, 0.0)
+    assert equal(run_and_gradients(model, images), before)
+
+
+@KIND
+def test_the_last_site_of_a_decreasing_schedule_trains_bit_for_bit_like_the_unpatched_one(kind):
+    model = vit()
+    attention, tokens = model.blocks[-1].attn, torch.randn(2, 17, 32)
+    before = attention(tokens)
+    patch(model, kind, 0.3, "decreasing")
+    assert torch.equal(attention(tokens), before)
+
+
+# ---- what must change
+
+
+@KIND
+@FAMILY
+def test_every_site_draws_one_mask_in_training(monkeypatch, family, kind):
+    drawn, draw = [], regularizers.draw
+
+    def counted(*args, **kwargs):
+        drawn.append(args)
+        return draw(*args, **kwargs)
+
+    monkeypatch.setattr(regularizers, "draw", counted)
+    model = FAMILIES[family]()
+    report = patch(model, kind, 0.3)
+    model(pictures(model))
+    assert [(args[0], args[2]) for args in drawn] == [(kind, 0.3)] * len(report.sites)
+
+
+@KIND
+@FAMILY
+def test_training_passes_differ(family, kind):
+    model = FAMILIES[family]()
+    patch(model, kind)
+    images = pictures(model)
+    assert not torch.equal(run(model, images, seed=1), run(model, images, seed=2))
+
+
+@FAMILY
+def test_an_own_attention_dropout_is_replaced(family):
+    """Else Dropout would act besides the regularizer."""
+    model = FAMILIES[family]()
+    for module in model.modules():
+        if isinstance(getattr(module, "attn_drop", None), nn.Dropout):
+            module.attn_drop.p = 0.5
+    plain = copy.deepcopy(model)
+    for module in plain.modules():
+        if isinstance(getattr(module, "attn_drop", None), nn.Dropout):
+            module.attn_drop.p = 0.0
+    images = pictures(model)
+    patch(model, "dropkey", 0.0)
+    assert torch.equal(run(model, images), run(plain, images))
+
+
+# ---- taking it back, doing it twice
+
+
+@KIND
+@FAMILY
+def test_undo_restores_classes_dropout_and_training_bit_for_bit(family, kind):
+    model = FAMILIES[family]()
+    for module in model.modules():
+        if isinstance(getattr(module, "attn_drop", None), nn.Dropout):
+            module.attn_drop.p = 0.2
+    images = pictures(model)
+    classes, text = [type(module) for module in model.modules()], repr(model)
+    before = [x.clone() for x in run_and_gradients(model, images)]
+    patch(model, kind)
+    patching.undo(model)
+    assert [type(module) for module in model.modules()] == classes
+    assert repr(model) == text
+    assert equal(run_and_gradients(model, images), before)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_undo_keeps_the_mode(training):
+    model = volo()
+    patch(model)
+    model.train(training)
+    patching.undo(model)
+    assert {module.training for module in model.modules()} == {training}
+
+
+def test_undo_of_an_unpatched_model_does_nothing():
+    model = vit()
+    text = repr(model)
+    patching.undo(model)
+    assert repr(model) == text
+
+
+@KIND
+@FAMILY
+def test_applying_twice_is_applying_once(family, kind):
+    once = FAMILIES[family]()
+    twice = copy.deepcopy(once)
+    text, images = repr(once), pictures(once)
+    report = patch(once, kind)
+    patch(twice, "dropout", 0.7, "increasing")
+    assert patch(twice, kind) == report
+    assert repr(twice) == repr(once)
+    assert equal(run_and_gradients(twice, images), run_and_gradients(once, images))
+    patching.undo(twice)
+    assert repr(twice) == text
+
+
+def test_none_takes_a_regularizer_out():
+    model = volo()
+    text = repr(model)
+    patch(model)
+    assert patch(model, "none").sites == []
+    assert repr(model) == text
+
+
+# ---- copies and files
+
+
+def saved_whole(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def state_in_a_fresh_model(model):
+    fresh = {"VisionTransformer": vit, "VOLO": volo, "T2TViT": t2t_t}[type(model).__name__]()
+    patch(fresh, "dropkey")
+    fresh.load_state_dict(model.state_dict())
+    return fresh
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "torch.save": saved_whole,
+    "state_dict": state_in_a_fresh_model,
+}
+
+
+@pytest.mark.parametrize("build", [vit, volo, t2t_t])
+@pytest.mark.parametrize("way", COPIES)
+def test_copies_keep_masks_in_force(way, build):
+    model = build()
+    patch(model)
+    images = pictures(model)
+    twin = COPIES[way](model)
+    assert equal(run_and_gradients(twin, images), run_and_gradients(model, images))
+    assert not torch.equal(run(twin, images, seed=1), run(twin, images, seed=2))
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
+def test_copies_can_be_changed_and_taken_back_by_themselves(way):
+    model = vit()
+    text = repr(model)
+    patch(model)
+    twin = COPIES[way](model)
+    patching.set_ratio(twin, 0.0)
+    assert all(layer.ratio == 0.3 for _, layer in regularized_layers(model))
+    patching.undo(twin)
+    assert repr(twin) == text
+    assert len(list(regularized_layers(model))) == 3
+
+
+def test_weights_go_from_unpatched_to_patched_and_back():
+    plain, patched = vit(), vit()
+    patch(patched)
+    assert str(patched.load_state_dict(plain.state_dict())) == "<All keys matched successfully>"
+    assert str(vit().load_state_dict(patched.state_dict())) == "<All keys matched successfully>"
+    images = pictures(plain)
+    assert torch.equal(plain.eval()(images), patched.eval()(images))
+
+
+# ---- sites and ratios
+
+
+@pytest.mark.parametrize("schedule", schema.SCHEDULES)
+@FAMILY
+def test_ratios_follow_the_order_in_which_layers_run(family, schedule):
+    model, order = FAMILIES[family](), []
+    report = patch(model, "dropkey", 0.3, schedule, end=0.05)
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "attn_drop", None), Regularize):
+            module.register_forward_pre_hook(lambda module, inputs, name=name: order.append(name))
+    model(pictures(model))
+    assert [site.name for site in report.sites] == order
+    wanted = ratios(schedule, 0.3, 0.05, len(order))
+    assert [site.ratio for site in report.sites] == wanted
+    assert [model.get_submodule(name).attn_drop.ratio for name in order] == wanted
+
+
+@pytest.mark.parametrize(
+    ("build", "kinds"),
+    [
+        (vit, ["self"] * 3),
+        (deit, ["self"] * 3),
+        (volo, ["self"] * 3 + ["class"] * 2),
+        (t2t, ["self"] * 3),
+        (t2t_t, ["self"] * 3),
+    ],
+)
+def test_by_default_self_and_class_attention_are_taken(build, kinds):
+    report = patching.apply(build())
+    assert [site.kind for site in report.sites] == kinds
+
+
+@pytest.mark.parametrize(
+    ("build", "kinds"), [(volo, ["outlook", *["self"] * 3, *["class"] * 2]), (t2t_t, ["token"] * 2 + ["self"] * 3)]
+)
+def test_outlook_and_token_attention_are_taken_on_request(build, kinds):
+    report = patching.apply(build(), sites=EVERY_SITE)
+    assert [site.kind for site in report.sites] == kinds
+    assert report.skipped == []
+
+
+@pytest.mark.parametrize(
+    ("build", "sites", "skipped"),
+    [
+        (volo, ("self", "class"), {"network.0.0.attn": "outlook attention is not among sites="}),
+        (volo, ("self", "outlook"), {f"post_network.{i}.attn": "class attention is not among" for i in (0, 1)}),
+        (t2t_t, ("self",), {f"tokens_to_token.attention{i}.attn": "token attention is not among" for i in (1, 2)}),
+        (t2t, EVERY_SITE, {f"tokens_to_token.attention{i}": "a performer has no softmax" for i in (1, 2)}),
+        (vit, EVERY_SITE, {}),
+    ],
+)
+def test_what_is_skipped_is_reported_with_the_reason(build, sites, skipped):
+    report = patching.apply(build(), sites=sites)
+    assert [name for name, _ in report.skipped] == list(skipped)
+    for name, reason in report.skipped:
+        assert reason.startswith(skipped[name])
+        assert name in str(report)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "reason"),
+    [
+        ("cait_xxs24_224", {"depth": 2}, "heads are mixed"),
+        ("xcit_nano_12_p16_224", {"depth": 2}, "channels, not keys"),
+        ("edgenext_xx_small", {}, "channels, not keys"),
+        ("mobilevitv2_050", {}, "one row of weights"),
+    ],
+)
+def test_attention_without_a_distribution_over_keys_is_skipped(name, arguments, reason):
+    with torch.device("meta"):
+        found = list(patching.patch.find(timm.create_model(name, **arguments)))
+    assert any(reason in (each.obstacle or "") for each in found)
+
+
+def test_the_sites_are_those_of_the_config():
+    assert {"self", *SITE_OF_CLASS.values()} == set(schema.SITES)
+
+
+@FAMILY
+def test_the_report_names_every_site_with_its_ratio(family):
+    report = patch(FAMILIES[family](), "dropkey", 0.3, "decreasing")
+    lines = str(report).splitlines()
+    assert lines[0].startswith(f"dropkey (decreasing) at {len(report.sites)} attention sites")
+    for line, site in zip(lines[1:], report.sites, strict=False):
+        assert line.split() == [site.name, site.kind, site.way, "ratio", f"{site.ratio:.4f}"]
+
+
+def test_the_printed_model_shows_kind_and_ratio():
+    model = vit()
+    patch(model, "dropkey_block", 0.25)
+    assert repr(model).count("dropkey_block, ratio=0.25, window=3, site=self") == 3
+
+
+@pytest.mark.parametrize("schedule", schema.SCHEDULES)
+def test_set_ratio_gives_what_apply_would_give(schedule):
+    model, wanted = volo(), volo()
+    patch(model, "dropkey", 0.1)
+    patching.set_ratio(model, 0.4, schedule, end=0.02)
+    patch(wanted, "dropkey", 0.4, schedule, end=0.02)
+    assert repr(model) == repr(wanted)
+
+
+# ---- Monte Carlo
+
+
+@KIND
+@FAMILY
+def test_always_on_acts_in_evaluation_and_ends(family, kind):
+    model = FAMILIES[family]().eval()
+    patch(model, kind)
+    images = pictures(model)
+    plain = run(model, images)
+    with patching.always_on(model):
+        assert not torch.equal(run(model, images, seed=1), run(model, images, seed=2))
+    assert torch.equal(run(model, images), plain)
+
+
+def test_always_on_ends_after_an_exception_too():
+    model = vit().eval()
+    patch(model)
+    images = pictures(model)
+    plain = model(images)
+    with pytest.raises(KeyError), patching.always_on(model):
+        raise KeyError
+    assert torch.equal(model(images), plain)
+
+
+def test_always_on_leaves_training_as_it_is():
+    model = volo()
+    patch(model)
+    images = pictures(model)
+    plain = run(model, images)
+    with patching.always_on(model):
+        assert torch.equal(run(model, images), plain)
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet26d", "mlp_mixer_toy"])
+def test_a_model_without_attention_is_refused(name):
+    model = nn.Sequential(nn.Linear(4, 4)) if name == "mlp_mixer_toy" else timm.create_model(name, num_classes=5)
+    with pytest.raises(ValueError, match="has no attention layer of sites="):
+        patching.apply(model)
+
+
+def test_a_model_without_the_sites_asked_for_is_refused():
+    with pytest.raises(ValueError, match=r"VisionTransformer has no attention layer of sites=\['outlook'\]"):
+        patching.apply(vit(), sites=("outlook",))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"regularizer": "dropkeys"}, "no regularizer 'dropkeys'; there are none, dropout"),
+        ({"schedule": "cosine"}, "no schedule 'cosine'"),
+        ({"impl": "flash"}, "no impl 'flash'"),
+        ({"regularizer": "dropout", "impl": "sdpa"}, "impl=sdpa masks logits"),
+        ({"ratio": 1.0}, r"ratios lie in \[0, 1\)"),
+        ({"ratio": -0.1}, r"ratios lie in \[0, 1\)"),
+        ({"regularizer": "dropkey_block"}, "dropkey_block takes an odd window"),
+        ({"regularizer": "dropkey_block", "window": "full"}, "dropkey_block takes an odd window"),
+        ({"regularizer": "dropkey_cross", "window": 4}, "dropkey_cross takes an odd window"),
+    ],
+)
+def test_arguments_that_cannot_work_are_refused_and_the_model_stays_as_it_was(arguments, message):
+    model = vit()
+    text = repr(model)
+    with pytest.raises(ValueError, match=message):
+        patching.apply(model, **arguments)
+    assert repr(model) == text

@@ -1,0 +1,121 @@
+"""Every command and every piece of Python in README.md works."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import runs
+
+from dropkey.config.check import check, check_evaluation
+from dropkey.config.compose import compose
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text()
+BASH = [line for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S) for line in block.splitlines()]
+COMMANDS = [shlex.split(line, comments=True) for line in BASH]
+PYTHON = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+TRAIN = [words[words.index("train.py") + 1 :] for words in COMMANDS if "train.py" in words]
+EVAL = [words[2:] for words in COMMANDS if "eval.py" in words]
+NO_NETWORK = [words for words in TRAIN if not any(w.startswith(("data=", "experiment=", "-")) for w in words)]
+NAME = "vit_4x64-dropkey-digits-s0-{hash}"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The run that the README's commands speak of, but briefly trained."""
+    return runs.train(tmp_path_factory.mktemp("runs"), "regularizer.ratio=0.1")
+
+
+def named(words: list[str], run) -> list[str]:
+    return [word.replace(f"runs/{NAME}", str(run.path)).replace("path/to/images", str(run.path)) for word in words]
+
+
+def test_every_line_is_of_a_kind_that_is_tested_here():
+    known = {"python", "torchrun", "make", "sbatch"}
+    assert {words[0] for words in COMMANDS} <= known
+    assert len(TRAIN) >= 12 and len(EVAL) >= 3 and len(PYTHON) >= 3
+
+
+@pytest.mark.parametrize("words", TRAIN, ids=" ".join)
+def test_training_commands_compose_and_pass_the_checks(words, run):
+    words = named(words, run)
+    overrides = [word for word in words if "=" in word]
+    singles = [re.sub(r"=([^\[{,]*),.*", r"=\1", word) for word in overrides]  # the first job of a multirun
+    check(compose(singles))
+
+
+@pytest.mark.parametrize("words", NO_NETWORK, ids=" ".join)
+def test_training_commands_that_need_no_network_train(words, run, tmp_path):
+    command = [*named(words, run), "trainer.max_steps=2", f"output={tmp_path}", "logger.mode=offline"]
+    sizes = [word for word in runs.SMALL if word.startswith("model.")] if "init_from" in str(words) else []
+    done = subprocess.run(
+        [sys.executable, "train.py", *command, *sizes], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "top-1" in done.stdout
+
+
+def test_the_multirun_trains_every_job(tmp_path):
+    (words,) = [w for w in TRAIN if w[0] == "-m" and "regularizer=none,dropout,dropkey" in w]
+    command = [sys.executable, "train.py", *words, *runs.SMALL, "trainer.max_steps=1", f"output={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    finished = [p for p in tmp_path.iterdir() if (p / "summary.json").exists()]
+    assert len(finished) == 6
+
+
+@pytest.mark.parametrize("words", EVAL, ids=" ".join)
+def test_evaluation_commands_evaluate(words, run):
+    check_evaluation(compose(named(words, run), "eval"))
+    done = subprocess.run(
+        [sys.executable, "eval.py", *named(words, run)], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "top-1" in done.stdout
+
+
+@pytest.mark.parametrize("code", PYTHON, ids=lambda code: code.strip().splitlines()[-1][:40])
+def test_python_examples_run(code, monkeypatch):
+    from dropkey import regularizers
+
+    monkeypatch.setattr(regularizers, "KINDS", dict(regularizers.KINDS))
+    names = {}
+    exec(compile(code, "README.md", "exec"), names)
+    if "drophead" in code:
+        import torch
+
+        import dropkey
+
+        q = torch.randn(64, 8, 5, 4)
+        out = dropkey.attention(q, q, q, regularizer="drophead", ratio=0.5)
+        silent = (out == 0).flatten(2).all(-1).float().mean()
+        assert 0.3 < silent < 0.7
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for words in (w for w in COMMANDS if w[0] == "make"):
+        assert re.search(rf"^{words[1]}:", makefile, re.M)
+
+
+def test_the_slurm_script_is_sound_and_hands_its_arguments_on():
+    script = ROOT / "scripts" / "slurm.sh"
+    assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
+    text = script.read_text()
+    assert 'train.py "$@"' in text
+    for words in (w for w in COMMANDS if w[0] == "sbatch"):
+        assert (ROOT / words[1]).exists()
+        check(compose(words[2:]))
+
+
+def test_pictures_and_options_that_the_readme_names_exist():
+    from dropkey.config.compose import groups
+
+    for path in re.findall(r"!\[.*?\]\((.*?)\)", TEXT):
+        assert (ROOT / path).exists()
+    for group, options in groups().items():
+        for option in options:
+            assert re.sub(r"_?(d?\d+|tiny|small|base)$", "", option) in TEXT, (group, option)
