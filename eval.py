@@ -17,10 +17,10 @@ def main(cfg: EvalConfig) -> None:
         raise ConfigError(f"{directory} is no run directory: it has no config.yaml")
     trained = compose.load(directory / "config.yaml")
 
-    from dropkey import session  # imports torch and timm: seconds, so after the checks
+    from dropkey import evaluation  # imports torch and timm: seconds, so after the checks
 
-    result, file = session.evaluate_run(cfg, trained, directory)
-    print(session.describe(result))
+    result, file = evaluation.evaluate_run(cfg, trained, directory)
+    print(evaluation.describe(result))
     print(f"result {file}")
 
 

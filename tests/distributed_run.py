@@ -3,6 +3,7 @@
 Usage: distributed_run.py <output> <signal>:<step>:<rank> <override>...   (0:0:0 for no signal)
 """
 
+# ruff: noqa: E402
 import os
 import sys
 from pathlib import Path
@@ -10,7 +11,6 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 import runs
-
 import train
 from dropkey import curves
 from dropkey.config import compose

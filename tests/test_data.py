@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from data_samples import HEAVY, digits_config, folder_config, image_folder, write_images
 
 import dropkey.data
+from data_samples import HEAVY, digits_config, folder_config, image_folder, write_images
 from dropkey.config.schema import DataConfig
 from dropkey.data import cache, load, train_loader
 from dropkey.errors import ConfigError, DataError

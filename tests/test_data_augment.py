@@ -6,9 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from data_samples import LIGHT, MIXED, batches, digits_config, folder_config, image_folder
 from timm.data.mixup import mixup_target
 
+from data_samples import LIGHT, MIXED, batches, digits_config, folder_config, image_folder
 from dropkey.config.schema import AugmentConfig
 from dropkey.data.augment import BatchAugment, Normalize
 

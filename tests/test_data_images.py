@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from data_samples import folder_config, image_folder, write_images
 from PIL import Image
 
+from data_samples import folder_config, image_folder, write_images
 from dropkey.data import cache, load
 from dropkey.data.images import Files, fit, open_image, to_tensor
 

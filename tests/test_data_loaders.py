@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+
 from data_samples import (
     HEAVY,
     LIGHT,
@@ -21,7 +22,6 @@ from data_samples import (
     merged,
     write_images,
 )
-
 from dropkey.config.schema import AugmentConfig
 from dropkey.data import Dataset, Split, epoch_order, eval_loader, load, train_loader
 from dropkey.data.images import Pixels, fit, to_tensor

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_samples import LIGHT, assert_equal, batches, folder_config, image_folder
 
+from data_samples import LIGHT, assert_equal, batches, folder_config, image_folder
 from dropkey.data import load, train_loader
 
 ROOT = Path(__file__).parents[1]

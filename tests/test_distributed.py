@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-import runs
 
+import runs
 from dropkey.records import RunDirectory
 
 pytestmark = pytest.mark.slow

@@ -7,7 +7,6 @@ import pickle
 import pytest
 import timm
 import torch
-from tiny_models import EVERY_SITE, FAMILIES, KINDS_AND_NONE, deit, pictures, t2t, t2t_t, vit, volo, window_of
 from torch import nn
 
 from dropkey import patching, regularizers
@@ -16,6 +15,7 @@ from dropkey.patching.patch import Regularize, regularized_layers
 from dropkey.patching.sites import SITE_OF_CLASS
 from dropkey.regularizers import KINDS
 from dropkey.schedules import ratios
+from tiny_models import EVERY_SITE, FAMILIES, KINDS_AND_NONE, deit, pictures, t2t, t2t_t, vit, volo, window_of
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
 KIND = pytest.mark.parametrize("kind", KINDS)

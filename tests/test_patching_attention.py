@@ -1,4 +1,4 @@
-"""What patched attention layers compute: against dense recomputations, on the right grid, compiled, checkpointed, bf16."""
+"""What patched layers compute: as dense recomputations, on the right grid, compiled, checkpointed, in bf16."""
 
 import pytest
 import torch
@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from timm.layers import Attention
 from timm.models import volo as timm_volo
 from timm.models.swin_transformer import WindowAttention
-from tiny_models import EVERY_SITE, FAMILIES, deit, pictures, t2t, t2t_small, t2t_t, vit, volo, window_of
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -14,6 +13,7 @@ from dropkey import patching, regularizers
 from dropkey.models.t2t_vit import TokenTransformerAttention
 from dropkey.patching.sites import key_grid
 from dropkey.regularizers import KINDS, STRUCTURED
+from tiny_models import EVERY_SITE, FAMILIES, deit, pictures, t2t, t2t_small, t2t_t, vit, volo, window_of
 
 KIND = pytest.mark.parametrize("kind", KINDS)
 
@@ -82,7 +82,7 @@ def dense_token(module, x, drop, kind):
 
 
 def dense_outlook(module, x, drop, kind):
-    """Stride 1, kernel 3: each position predicts a 9 x 9 matrix over its neighbourhood, and the results are added up."""
+    """Stride 1, kernel 3: each position predicts a 9 x 9 matrix over its neighbourhood; the results are added up."""
     batch, height, width, channels = x.shape
     logits = module.attn(x).view(batch, height, width, module.num_heads, 9, 9) * (channels / module.num_heads) ** -0.5
     drop = drop.expand(-1, -1, 9, -1).reshape(batch, module.num_heads, height, width, 9, 9).permute(0, 2, 3, 1, 4, 5)
@@ -96,18 +96,22 @@ def dense_outlook(module, x, drop, kind):
     return module.proj(out[:, 1:-1, 1:-1])
 
 
-def unfused(module):
-    module.fused_attn = False
+def fused(module, is_fused=True):
+    module.fused_attn = is_fused
     return module
+
+
+def unfused(module):
+    return fused(module, False)
 
 
 # name: module, shape of its input, dense recomputation, the way patching reports
 LAYERS = {
-    "timm, fused": (lambda: Attention(16, 2), (2, 17, 16), dense_self, "fused"),
+    "timm, fused": (lambda: fused(Attention(16, 2)), (2, 17, 16), dense_self, "fused"),
     "timm, parts": (lambda: unfused(Attention(16, 2)), (2, 17, 16), dense_self, "weights"),
-    "VOLO, fused": (lambda: timm_volo.Attention(16, 2), (2, 4, 4, 16), dense_self, "fused"),
+    "VOLO, fused": (lambda: fused(timm_volo.Attention(16, 2)), (2, 4, 4, 16), dense_self, "fused"),
     "VOLO, parts": (lambda: unfused(timm_volo.Attention(16, 2)), (2, 4, 4, 16), dense_self, "weights"),
-    "windows, fused": (lambda: WindowAttention(16, 2, window_size=4), (2, 16, 16), dense_window, "fused"),
+    "windows, fused": (lambda: fused(WindowAttention(16, 2, window_size=4)), (2, 16, 16), dense_window, "fused"),
     "windows, parts": (lambda: unfused(WindowAttention(16, 2, window_size=4)), (2, 16, 16), dense_window, "weights"),
     "class": (lambda: timm_volo.ClassAttention(16, 2), (2, 17, 16), dense_class, "weights"),
     "token": (lambda: TokenTransformerAttention(12, 16), (2, 16, 12), dense_token, "weights"),
@@ -215,7 +219,7 @@ def test_key_grid(keys, model_grid, num_prefix, wanted):
     assert key_grid(keys, model_grid, num_prefix) == wanted
 
 
-@pytest.mark.parametrize(("keys", "model_grid"), [(60, None), (100, (14, 14)), (1, None), (62, (6, 10))])
+@pytest.mark.parametrize(("keys", "model_grid"), [(60, None), (100, (14, 14)), (3, None), (62, (6, 10))])
 def test_keys_that_fit_no_grid_are_refused(keys, model_grid):
     with pytest.raises(ValueError, match=f"{keys} keys fit neither"):
         key_grid(keys, model_grid, 1)

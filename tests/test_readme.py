@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import runs
 
-from dropkey.config.check import check, check_evaluation
-from dropkey.config.compose import compose
+import eval as evaluating
+import runs
+import train
+from dropkey.config.check import check
+from dropkey.config.compose import compose, launch
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
@@ -47,32 +49,40 @@ def test_training_commands_compose_and_pass_the_checks(words, run):
     check(compose(singles))
 
 
+def run_here(monkeypatch, capsys, name: str, main, words: list[str]) -> str:
+    """The output of a command, run in this process: importing torch anew takes ten seconds each time."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
+    with pytest.raises(SystemExit) as stopped:
+        launch(name, main)
+    captured = capsys.readouterr()
+    assert stopped.value.code == 0, captured.err
+    return captured.out
+
+
 @pytest.mark.parametrize("words", NO_NETWORK, ids=" ".join)
-def test_training_commands_that_need_no_network_train(words, run, tmp_path):
-    command = [*named(words, run), "trainer.max_steps=2", f"output={tmp_path}", "logger.mode=offline"]
+def test_training_commands_that_need_no_network_train(words, run, tmp_path, monkeypatch, capsys):
+    short = [*named(words, run), "trainer.max_steps=2", f"output={tmp_path}", "logger.mode=offline"]
     sizes = [word for word in runs.SMALL if word.startswith("model.")] if "init_from" in str(words) else []
-    done = subprocess.run(
-        [sys.executable, "train.py", *command, *sizes], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    assert "top-1" in done.stdout
+    assert "top-1" in run_here(monkeypatch, capsys, "train", train.main, [*short, *sizes])
 
 
-def test_the_multirun_trains_every_job(tmp_path):
-    (words,) = [w for w in TRAIN if w[0] == "-m" and "regularizer=none,dropout,dropkey" in w]
-    command = [sys.executable, "train.py", *words, *runs.SMALL, "trainer.max_steps=1", f"output={tmp_path}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stderr
+def test_the_multirun_trains_every_job(tmp_path, monkeypatch, capsys):
+    (words,) = [w for w in TRAIN if w[:1] == ["-m"] and "regularizer=none,dropout,dropkey" in w]
+    short = [*words, *runs.SMALL, "trainer.max_steps=1", f"output={tmp_path}"]
+    run_here(monkeypatch, capsys, "train", train.main, short)
     finished = [p for p in tmp_path.iterdir() if (p / "summary.json").exists()]
     assert len(finished) == 6
 
 
 @pytest.mark.parametrize("words", EVAL, ids=" ".join)
-def test_evaluation_commands_evaluate(words, run):
-    check_evaluation(compose(named(words, run), "eval"))
-    done = subprocess.run(
-        [sys.executable, "eval.py", *named(words, run)], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+def test_evaluation_commands_evaluate(words, run, monkeypatch, capsys):
+    assert "top-1" in run_here(monkeypatch, capsys, "eval", evaluating.main, named(words, run))
+
+
+def test_a_command_works_from_the_shell(tmp_path):
+    command = [sys.executable, "train.py", *runs.SMALL, "trainer.max_steps=2", f"output={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "top-1" in done.stdout
 

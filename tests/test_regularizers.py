@@ -58,7 +58,7 @@ def test_realised_ratio(kind, ratio):
 @pytest.mark.parametrize(("kind", "window"), WINDOWS)
 def test_realised_ratio_of_structured_kinds_is_within_one_percent(kind, window, grid):
     keys = grid[0] * grid[1]
-    mask = mask_of(kind, window, 0.3, (16, 16, 12_000_000 // keys // 256, keys), grid)
+    mask = mask_of(kind, window, 0.3, (16, 16, 8_000_000 // keys // 256, keys), grid)
     assert mask.double().mean().item() == pytest.approx(0.3, rel=0.01)
 
 
@@ -139,13 +139,17 @@ def test_masks_are_boolean(kind, window):
     assert mask_of(kind, window, 0.3).dtype == torch.bool
 
 
-@pytest.mark.parametrize("axis", ["sample", "head", "query", "key"])
-@pytest.mark.parametrize(("kind", "window"), KIND_AND_WINDOW)
+AXES = ("sample", "head", "query", "key")
+SHARED = {"dropkey_column": "query", "dropkey_block": "key", "dropkey_cross": "key"}  # by definition
+
+
+@pytest.mark.parametrize(
+    ("kind", "window", "axis"),
+    [(kind, window, axis) for kind, window in KIND_AND_WINDOW for axis in AXES if SHARED.get(kind) != axis],
+)
 def test_draws_are_independent(kind, window, axis):
     """Same key, next sample (head, query), or next key: both are dropped as often as chance has it."""
-    dim = ["sample", "head", "query", "key"].index(axis)
-    if (axis, kind) == ("query", "dropkey_column") or (axis == "key" and kind in STRUCTURED):
-        pytest.skip("shared by definition")
+    dim = AXES.index(axis)
     mask = mask_of(kind, window, 0.3, (96, 16, 1 if kind == "dropkey_column" else 24, 16)).double()
     centred = mask - mask.mean((0, 1, 2), keepdim=True)  # per key: on the border of a grid fewer seeds reach
     for lag in (1, 2, 4):

@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import runs
 import torch
 
-import eval as evaluation
+import eval as evaluating
+import runs
 import train as training
-from dropkey import build, curves, session
+from dropkey import build, curves, evaluation, session
 from dropkey.config.schema import KINDS, DataConfig, EvalConfig, EvaluationConfig
 from dropkey.engine import distributed, fit, tracking
 from dropkey.engine.evaluate import evaluate
@@ -35,7 +35,7 @@ def evaluated(run: RunDirectory, **options) -> dict:
     keys = {k: options.pop(k) for k in ("data", "checkpoint") if k in options}
     where = {} if "checkpoint" in keys else {"run": str(run.path)}
     cfg = EvalConfig(**where, **keys, eval=EvaluationConfig(**options))
-    return session.evaluate_run(cfg, runs_config(run), run.path)[0]
+    return evaluation.evaluate_run(cfg, runs_config(run), run.path)[0]
 
 
 def runs_config(run: RunDirectory):
@@ -138,7 +138,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_leaves_evidence(t
             raise
 
     monkeypatch.setattr(fit.Loop, "step", poisoned)
-    with pytest.raises(Diverged, match="epoch 2, step 5") as error:
+    with pytest.raises(Diverged, match=r"epoch 2, step 5") as error:
         runs.train(tmp_path)
     assert error.value.exit_code == 4
     (path,) = tmp_path.iterdir()
@@ -183,7 +183,7 @@ def test_a_run_whose_config_was_edited_is_refused_with_the_difference(tmp_path, 
     (path,) = tmp_path.iterdir()
     text = (path / "config.yaml").read_text()
     (path / "config.yaml").write_text(text.replace("epochs: 3", "epochs: 5"))
-    with pytest.raises(ConfigError, match="trainer.epochs: 5 -> 3"):
+    with pytest.raises(ConfigError, match=r"trainer\.epochs: 5 -> 3"):
         runs.train(tmp_path)
 
 
@@ -296,7 +296,7 @@ def test_another_data_set_of_the_same_classes_can_be_evaluated(finished, tmp_pat
 
 
 def test_eval_writes_its_result_beside_the_run_and_on_the_screen(finished, capsys):
-    evaluation.main(EvalConfig(run=str(finished.path), eval=EvaluationConfig(split="val")))
+    evaluating.main(EvalConfig(run=str(finished.path), eval=EvaluationConfig(split="val")))
     out = capsys.readouterr().out
     file = finished.path / "eval-val.json"
     assert str(file) in out
@@ -306,7 +306,7 @@ def test_eval_writes_its_result_beside_the_run_and_on_the_screen(finished, capsy
 @pytest.mark.parametrize("cfg", [EvalConfig(), EvalConfig(run="a", checkpoint="b")], ids=["neither", "both"])
 def test_eval_needs_a_run_or_a_checkpoint(cfg):
     with pytest.raises(ConfigError, match="not both and not neither"):
-        evaluation.main(cfg)
+        evaluating.main(cfg)
 
 
 # ----------------------------------------------------------------------------------------------------- fine-tuning

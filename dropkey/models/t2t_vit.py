@@ -1,8 +1,8 @@
 """T2T-ViT: a vision transformer whose patch embedding is a small transformer of its own.
 
 After "Tokens-to-Token ViT: Training Vision Transformers from Scratch on ImageNet" (Yuan et al., ICCV 2021,
-arXiv:2101.11986). Overlapping soft splits, with one narrow transformer layer between each two, shrink the picture to the
-tokens of a deep and thin backbone. Parameter names and shapes are those of the released checkpoints, so that these load.
+arXiv:2101.11986). Overlapping soft splits, with one narrow transformer layer between each two, shrink the image to the
+tokens of a deep and thin backbone. Parameter names and shapes are those of the released checkpoints, so these load.
 
 Shape letters: B pictures, C channels, N tokens, D token width, H heads, M random features.
 """
@@ -147,7 +147,7 @@ class TokensToToken(nn.Module):
 def sinusoid_table(positions: int, dim: int) -> Tensor:
     """Fixed position embedding (1, positions, dim): sine on even channels, cosine on odd ones.
 
-    Channel j of position p has the angle p / 10000^(2·floor(j/2)/dim) in radians; worked out in float64, as large angles
+    Channel j of position p has the angle p / 10000^(2·floor(j/2)/dim) in radians; computed in float64, as large angles
     lose their phase in float32, and returned in the default dtype.
     """
     position = torch.arange(positions, dtype=torch.float64).unsqueeze(1)
@@ -159,7 +159,7 @@ def sinusoid_table(positions: int, dim: int) -> Tensor:
 class T2TViT(nn.Module):
     """T2T-ViT: (B, in_chans, height, width) of exactly `img_size` -> logits (B, num_classes), or features if that is 0.
 
-    `img_size` is a side or (height, width) in pixels. `soft_splits` lists (kernel, stride, padding); between each two is
+    `img_size` is a side or (height, width) in pixels. `soft_splits` lists (kernel, stride, padding); between two is
     a token layer of the kind `tokens`. `drop_rate` is, as in the original and unlike timm's, the dropout after the
     position embedding and in the backbone's projections and MLPs. `drop_path_rate` is that of the last block, growing
     linearly from 0 at the first. `grid_size` is the (rows, columns) of the backbone's tokens, behind one class token.

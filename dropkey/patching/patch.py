@@ -146,6 +146,8 @@ class Report:
     skipped: list[tuple[str, str]] = field(default_factory=list)  # name, reason
 
     def __str__(self) -> str:
+        if self.regularizer == "none":
+            return "no regularizer: attention as it is"
         head = f"{self.regularizer} ({self.schedule}) at {len(self.sites)} attention sites"
         lines = [head + (f", impl {self.impl}" if any(s.way == "fused" for s in self.sites) else "")]
         lines += [f"  {s.name:<36} {s.kind:<8} {s.way:<8} ratio {s.ratio:.4f}" for s in self.sites]

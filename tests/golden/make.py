@@ -9,7 +9,6 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
 
 import runs  # noqa: E402
-
 from dropkey.config.schema import KINDS  # noqa: E402
 
 

@@ -1,0 +1,90 @@
+"""Imports point one way, and parts that must be quick to load or blind to others stay so."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "dropkey"
+# What each part may import of the package, besides itself.
+MAY_IMPORT = {
+    "errors": set(),
+    "seeds": set(),
+    "schedules": set(),
+    "regularizers": set(),
+    "curves": set(),
+    "records": {"errors"},
+    "config": {"errors"},
+    "data": {"config", "errors", "seeds"},
+    "models": set(),
+    "operator": {"regularizers"},
+    "patching": {"operator", "regularizers", "schedules"},
+    "engine": {"config", "errors", "records", "seeds"},
+    "build": {"config", "engine", "errors", "models", "patching"},
+    "provenance": {"engine", "records"},
+    "session": {"build", "config", "curves", "data", "engine", "errors", "provenance", "records", "seeds"},
+    "evaluation": {
+        *("build", "config", "data", "engine", "errors", "patching"),
+        *("provenance", "records", "seeds", "session"),
+    },
+}
+FILES = [file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py"]
+
+
+def part(file: Path) -> str:
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(file: Path) -> set[str]:
+    """Parts of the package that a file imports."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name.split(".")[1] for name in names if name.startswith("dropkey.")}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_imports_point_one_way(file):
+    assert imported(file) - {part(file)} <= MAY_IMPORT[part(file)]
+
+
+@pytest.mark.parametrize("file", (PACKAGE / "engine").glob("*.py"), ids=lambda file: file.name)
+def test_the_engine_is_blind_to_methods_models_and_data_sets(file):
+    code = re.sub(r'""".*?"""|#.*', "", file.read_text(), flags=re.S)
+    words = re.sub(r"(from|import) dropkey\S*", "", code).lower()
+    assert not re.search(r"dropkey|regulariz|t2t|volo|cifar|imagenet|digits", words)
+
+
+@pytest.mark.parametrize("module", ["dropkey", "dropkey.config.compose", "dropkey.config.identity", "dropkey.records"])
+def test_what_runs_before_the_checks_imports_no_torch(module):
+    program = f"import sys, {module}; print([m for m in ('torch', 'timm', 'wandb', 'matplotlib') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_files_and_functions_stay_short(file):
+    text = file.read_text()
+    assert len(text.splitlines()) <= 320
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef) and node.name not in LONG:
+            assert node.end_lineno - node.lineno < 60, node.name
+
+
+LONG = {
+    "fit": "a training from beginning to end is one page, in order",
+    "train_in": "likewise a run",
+    "apply": "half of it says what the arguments are",
+}
+
+
+def test_long_functions_are_still_there():
+    text = "".join(file.read_text() for file in FILES)
+    assert all(f"def {name}(" in text for name in LONG)
