@@ -1,6 +1,5 @@
 """Augmentation: each operation against a plain computation of the same."""
 
-import os
 from dataclasses import replace
 
 import numpy as np
@@ -8,26 +7,9 @@ import pytest
 import torch
 from timm.data.mixup import mixup_target
 
-from data_samples import LIGHT, MIXED, batches, digits_config, folder_config, image_folder
+from data_samples import LIGHT, MIXED, batches, digits_config, folder_config
 from dropkey.config.schema import AugmentConfig
 from dropkey.data.augment import BatchAugment, Normalize
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """48 images of 15 x 20 pixels in 3 classes; the module's cache beside them."""
-    root = tmp_path_factory.mktemp("loaders")
-    os.environ["DROPKEY_CACHE"] = str(root / "cache")
-    yield image_folder(root / "images", size=(20, 15))
-    del os.environ["DROPKEY_CACHE"]
 
 
 @pytest.mark.parametrize(("flip", "padding"), [(True, 0), (False, 3), (True, 3), (True, 11)])

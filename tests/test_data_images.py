@@ -9,14 +9,7 @@ from data_samples import folder_config, image_folder, write_images
 from dropkey.data import cache, load
 from dropkey.data.images import Files, fit, open_image, to_tensor
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("DROPKEY_CACHE", str(tmp_path / "cache"))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield tmp_path / "cache"
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 # -------------------------------------------------------------------------------------------- conversion

@@ -1,6 +1,5 @@
 """Loaders: order, augmentation and evaluation are exact, whatever the processes, workers, chunks or interruptions."""
 
-import os
 import random
 from collections import Counter
 from dataclasses import replace
@@ -26,24 +25,6 @@ from dropkey.config.schema import AugmentConfig
 from dropkey.data import Dataset, Split, epoch_order, eval_loader, load, train_loader
 from dropkey.data.images import Pixels, fit, to_tensor
 from dropkey.errors import ConfigError, DataError
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """48 images of 15 x 20 pixels in 3 classes; the module's cache beside them."""
-    root = tmp_path_factory.mktemp("loaders")
-    os.environ["DROPKEY_CACHE"] = str(root / "cache")
-    yield image_folder(root / "images", size=(20, 15))
-    del os.environ["DROPKEY_CACHE"]
-
 
 # ------------------------------------------------------------------------------------------------- order
 

@@ -1,36 +1,17 @@
 """Decoding processes: signals pass them by, and none is left behind."""
 
 import multiprocessing
-import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-import torch
 
-from data_samples import LIGHT, assert_equal, batches, folder_config, image_folder
+from data_samples import LIGHT, assert_equal, batches, folder_config
 from dropkey.data import load, train_loader
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """48 images of 15 x 20 pixels in 3 classes; the module's cache beside them."""
-    root = tmp_path_factory.mktemp("loaders")
-    os.environ["DROPKEY_CACHE"] = str(root / "cache")
-    yield image_folder(root / "images", size=(20, 15))
-    del os.environ["DROPKEY_CACHE"]
 
 
 def test_workers_outlive_signals_and_end_on_close(folder):
