@@ -5,6 +5,7 @@ class RunError(Exception):
     """Base: `str(error)` is the whole message (what, where, how to mend), `exit_code` what the process returns."""
 
     exit_code = 1
+    one_process = False  # whether only this process of a job knows of it, so that it must speak for itself
 
 
 class ConfigError(RunError):

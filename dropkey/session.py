@@ -11,11 +11,12 @@ from dropkey import build, curves, data
 from dropkey.config import compose, identity
 from dropkey.config.schema import TrainConfig
 from dropkey.engine import checkpoint, tracking
-from dropkey.engine.distributed import StopSignal, World
+from dropkey.engine.distributed import StopSignal, World, is_loss_of_a_peer
 from dropkey.engine.evaluate import evaluate
 from dropkey.engine.fit import Job, fit
 from dropkey.engine.optim import build_autocast, duration
 from dropkey.engine.progress import Progress
+from dropkey.engine.state import State
 from dropkey.errors import ConfigError, Diverged, Interrupted, RunError
 from dropkey.provenance import device_name, git_commit, peak_memory_mib, versions
 from dropkey.records import RunDirectory
@@ -36,6 +37,10 @@ def train(cfg: TrainConfig, run: RunDirectory) -> dict:
                 return train_in(world, cfg, run, stop)
             with run.lock():
                 return train_recording_status(world, cfg, run, stop)
+        except RuntimeError as error:
+            if not is_loss_of_a_peer(error):
+                raise
+            raise RunError("another process of this job ended, for the reason it gives; this one stops too") from None
         finally:
             world.close()
 
@@ -128,7 +133,7 @@ def train_in(world: World, cfg: TrainConfig, run: RunDirectory, stop: StopSignal
     )
     summary = None
     try:
-        state = fit(job)
+        state = fit_or_speak_up(job)
         test = loader_of(dataset, "test", cfg, world)
         autocast = build_autocast(trainer.amp, world.device)
         result = evaluate(state.evaluated.eval(), test, world, dataset.num_classes, stop, autocast)
@@ -146,6 +151,17 @@ def train_in(world: World, cfg: TrainConfig, run: RunDirectory, stop: StopSignal
                 curves.draw(run.records(), title, run.path / "curves.png", split_name(watched))
             tracker.finish(summary, run.path / "curves.png")
     return summary
+
+
+def fit_or_speak_up(job: Job) -> State:
+    """`fit`; an error that the other processes do not share, such as an unreadable image, is marked as such."""
+    try:
+        return fit(job)
+    except (Interrupted, Diverged):  # agreed on by all
+        raise
+    except RunError as error:
+        error.one_process = job.world.size > 1
+        raise
 
 
 class FirstBatch:

@@ -1,6 +1,7 @@
 """What test_distributed.py starts under torchrun: a small run in which one rank may be signalled at one step.
 
-Usage: distributed_run.py <output> <signal>:<step>:<rank> <override>...   (0:0:0 for no signal)
+Usage: distributed_run.py <output> <signal>:<step>:<rank> <override>...
+0:0:0 for no signal; "signal" -1 stands for an unreadable image.
 """
 
 # ruff: noqa: E402
@@ -15,6 +16,7 @@ import train
 from dropkey import curves
 from dropkey.config import compose
 from dropkey.engine import fit
+from dropkey.errors import DataError
 
 
 def main() -> None:
@@ -26,6 +28,8 @@ def main() -> None:
     def count(self, loss, seconds):
         original(self, loss, seconds)
         if number and first_life and self.job.world.rank == rank and self.state.position.update == step:
+            if number == -1:
+                raise DataError("images/broken.png cannot be read")
             os.kill(os.getpid(), number)
 
     fit.Loop.count = count

@@ -92,6 +92,14 @@ def test_a_killed_rank_ends_the_job(tmp_path):
     assert run.status()["state"] in ("failed", "interrupted", "running")
 
 
+def test_an_error_in_one_process_ends_the_job_and_is_told_once(tmp_path):
+    done, run, _ = launch(tmp_path, event="-1:5:1")
+    assert done.returncode != 0
+    assert done.stderr.count("error: process 1: images/broken.png cannot be read") == 1
+    assert "dropkey/engine" not in done.stderr  # no traceback of ours, only torchrun's own
+    assert run.status()["state"] == "failed"
+
+
 def test_another_number_of_processes_is_noticed_aloud(tmp_path):
     launch(tmp_path, event=f"{int(signal.SIGTERM)}:4:0")
     done, run, _ = launch(tmp_path, processes=1)

@@ -134,10 +134,12 @@ def nearest_key(key: str, keys: list[str], options: dict[str, list[str]]) -> str
 
 
 def say_error(error: RunError) -> None:
-    """Once per job, on the first process; the prefix says whether something is wrong or merely stopped."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    """Once per job: by the first process, or by the only one that knows."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank == 0 or error.one_process:
         prefix = "" if isinstance(error, Interrupted) else "error: "
-        print(f"{prefix}{error}", file=sys.stderr, flush=True)
+        where = f"process {rank}: " if error.one_process else ""
+        print(f"{prefix}{where}{error}", file=sys.stderr, flush=True)
 
 
 def launch(config_name: str, task: Callable) -> None:

@@ -87,6 +87,11 @@ class World:
             dist.destroy_process_group()
 
 
+def is_loss_of_a_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another process of the job ended."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
 class StopSignal:
     """Ctrl-C, SIGTERM and SIGUSR1 ask for an end; whoever trains looks at `number` when it can save.
 
