@@ -88,6 +88,7 @@ def refuse_other_config(cfg: TrainConfig, run: RunDirectory) -> None:
 
 def train_in(world: World, cfg: TrainConfig, run: RunDirectory, stop: StopSignal) -> dict:
     """Data, model, training, final evaluation, summary: the same in every process."""
+    world.any(False)  # nobody looks for checkpoints before the first process has prepared the directory
     if world.device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     progress = Progress(cfg.trainer.epochs, run.log, show=world.main)
