@@ -121,6 +121,7 @@ def check_model(model: ModelConfig, image_size: int) -> None:
             "take model=t2t_vit_small_image, or images of 48 px and more",
         )
     if kind in ("vit", "volo"):
+        least = 4 if model.patch_size is None else 2  # patches a side; whoever asks for a patch may have fewer
         if model.patch_size is None:
             model.patch_size = default_patch(base, image_size)
         patch = model.patch_size
@@ -134,9 +135,9 @@ def check_model(model: ModelConfig, image_size: int) -> None:
             f"data.image_size={image_size} is not divisible by {why} ({step}); take data.image_size={good}",
         )
         require(
-            image_size >= 2 * patch,
-            f"model.patch_size={patch} leaves one token of data.image_size={image_size}; take another size, "
-            f"such as data.image_size={8 * (-(-image_size // 8))}",
+            image_size >= least * patch,
+            f"data.image_size={image_size} is cut into {image_size // patch} x {image_size // patch} patches of "
+            f"{patch} px, too few; take data.image_size={8 * (-(-max(image_size, 16) // 8))}, or set model.patch_size",
         )
 
 

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from dropkey import regularizers, schedules
 from dropkey.operator import attention, choose
-from dropkey.patching.sites import find, key_grid
+from dropkey.patching.sites import Found, find, key_grid
 from dropkey.regularizers import Grid, Window
 
 
@@ -106,7 +106,7 @@ class Regularized:
     """Mixin that comes before the original class of an attention module."""
 
     def forward(self, *args, **kwargs):
-        if not self.attn_drop.active:
+        if not (self.fused_attn and self.attn_drop.active):
             return super().forward(*args, **kwargs)
         with Divert(self.attn_drop):
             return super().forward(*args, **kwargs)
@@ -196,36 +196,44 @@ def apply(
         ValueError: an unknown regularizer, schedule or impl; a window that Block or Cross cannot have; a model without
             any such site.
     """
-    undo(model)
     if regularizer == "none":
+        undo(model)
         return Report("none", schedule, "none")
     if regularizer not in regularizers.KINDS:
         raise ValueError(f"no regularizer '{regularizer}'; there are none, {', '.join(regularizers.KINDS)}")
-    chosen = choose(impl, regularizer)
+    report = Report(regularizer, schedule, choose(impl, regularizer))
     regularizers.check_window(regularizer, window)
-    own_grid, num_prefix = model_grid(model)
-    report, taken = Report(regularizer, schedule, chosen), []
-    for found in list(find(model)):
-        if found.obstacle:
-            report.skipped.append((found.name, found.obstacle))
-        elif found.site not in sites:
-            report.skipped.append((found.name, f"{found.site} attention is not among sites={list(sites)}"))
-        else:
-            taken.append(found)
-    if not taken:
-        raise ValueError(f"{type(model).__name__} has no attention layer of sites={list(sites)}")
+    taken, report.skipped = choose_sites(model, sites)
     values = schedules.ratios(schedule, ratio, end, len(taken))
+    undo(model)  # only now, so that a refusal leaves the model as it was
+    own_grid, num_prefix = model_grid(model)
     for found, value in zip(taken, values, strict=True):
         module = found.module
         layer = Regularize(regularizer, window, impl, found.site, grid or own_grid, num_prefix)
         layer.ratio, layer.replaced = value, (module.attn_drop,)  # a tuple, so that it is no submodule
         layer.train(module.training)
         module.attn_drop = layer
-        fused = bool(getattr(module, "fused_attn", False))
-        if fused:
+        if hasattr(module, "fused_attn"):
             module.__class__ = regularized_class(type(module))
-        report.sites.append(Site(found.name, found.site, value, "fused" if fused else "weights"))
+        way = "fused" if getattr(module, "fused_attn", False) else "weights"
+        report.sites.append(Site(found.name, found.site, value, way))
     return report
+
+
+def choose_sites(model: nn.Module, sites: tuple[str, ...]) -> tuple[list[Found], list[tuple[str, str]]]:
+    """The attention modules to regularize, and (name, reason) of those left alone."""
+    taken, skipped = [], []
+    for found in find(model):
+        if found.obstacle:
+            skipped.append((found.name, found.obstacle))
+        elif found.site not in sites:
+            skipped.append((found.name, f"{found.site} attention is not among sites={list(sites)}"))
+        else:
+            taken.append(found)
+    if not taken:
+        reasons = f" (skipped: {skipped[0][0]}, {skipped[0][1]})" if skipped else ""
+        raise ValueError(f"{type(model).__name__} has no attention layer of sites={list(sites)}{reasons}")
+    return taken, skipped
 
 
 def regularized_layers(model: nn.Module) -> Iterator[tuple[nn.Module, Regularize]]:
@@ -254,11 +262,11 @@ def set_ratio(model: nn.Module, ratio: float, schedule: str = "decreasing", end:
 @contextlib.contextmanager
 def always_on(model: nn.Module):
     """Within, the regularizer acts in evaluation mode too: one pass is then one Monte Carlo sample (figure 7)."""
-    layers = [layer for _, layer in regularized_layers(model)]
-    for layer in layers:
+    before = [(layer, layer.always) for _, layer in regularized_layers(model)]
+    for layer, _ in before:
         layer.always = True
     try:
         yield
     finally:
-        for layer in layers:
-            layer.always = False
+        for layer, always in before:
+            layer.always = always
