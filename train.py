@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 config, 3 data, 4 diverged, 5 storage, 6 the run is being 
 """
 
 import os
+import shlex
 import sys
 
 from dropkey.config.check import check
@@ -32,13 +33,22 @@ def main(cfg: TrainConfig) -> None:
     try:
         summary = session.train(cfg, run)
     except Interrupted as stopped:
-        command = " ".join(["python", *sys.argv])
-        error = Interrupted(f"{stopped}; go on with: {command}", 0)
-        error.exit_code = stopped.exit_code
-        raise error from None
+        raise stopped.saying(f"; go on with: {this_command()}") from None
     if first:
         say_result(summary)
-        print(f"next   python eval.py run={run.path} eval.monte_carlo=16    or another seed, or regularizer=none")
+        print(f"next   python eval.py run={run.path}{monte_carlo(cfg)}    or another seed={cfg.seed + 1}")
+
+
+def this_command() -> str:
+    """The command line that continues this run: as it was given, but not starting over."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    start = ["torchrun", f"--nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', processes)}"]
+    words = [word for word in sys.argv if not word.lstrip("+").lower().startswith("fresh=")]
+    return shlex.join([*(start if processes > 1 else ["python"]), *words])
+
+
+def monte_carlo(cfg: TrainConfig) -> str:
+    return "" if cfg.regularizer.kind == "none" else " eval.monte_carlo=16"
 
 
 def say_result(summary: dict) -> None:

@@ -3,7 +3,6 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import Optional
 
 import timm
 import torch
@@ -65,6 +64,22 @@ def regularize(model: nn.Module, regularizer: RegularizerConfig, schedule: Sched
         )
     except ValueError as error:
         raise ConfigError(f"regularizer={regularizer.kind}: {error}") from None
+
+
+def try_grids(model: nn.Module, images: Tensor) -> None:
+    """One forward pass with the regularizer on, because only then each layer learns how many keys it has.
+
+    Raises:
+        ConfigError: DropKey-Block or DropKey-Cross in a layer whose keys form no known grid.
+    """
+    mode = model.training
+    try:
+        with torch.no_grad(), patching.always_on(model.eval()):
+            model(images)
+    except ValueError as error:
+        raise ConfigError(f"regularizer.window: {error}; take regularizer=dropkey for this model") from None
+    finally:
+        model.train(mode)
 
 
 # -------------------------------------------------------------------------------------------------------- weights
@@ -136,5 +151,6 @@ def classifier_names(model: nn.Module) -> tuple[str, ...]:
     return tuple(f"{name}." for name in (*names, "aux_head"))
 
 
-def parameter_count(model: nn.Module, trainable: Optional[bool] = None) -> int:
-    return sum(p.numel() for p in model.parameters() if trainable in (None, p.requires_grad))
+def parameter_count(model: nn.Module) -> int:
+    """Trainable and frozen."""
+    return sum(p.numel() for p in model.parameters())

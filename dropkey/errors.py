@@ -44,3 +44,7 @@ class Interrupted(RunError):
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+    def saying(self, more: str) -> "Interrupted":
+        """The same with a longer message."""
+        return Interrupted(f"{self}{more}", self.exit_code - 128)

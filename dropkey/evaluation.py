@@ -31,6 +31,8 @@ def evaluate_run(cfg: EvalConfig, trained: TrainConfig, directory: Path) -> tupl
     world = World.start(options.device)
     try:
         settings = copy.deepcopy(trained)
+        if cfg.root is not None:
+            settings.data.root = cfg.root
         if cfg.data is not None:
             settings.data = match_data(cfg.data, trained, options.split)
         dataset = data.load(settings.data)

@@ -14,8 +14,6 @@ from typing import Callable, Iterator, Optional
 
 from dropkey.errors import Busy, StorageError
 
-STATES = ("running", "done", "failed", "diverged", "interrupted")
-
 
 def replace_file(path: Path, write: Callable, verify: Optional[Callable[[Path], None]] = None) -> None:
     """The file `path` becomes what `write(file)` writes, all of it or not at all, whenever the machine stops.
@@ -79,7 +77,8 @@ class RunDirectory:
     # -------------------------------------------------------------------------------------------- status, summary
 
     def status(self) -> dict:
-        """{} for a run that never began; else `state` (of STATES), `time`, and with a failure its `reason`."""
+        """{} for a run that never began; else `time`, `state` (running, done, failed, diverged, interrupted) and,
+        where it failed, its `reason`."""
         return self.read_json("status.json")
 
     def set_status(self, state: str, **details) -> None:

@@ -1,6 +1,9 @@
 """One run from checked config to summary; what train.py does once torch may be imported."""
 
+import contextlib
 import dataclasses
+import errno
+import logging
 import os
 import sys
 from typing import Optional
@@ -17,9 +20,10 @@ from dropkey.engine.fit import Job, fit
 from dropkey.engine.optim import build_autocast, duration
 from dropkey.engine.progress import Progress
 from dropkey.engine.state import State
-from dropkey.errors import ConfigError, Diverged, Interrupted, RunError
+from dropkey.errors import ConfigError, Diverged, Interrupted, RunError, StorageError
 from dropkey.provenance import device_name, git_commit, peak_memory_mib, versions
 from dropkey.records import RunDirectory
+from dropkey.regularizers import STRUCTURED
 from dropkey.seeds import derive_seed
 
 
@@ -37,6 +41,14 @@ def train(cfg: TrainConfig, run: RunDirectory) -> dict:
                 return train_in(world, cfg, run, stop)
             with run.lock():
                 return train_recording_status(world, cfg, run, stop)
+        except torch.OutOfMemoryError as error:
+            raise RunError(
+                f"{str(error).splitlines()[0]}; trainer.accumulate={2 * cfg.trainer.accumulate} takes half the memory"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                raise
+            raise StorageError(f"cannot write in {run.path}: {error}") from None
         except RuntimeError as error:
             if not is_loss_of_a_peer(error):
                 raise
@@ -47,8 +59,8 @@ def train(cfg: TrainConfig, run: RunDirectory) -> dict:
 
 def train_recording_status(world: World, cfg: TrainConfig, run: RunDirectory, stop: StopSignal) -> dict:
     """`train_in` in the first process, which keeps status.json."""
-    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    if cfg.fresh and not again:  # torchrun restarts with the same arguments and must not start over
+    restarts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")  # with the same arguments, but not to start over
+    if cfg.fresh and not any(int(os.environ.get(name, 0)) for name in restarts):
         run.clear()
     refuse_other_config(cfg, run)
     run.set_status("running")
@@ -61,13 +73,13 @@ def train_recording_status(world: World, cfg: TrainConfig, run: RunDirectory, st
         run.set_status("diverged", reason=str(error))
         raise
     except BaseException as error:
-        with_suppressed_storage_error(run, f"{type(error).__name__}: {error}")
+        record_failure(run, f"{type(error).__name__}: {error}")
         raise
     run.set_status("done")
     return summary
 
 
-def with_suppressed_storage_error(run: RunDirectory, reason: str) -> None:
+def record_failure(run: RunDirectory, reason: str) -> None:
     """The failure itself matters more than that it could not be written down (a full disk, say)."""
     try:
         run.set_status("failed", reason=reason)
@@ -89,13 +101,18 @@ def refuse_other_config(cfg: TrainConfig, run: RunDirectory) -> None:
 def train_in(world: World, cfg: TrainConfig, run: RunDirectory, stop: StopSignal) -> dict:
     """Data, model, training, final evaluation, summary: the same in every process."""
     world.any(False)  # nobody looks for checkpoints before the first process has prepared the directory
+    resumed = world.broadcast((run.checkpoints / "last.pt").exists())
     if world.device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     progress = Progress(cfg.trainer.epochs, run.log, show=world.main)
     if world.main:
         checkpoint.remove_temporaries(run.checkpoints)
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("dropkey").setLevel(logging.INFO)  # decoding a folder takes a while, and says so
     dataset = data.load(cfg.data)
-    model, report = prepare_model(cfg, dataset, world)
+    model, report = prepare_model(cfg, dataset, world, pretrained=cfg.model.pretrained and not resumed)
+    if world.any(stop.number != 0)[0]:
+        raise stop.interrupted(f"interrupted before the first step of {run.path}, nothing is lost")
     trainer = cfg.trainer
     train_loader = data.train_loader(
         dataset,
@@ -112,7 +129,6 @@ def train_in(world: World, cfg: TrainConfig, run: RunDirectory, stop: StopSignal
         train_loader = FirstBatch(train_loader, trainer.accumulate)
     watched = "test" if dataset.val is None else "val"
     _, progress.epochs = duration(trainer.epochs, trainer.max_steps, len(train_loader))
-    resumed = (run.checkpoints / "last.pt").exists()
     load_start(cfg, model, resumed, progress)
     introduce(cfg, run, dataset, model, report, world, progress)
     tracker = start_tracker(cfg, run, world, progress)
@@ -148,10 +164,20 @@ def train_in(world: World, cfg: TrainConfig, run: RunDirectory, stop: StopSignal
         train_loader.close()
         if world.main:
             title = f"{identity.model_label(cfg)}, {cfg.regularizer.kind}, {identity.data_label(cfg)}"
-            if run.records("epoch"):
-                curves.draw(run.records(), title, run.path / "curves.png", split_name(watched))
+            with warn_only(progress):
+                if run.records("epoch"):
+                    curves.draw(run.records(), title, run.path / "curves.png", split_name(watched))
             tracker.finish(summary, run.path / "curves.png")
     return summary
+
+
+@contextlib.contextmanager
+def warn_only(progress: Progress):
+    """For what decorates a run: it must neither fail it nor hide why it failed."""
+    try:
+        yield
+    except Exception as error:
+        progress.say(f"no curves.png: {type(error).__name__}: {error}")
 
 
 def fit_or_speak_up(job: Job) -> State:
@@ -186,17 +212,20 @@ def split_name(split: str) -> str:
     return {"val": "validation"}.get(split, split)
 
 
-def prepare_model(cfg: TrainConfig, dataset, world: World):
+def prepare_model(cfg: TrainConfig, dataset, world: World, pretrained: bool = False):
     """The model, initialised from the seed alone (so the same under every regularizer), and what was patched."""
     torch.manual_seed(derive_seed(cfg.seed, "initialisation"))
     model = build.build_model(
-        cfg.model,
+        dataclasses.replace(cfg.model, pretrained=pretrained),
         image_size=dataset.image_size,
         channels=dataset.channels,
         classes=dataset.num_classes,
         fused=not (world.device.type == "cpu" and cfg.trainer.amp == "bf16"),
     )
-    return model, build.regularize(model, cfg.regularizer, cfg.schedule)
+    report = build.regularize(model, cfg.regularizer, cfg.schedule)
+    if cfg.regularizer.kind in STRUCTURED:
+        build.try_grids(model, torch.zeros(1, dataset.channels, dataset.image_size, dataset.image_size))
+    return model, report
 
 
 def loader_of(dataset, split: str, cfg: TrainConfig, world: World, batch_size: Optional[int] = None):

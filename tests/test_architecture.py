@@ -26,7 +26,10 @@ MAY_IMPORT = {
     "engine": {"config", "errors", "records", "seeds"},
     "build": {"config", "engine", "errors", "models", "patching"},
     "provenance": {"engine", "records"},
-    "session": {"build", "config", "curves", "data", "engine", "errors", "provenance", "records", "seeds"},
+    "session": {
+        *("build", "config", "curves", "data", "engine", "errors"),
+        *("provenance", "records", "regularizers", "seeds"),
+    },
     "evaluation": {
         *("build", "config", "data", "engine", "errors", "patching"),
         *("provenance", "records", "seeds", "session"),

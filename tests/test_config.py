@@ -1,16 +1,19 @@
 """Composition, checks and identity of a config (faults 7, 21, 24, 26)."""
 
 import dataclasses
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import hydra
 import pytest
 
 from dropkey.config import identity, schema
 from dropkey.config.check import check, known_models
-from dropkey.config.compose import CONFIGS, SCHEMAS, compose, groups, launch, load, save, valid_keys
-from dropkey.errors import ConfigError, DataError, Diverged
+from dropkey.config.compose import CONFIGS, SCHEMAS, compose, groups, launch, load, register_schemas, save, valid_keys
+from dropkey.errors import ConfigError, DataError, Diverged, Interrupted
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = [(group, option) for group, options in sorted(groups().items()) for option in sorted(options)]
@@ -118,6 +121,10 @@ WRONG = {
     "init_from=/nowhere": "init_from=/nowhere does not exist",
     "seed=-1": "must be 0 or more",
     "data=folder data.in_memory=true": "data.crop",
+    "model.name=vit_small_patch16_224": "take model=timm model.name=vit_small_patch16_224",
+    "model=null": "model=null does not exist",
+    "data.std=[0]": "must be above 0",
+    "--config-dir nowhere": "nowhere",
     "key value": "overrides look like key=value",
 }
 
@@ -184,6 +191,52 @@ def test_multirun_goes_through_the_product(monkeypatch, capsys, tmp_path):
     code, _, _ = command_line(monkeypatch, capsys, *words, task=lambda c: seen.append((c.regularizer.kind, c.seed)))
     assert code == 0
     assert seen == [(kind, seed) for kind in ("none", "dropout", "dropkey") for seed in (0, 1)]
+
+
+def test_an_exception_in_a_multirun_leaves_the_others_going_too(monkeypatch, capsys, tmp_path):
+    seen = []
+
+    def task(cfg):
+        seen.append(cfg.seed)
+        if cfg.seed == 0:
+            raise RuntimeError("CUDA error: device-side assert")
+
+    code, _, error = command_line(monkeypatch, capsys, "-m", "seed=0,1", f"output={tmp_path}", task=task)
+    assert (seen, code) == ([0, 1], 1)
+    assert "device-side assert" in error
+
+
+def test_an_interrupted_job_ends_a_multirun_with_one_line(monkeypatch, capsys, tmp_path):
+    seen = []
+
+    def task(cfg):
+        seen.append(cfg.seed)
+        raise Interrupted("all saved", 2)
+
+    code, _, error = command_line(monkeypatch, capsys, "-m", "seed=0,1", f"output={tmp_path}", task=task)
+    assert (seen, code, error) == ([0], 130, "all saved\n")
+
+
+def test_a_local_file_changes_training_and_leaves_evaluation_alone(tmp_path):
+    """The example of the README, as configs/local/default.yaml of a copy of the configs."""
+    shutil.copytree(CONFIGS, tmp_path / "configs", ignore=shutil.ignore_patterns("local"))
+    readme = (ROOT / "README.md").read_text()
+    (example,) = re.findall(r"```yaml\n(.*?)```", readme, re.S)
+    (tmp_path / "configs" / "local").mkdir()
+    (tmp_path / "configs" / "local" / "default.yaml").write_text(example)
+    register_schemas()
+    with hydra.initialize_config_dir(str(tmp_path / "configs"), version_base="1.3"):
+        cfg = hydra.compose("train", ["data=cifar10"])
+        assert (cfg.output, cfg.data.root, cfg.data.name) == ("/scratch/runs", "/data", "cifar10")
+        assert hydra.compose("eval", ["run=x"]).data is None
+
+
+def test_eval_explains_data_without_a_set(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["eval.py", "run=x", "data.root=/new"])
+    with pytest.raises(SystemExit) as stopped:
+        launch("eval", check)
+    assert stopped.value.code == 2
+    assert "root=<directory> says where" in capsys.readouterr().err
 
 
 def test_a_failing_job_of_a_multirun_leaves_the_others_going(monkeypatch, capsys, tmp_path):

@@ -1,5 +1,7 @@
 """Images: conversion of every kind of file, and the cache of decoded ones."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from PIL import Image
 
 from data_samples import folder_config, image_folder, write_images
 from dropkey.data import cache, load
-from dropkey.data.images import Files, fit, open_image, to_tensor
+from dropkey.data.images import Files, Pixels, fit, open_image, to_tensor
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -131,3 +133,9 @@ def test_cache_directory_that_cannot_be_made_only_costs_time(tmp_path, monkeypat
 def test_names_that_are_not_utf8_are_found_again(tmp_path):
     files = Files(tmp_path, ["a/b\udcff.png", "ä/longer name.png"], 3)
     assert [files.path(row) for row in (0, 1)] == [f"{tmp_path}/a/b\udcff.png", f"{tmp_path}/ä/longer name.png"]
+
+
+def test_copies_on_a_device_are_not_sent_to_workers():
+    pixels = Pixels(np.zeros((2, 1, 4, 4), dtype=np.uint8))
+    assert pixels.on(torch.device("meta")).device.type == "meta"
+    assert pickle.loads(pickle.dumps(pixels))._on == {}

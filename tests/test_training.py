@@ -17,7 +17,7 @@ from dropkey.config.schema import KINDS, DataConfig, EvalConfig, EvaluationConfi
 from dropkey.engine import distributed, fit, tracking
 from dropkey.engine.evaluate import evaluate
 from dropkey.engine.optim import build_optimizer, build_schedule, duration
-from dropkey.errors import Busy, ConfigError, Diverged
+from dropkey.errors import Busy, ConfigError, Diverged, Interrupted, RunError, StorageError
 from dropkey.records import RunDirectory
 from dropkey.regularizers import KINDS as REGULARIZERS
 
@@ -74,12 +74,11 @@ def test_the_learning_rate_warms_up_and_falls_as_a_pure_function_of_the_step(fin
 
 
 def test_the_log_names_sites_with_ratio_and_what_was_skipped(tmp_path):
-    sizes = "{use_aux_head: false, layers: [1, 1, 1, 1], embed_dims: [32, 32, 32, 32], num_heads: [2, 2, 2, 2]}"
-    words = ("model=volo_d1", f"model.args={sizes}", "model.depth=null", "model.embed_dim=null", "model.num_heads=null")
-    run = runs.train(tmp_path, *words, "data.image_size=32", "trainer.max_steps=1")
+    words = ("model=t2t_vit_7", "model.depth=null", "model.embed_dim=null", "model.num_heads=null")
+    run = runs.train(tmp_path, *words, "data.image_size=48", "data.channels=3", "data.mean=null", "data.std=null")
     log = (run.path / "log.txt").read_text()
     assert "self     fused    ratio 0.1000" in log
-    assert "skipped: outlook attention is not among sites" in log
+    assert "skipped: a performer has no softmax" in log
 
 
 def test_durations_in_steps_and_epochs():
@@ -148,6 +147,86 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_leaves_evidence(t
     assert runs.state(run)["position"]["epoch"] == 1
 
 
+@pytest.mark.parametrize("clip", ["null", "1.0"])
+@pytest.mark.parametrize("amp", ["none", "bf16"])
+def test_a_gradient_that_is_not_finite_stops_too_although_the_loss_is_finite(tmp_path, monkeypatch, clip, amp):
+    with pytest.raises(Diverged, match="gradient norm nan"):
+        train_with_nan_gradients(tmp_path, monkeypatch, f"optim.clip={clip}", f"trainer.amp={amp}")
+
+
+def test_fp16_that_only_skips_steps_is_called_diverged(tmp_path, monkeypatch):
+    with pytest.raises(Diverged):
+        train_with_nan_gradients(tmp_path, monkeypatch, "trainer.amp=fp16", "trainer.epochs=20")
+
+
+def train_with_nan_gradients(output, monkeypatch, *words):
+    original = fit.Loop.step
+
+    def step(self, batches):
+        for parameter in self.state.model.parameters():
+            if not parameter._backward_hooks:
+                parameter.register_hook(lambda gradient: gradient * float("nan"))
+        return original(self, batches)
+
+    monkeypatch.setattr(fit.Loop, "step", step)
+    return runs.train(output, *words)
+
+
+def test_a_picture_that_cannot_be_drawn_does_not_fail_the_run(tmp_path, monkeypatch):
+    def fail(*args):
+        raise OSError("no font cache")
+
+    monkeypatch.setattr(curves, "draw", fail)
+    run = runs.train(tmp_path)
+    assert run.status()["state"] == "done"
+    assert "no curves.png: OSError: no font cache" in (run.path / "log.txt").read_text()
+
+
+def test_a_full_disk_ends_with_its_own_exit_code(tmp_path, monkeypatch):
+    def full(self, record):
+        raise OSError(28, "No space left on device", str(self.metrics))
+
+    monkeypatch.setattr(RunDirectory, "append", full)
+    with pytest.raises(StorageError, match=r"No space left on device: '.*metrics.jsonl'") as error:
+        runs.train(tmp_path)
+    assert error.value.exit_code == 5
+
+
+def test_memory_that_is_short_names_the_key_that_halves_it(tmp_path, monkeypatch):
+    def short(loop):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    runs.on_step(monkeypatch, 1, short)
+    with pytest.raises(RunError, match=r"trainer\.accumulate=2 takes half the memory"):
+        runs.train(tmp_path)
+
+
+def test_block_on_a_model_without_a_known_grid_is_refused_before_training(tmp_path):
+    words = ("model=timm", "model.name=mvitv2_tiny", "data.image_size=64", "data.channels=3")
+    words += ("model.depth=null", "model.embed_dim=null", "model.num_heads=null", "regularizer=dropkey_block")
+    with pytest.raises(ConfigError):
+        runs.train(tmp_path, *words)
+
+
+def test_a_resumed_run_does_not_fetch_published_weights_again(tmp_path, monkeypatch):
+    asked = []
+    original = build.build_model
+
+    def building(model, **sizes):
+        asked.append(model.pretrained)
+        model.pretrained = False  # there is no network here
+        return original(model, **sizes)
+
+    monkeypatch.setattr(build, "build_model", building)
+    with monkeypatch.context() as patch:
+        runs.on_step(patch, 4, runs.send())
+        with pytest.raises(Interrupted):
+            runs.train(tmp_path, "model.pretrained=true")
+    run = runs.train(tmp_path, "model.pretrained=true")
+    evaluated(run)
+    assert asked == [True, False, False]
+
+
 def test_a_diverged_run_is_not_repeated_unless_asked_for(tmp_path, monkeypatch):
     cfg = runs.config(tmp_path)
     run = RunDirectory(training.run_directory(cfg))
@@ -198,10 +277,13 @@ def test_harmless_keys_may_change_between_sessions(tmp_path, monkeypatch):
 
 
 def test_interruption_says_how_to_go_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train.py", "seed=0"])
+    monkeypatch.setattr(sys, "argv", ["train.py", "seed=0", "fresh=true", "logger.tags=[a b]"])
     runs.on_step(monkeypatch, 2, runs.send(2))
-    with pytest.raises(Exception, match=r"all saved in .*; go on with: python train.py seed=0") as error:
+    with pytest.raises(
+        Interrupted, match=r"all saved in .*; go on with: python train.py seed=0 'logger.tags="
+    ) as error:
         training.main(runs.config(tmp_path))
+    assert "fresh" not in str(error.value)
     assert error.value.exit_code == 130
 
 
@@ -293,6 +375,11 @@ def test_another_data_set_of_the_same_classes_can_be_evaluated(finished, tmp_pat
     other = DataConfig(name="folder", root=str(tmp_path), in_memory=False, workers=0, image_size=224)
     result = evaluated(finished, data=other)
     assert (result["count"], result["data"]) == (20, "folder")
+
+
+def test_data_that_has_moved_is_found_with_root(finished):
+    cfg = EvalConfig(run=str(finished.path), root="elsewhere", eval=EvaluationConfig())
+    assert evaluation.evaluate_run(cfg, runs_config(finished), finished.path)[0]["root"] == "elsewhere"
 
 
 def test_eval_writes_its_result_beside_the_run_and_on_the_screen(finished, capsys):

@@ -11,6 +11,7 @@ from dropkey.config import schema
 from dropkey.config.schema import DataConfig, EvalConfig, ModelConfig, RegularizerConfig, ScheduleConfig, TrainConfig
 from dropkey.errors import ConfigError
 
+RESIZED = "vit_tiny_patch16_224"  # the architecture whose sizes configs/model/vit_<depth>x<width>.yaml set
 SMALL_IMAGE = 96  # pixels; below, a patch of 16 leaves fewer than 6 x 6 tokens
 SOFT_SPLITS = {"t2t_vit_small_image": ((3, 2, 1), (3, 2, 1))}  # kernel, stride, padding; all others:
 IMAGENET_SPLITS = ((7, 4, 2), (3, 2, 1), (3, 2, 1))
@@ -103,6 +104,11 @@ def check_model(model: ModelConfig, image_size: int) -> None:
     base = model.name.split(".")[0]  # timm's names may carry a pretrained tag
     names = known_models()
     require(base in names, f"model.name={model.name} is not in timm or dropkey.models{nearest(base, names)}")
+    sized = model.depth is not None and model.embed_dim is not None
+    require(
+        not sized or base == RESIZED or family(base) == "t2t",
+        f"model.name={model.name} with the depth and width of another model; take model=timm model.name={model.name}",
+    )
     within("model.drop_path", model.drop_path, 0, 1, high_open=True)
     for key in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio"):
         positive(f"model.{key}", getattr(model, key))
@@ -189,8 +195,9 @@ def check_data(data: DataConfig) -> None:
         values = getattr(data, key)
         require(
             values is None or len(values) in (1, data.channels),
-            f"data.{key} has {len(values or [])} values for {data.channels} channels",
+            f"data.{key} has {len(values or [])} values for data.channels={data.channels}; give one, or null",
         )
+    require(data.std is None or min(data.std) > 0, f"data.std={data.std} must be above 0")
 
 
 def check_augment(cfg: TrainConfig) -> None:

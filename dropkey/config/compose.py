@@ -3,13 +3,14 @@
 import dataclasses
 import difflib
 import os
-import re
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import Callable
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -23,6 +24,7 @@ from dropkey.errors import ConfigError, Interrupted, RunError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SCHEMAS = {"train": TrainConfig, "eval": EvalConfig}
+OPTIONAL = {"train": ("experiment", "debug"), "eval": ("data",)}  # groups that may be null
 
 
 def register_schemas() -> None:
@@ -115,12 +117,14 @@ def explain(error: BaseException, overrides: list[str], config_name: str) -> str
         if key in options:
             sweep = override.is_sweep_override()
             for value in override.sweep_string_iterator() if sweep else [override.get_value_element_as_str()]:
-                if value not in options[key] and value != "null":
+                if value not in options[key] and not (value == "null" and key in OPTIONAL[config_name]):
                     return f"{key}={value} does not exist{nearest(value, options[key])}"
         elif key.startswith(("hydra.", "hydra/")) or any(k.startswith(key + ".") for k in keys):
             continue
         elif key not in keys and not key.startswith(("model.args.", "optim.args.")):
             return f"{key} is no key of the config; {nearest_key(key, keys, options)}"
+        elif config_name == "eval" and key.startswith("data."):
+            return f"{key} needs data=<set>; root=<directory> says where the run's own data lies now"
     return one_line(error)
 
 
@@ -147,27 +151,35 @@ def launch(config_name: str, task: Callable) -> None:
     the others going; the exit code is then the largest."""
     register_schemas()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # hand exceptions to us instead of printing and exiting
-    codes = [0]
+    codes, begun, stopped = [0], [], []
 
     @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)
     def job(cfg: DictConfig) -> None:
+        begun.append(True)
+        if stopped:  # a multirun ends with the job that was interrupted
+            return
         try:
             task(typed(cfg))
-        except Interrupted:
-            raise
+        except Interrupted as error:
+            stopped.append(error)
         except RunError as error:
             say_error(error)
             codes.append(error.exit_code)
+        except Exception:
+            traceback.print_exc()
+            codes.append(1)
 
     try:
         job()
     except KeyboardInterrupt:  # before or after training, where nothing is to be saved
         sys.exit(128 + signal.SIGINT)
-    except RunError as error:
-        say_error(error)
-        sys.exit(error.exit_code)
-    except (HydraException, OmegaConfBaseException) as error:
-        overrides = [word for word in sys.argv[1:] if re.match(r"[+~]*[\w./@]+(=|$)", word)]
+    except Exception as error:
+        if begun and not isinstance(error, (HydraException, OmegaConfBaseException)):
+            raise
+        overrides = get_args_parser().parse_known_args()[0].overrides
         say_error(ConfigError(explain(error, overrides, config_name)))
         sys.exit(ConfigError.exit_code)
+    if stopped:
+        say_error(stopped[0])
+        sys.exit(stopped[0].exit_code)
     sys.exit(max(codes))

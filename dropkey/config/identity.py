@@ -22,7 +22,6 @@ HARMLESS = (
     "trainer.eval_batch_size",
     "trainer.checkpoint_minutes",
     "trainer.log_every",
-    "trainer.profile",
     "trainer.find_unused_parameters",
 )
 

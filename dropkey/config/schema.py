@@ -148,5 +148,6 @@ class EvaluationConfig:
 class EvalConfig:
     run: Optional[str] = None  # a run directory
     checkpoint: Optional[str] = None  # or one checkpoint file of a run
+    root: Optional[str] = None  # where the run's own data lies now; null: where it lay in training
     data: Optional[DataConfig] = None  # another data set of the same classes; null: the run's own
     eval: EvaluationConfig = field(default_factory=EvaluationConfig)

@@ -53,6 +53,9 @@ class Pixels:
             self._on[device] = self.images.to(device)
         return self._on[device]
 
+    def __getstate__(self) -> dict:  # worker processes decode; what lies on a GPU stays with the main process
+        return {"images": self.images, "_on": {}}
+
     def picture(self, row: int) -> Image.Image:
         return to_picture(self.images[row].numpy())
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Callable, Optional
@@ -42,7 +43,10 @@ def save(state: dict, path: Path, *, keep_previous: bool = False) -> None:
         if keep_previous and path.exists():
             link = path.with_name(".previous")
             link.unlink(missing_ok=True)
-            os.link(path, link)  # a second name, so that at no instant there is no checkpoint
+            try:
+                os.link(path, link)  # a second name, so that at no instant there is no checkpoint
+            except OSError:  # a file system without hard links
+                shutil.copyfile(path, link)
             os.replace(link, path.with_name("previous.pt"))
 
     replace_file(path, lambda file: torch.save({"format": FORMAT, **state}, file), rotate_and_verify)
@@ -96,6 +100,6 @@ def load_last(directory: Path, say: Callable[[str], None]) -> Optional[dict]:
 
 def remove_temporaries(directory: Path) -> None:
     """Deletes what a killed process left half-written."""
-    for leftover in directory.glob(".*.pt.*") if directory.exists() else ():
+    for leftover in [*directory.glob(".*.pt.*"), *directory.glob(".previous")]:
         with contextlib.suppress(OSError):
             leftover.unlink()

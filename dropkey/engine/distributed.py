@@ -115,6 +115,8 @@ class StopSignal:
         if self.number == number == signal.SIGINT:
             raise KeyboardInterrupt
         self.number = number
+        if number == signal.SIGINT and int(os.environ.get("RANK", 0)) == 0:
+            os.write(2, b"\nstopping after this step; Ctrl-C again stops at once, without saving\n")
 
     def interrupted(self, message: str) -> Interrupted:
         """The exception to leave with; 130 after Ctrl-C, else 143 (SIGUSR1 too: schedulers send it before SIGTERM)."""

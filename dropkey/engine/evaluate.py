@@ -44,7 +44,7 @@ def evaluate(
         right, loss = among[:, 0], F.cross_entropy(logits, targets, reduction="none")
         totals += torch.tensor([right.sum(), among.any(-1).sum(), loss.double().sum(), len(targets)])
         confidence = logits.softmax(-1).amax(-1)
-        which = (confidence * BINS).long().clamp_(max=BINS - 1)
+        which = (confidence.nan_to_num() * BINS).long().clamp_(max=BINS - 1)
         bins.index_add_(1, which, torch.stack([torch.ones_like(confidence), right.float(), confidence]).double())
     totals, bins = world.sum(totals), world.sum(bins)
     right, among_five, loss, count = totals.tolist()

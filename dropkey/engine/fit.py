@@ -23,6 +23,8 @@ from dropkey.errors import Diverged
 from dropkey.records import RunDirectory
 from dropkey.seeds import derive_seed
 
+FP16_LEAST_SCALE = 2.0**-14  # of the loss; below, gradients overflow for another reason than their size
+
 
 @dataclass
 class Job:
@@ -145,22 +147,27 @@ class Loop:
             total, ids = total + loss.detach(), ids + batch.ids.tolist()
         value = float(total)
         norm = self.clip()
+        scale = state.scaler.get_scale()
         if world.any(not (math.isfinite(value) and math.isfinite(norm)))[0]:
             self.diverge(value, norm, ids)
         state.scaler.step(state.optimizer)
         state.scaler.update()
         state.optimizer.zero_grad()
-        if state.ema is not None:
+        after = state.scaler.get_scale()
+        if after < FP16_LEAST_SCALE:
+            self.diverge(value, math.nan, ids)
+        if state.ema is not None and after >= scale:  # fp16: a lower scale means that the step was skipped
             state.ema.update(state.model, update)
         return value
 
     def clip(self) -> float:
-        """The gradient norm after unscaling, limited to optim.clip; 0 where it is not needed."""
+        """The gradient norm after unscaling, limited to optim.clip where that is given."""
         state, limit = self.state, self.job.optim.clip
-        if limit is None:
-            return 0.0
         state.scaler.unscale_(state.optimizer)
-        norm = float(nn.utils.clip_grad_norm_(state.model.parameters(), limit))
+        if limit is None:
+            norm = float(nn.utils.get_total_norm(p.grad for p in state.model.parameters() if p.grad is not None))
+        else:
+            norm = float(nn.utils.clip_grad_norm_(state.model.parameters(), limit))
         # fp16 overflows are the scaler's business: it skips the step and lowers the scale
         return 0.0 if state.scaler.is_enabled() else norm
 
@@ -238,9 +245,9 @@ class Loop:
         if job.world.main:
             path.write_text(json.dumps({"epoch": here.epoch + 1, "step": here.update + 1, "processes": seen}, indent=1))
         raise Diverged(
-            f"loss {loss} (gradient norm {norm}) in epoch {here.epoch + 1}, step {here.update + 1}; the model before "
-            f"it is in {job.run.checkpoints}, the samples are named in {path}; a lower optim.lr, a longer "
-            "optim.warmup_epochs or optim.clip=1 may help"
+            f"loss {loss}, gradient norm {norm} in epoch {here.epoch + 1}, step {here.update + 1}, which changed "
+            f"nothing; its samples are named in {path}; a lower optim.lr, a longer optim.warmup_epochs or "
+            "optim.clip=1 may help"
         )
 
     @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Optimizer, learning rate and precision from the config."""
 
 import contextlib
+import logging
 import math
 from typing import Callable
 
@@ -37,6 +38,7 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimiz
 
 def build_schedule(optimizer: torch.optim.Optimizer, optim: OptimConfig, steps: int, per_epoch: int):
     """Cosine from optim.lr to optim.min_lr over `steps`, after a linear warm-up; a pure function of the step."""
+    logging.getLogger("timm.scheduler").setLevel(logging.ERROR)  # it warns of cosines of a single step
     warmup = min(round(optim.warmup_epochs * per_epoch), steps - 1)
     return CosineLRScheduler(
         optimizer,

@@ -12,7 +12,7 @@ from urllib.parse import urlparse
 from dropkey.config.schema import LoggerConfig
 
 PATIENCE = 5  # seconds to reach the server before going offline
-FINISH = 60  # seconds to let the last uploads through
+FINISH = 60  # seconds to let the last uploads through; after an interruption much less, the process is to end
 
 
 class Silent:
@@ -80,7 +80,13 @@ def start(
             if obstacle:
                 say(f"W&B stays offline: {obstacle}; later: wandb sync {directory}/wandb/offline-run-*")
                 mode = "offline"
-        return Wandb(wandb, logger, mode, directory, config, run_id, group, name)
+        try:
+            return Wandb(wandb, logger, mode, directory, config, run_id, group, name)
+        except Exception as error:
+            if mode == "offline":
+                raise
+            say(f"W&B stays offline: {str(error).splitlines()[0]}; later: wandb sync {directory}/wandb/offline-run-*")
+            return Wandb(wandb, logger, "offline", directory, config, run_id, group, name)
     except Exception as error:  # whatever it is, the training matters more
         say(f"W&B is off for this run: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
         return Silent()
@@ -124,4 +130,4 @@ class Wandb:
                     self.run.log({"curves": self.wandb.Image(str(picture))})
                 self.run.finish()
 
-        within(FINISH, end)
+        within(FINISH if summary else 5, end)
