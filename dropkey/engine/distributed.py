@@ -28,6 +28,15 @@ def pick_device(wanted: str, local_rank: int = 0) -> torch.device:
     return torch.device(kind)
 
 
+def store_of_this_life(store: dist.Store) -> dist.Store:
+    """The store through which processes find one another, without the addresses left by processes that torchrun has
+    restarted since: it keeps the store over restarts (torch 2.14), and a quarter of them then failed to connect.
+    On several machines the count of restarts may differ between them, so there the store stays as it is."""
+    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+        return store
+    return dist.PrefixStore(f"life {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
 @dataclass
 class World:
     """The processes of a job (torchrun's, or this one alone) and this process's place among them."""
@@ -44,7 +53,9 @@ class World:
             torch.cuda.set_device(device)
         if size > 1:
             # tensors on the host go through gloo, on the GPU through nccl
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            store, _, _ = next(dist.rendezvous("env://"))
+            dist.init_process_group(backend, store=store_of_this_life(store), rank=rank, world_size=size)
         return World(rank, size, device)
 
     @property
