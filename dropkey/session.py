@@ -126,7 +126,7 @@ def train_in(world: World, cfg: TrainConfig, run: RunDirectory, stop: StopSignal
         device=world.device,
     )
     if trainer.overfit:
-        train_loader = FirstBatch(train_loader, trainer.accumulate)
+        train_loader = data.FirstBatch(train_loader, trainer.accumulate)
     watched = "test" if dataset.val is None else "val"
     _, progress.epochs = duration(trainer.epochs, trainer.max_steps, len(train_loader))
     load_start(cfg, model, resumed, progress)
@@ -189,23 +189,6 @@ def fit_or_speak_up(job: Job) -> State:
     except RunError as error:
         error.one_process = job.world.size > 1
         raise
-
-
-class FirstBatch:
-    """A loader whose epochs are its first step, always the same (debug=overfit)."""
-
-    def __init__(self, loader, accumulate: int):
-        self.loader, self.accumulate, self.close = loader, accumulate, loader.close
-        self.chunks = []
-
-    def __len__(self) -> int:
-        return 1
-
-    def epoch(self, epoch: int, start: int = 0):
-        if not self.chunks:
-            batches = self.loader.epoch(0)
-            self.chunks = [next(batches) for _ in range(self.accumulate)]
-        yield from self.chunks[start * len(self.chunks) :]
 
 
 def split_name(split: str) -> str:

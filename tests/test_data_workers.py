@@ -19,7 +19,7 @@ def test_workers_outlive_signals_and_end_on_close(folder):
     loader = train_loader(load(data), data, LIGHT, batch_size=2, seed=5)
     others = set(multiprocessing.active_children())
     epoch = loader.epoch(1)
-    found = [next(epoch)]
+    found = [next(epoch), next(epoch)]  # one from each worker: both have begun
     workers = set(multiprocessing.active_children()) - others
     assert len(workers) == 2
     for name in ("INT", "TERM"):  # from another process: our own SIGTERM would end them

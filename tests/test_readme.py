@@ -13,6 +13,7 @@ import runs
 import train
 from dropkey.config.check import check
 from dropkey.config.compose import compose, launch
+from dropkey.config.identity import run_directory
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
@@ -22,7 +23,7 @@ PYTHON = re.findall(r"```python\n(.*?)```", TEXT, re.S)
 TRAIN = [words[words.index("train.py") + 1 :] for words in COMMANDS if "train.py" in words]
 EVAL = [words[2:] for words in COMMANDS if "eval.py" in words]
 NO_NETWORK = [words for words in TRAIN if not any(w.startswith(("data=", "experiment=", "-")) for w in words)]
-NAME = "vit_4x64-dropkey-digits-s0-{hash}"
+NAME = run_directory(check(compose())).name  # where `make train` leaves its run
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +34,10 @@ def run(tmp_path_factory):
 
 def named(words: list[str], run) -> list[str]:
     return [word.replace(f"runs/{NAME}", str(run.path)).replace("path/to/images", str(run.path)) for word in words]
+
+
+def test_commands_name_the_run_that_make_train_leaves():
+    assert TEXT.count(f"runs/{NAME}") == 4
 
 
 def test_every_line_is_of_a_kind_that_is_tested_here():

@@ -8,7 +8,7 @@
 Importing this touches no files; `load` reads them.
 """
 
-from dropkey.data.loaders import Batch, EvalLoader, TrainLoader, epoch_order, eval_loader, train_loader
+from dropkey.data.loaders import Batch, EvalLoader, FirstBatch, TrainLoader, epoch_order, eval_loader, train_loader
 from dropkey.data.sources import load
 from dropkey.data.splits import Dataset, Split
 
@@ -16,6 +16,7 @@ __all__ = [
     "Batch",
     "Dataset",
     "EvalLoader",
+    "FirstBatch",
     "Split",
     "TrainLoader",
     "epoch_order",

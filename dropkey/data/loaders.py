@@ -132,6 +132,23 @@ class TrainLoader:
         self._reader.close()
 
 
+class FirstBatch:
+    """A loader whose epochs are its first step, always the same (debug=overfit)."""
+
+    def __init__(self, loader, accumulate: int):
+        self.loader, self.accumulate, self.close = loader, accumulate, loader.close
+        self.chunks = []
+
+    def __len__(self) -> int:
+        return 1
+
+    def epoch(self, epoch: int, start: int = 0):
+        if not self.chunks:
+            batches = self.loader.epoch(0)
+            self.chunks = [next(batches) for _ in range(self.accumulate)]
+        yield from self.chunks[start * len(self.chunks) :]
+
+
 def eval_loader(
     dataset: Dataset,
     split: str,
