@@ -5,6 +5,7 @@ import difflib
 import os
 import signal
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Callable
@@ -144,6 +145,8 @@ def say_error(error: RunError) -> None:
         prefix = "" if isinstance(error, Interrupted) else "error: "
         where = f"process {rank}: " if error.one_process else ""
         print(f"{prefix}{where}{error}", file=sys.stderr, flush=True)
+    else:  # torchrun stops all processes when one ends: let the first one speak before
+        time.sleep(5)
 
 
 def launch(config_name: str, task: Callable) -> None:
