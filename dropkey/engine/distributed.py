@@ -30,7 +30,7 @@ def pick_device(wanted: str, local_rank: int = 0) -> torch.device:
 
 def store_of_this_life(store: dist.Store) -> dist.Store:
     """The store through which processes find one another, without the addresses left by processes that torchrun has
-    restarted since: it keeps the store over restarts (torch 2.14), and a quarter of them then failed to connect.
+    restarted since: it keeps the store over restarts (torch 2.14), and 1 of 4 tried failed to connect.
     On several machines the count of restarts may differ between them, so there the store stays as it is."""
     if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
         return store
