@@ -11,7 +11,8 @@ from torch import nn
 
 from dropkey import patching, regularizers
 from dropkey.config import schema
-from dropkey.patching.patch import Regularize, regularized_layers
+from dropkey.patching.layer import Regularize
+from dropkey.patching.patch import regularized_layers
 from dropkey.patching.sites import SITE_OF_CLASS
 from dropkey.regularizers import KINDS
 from dropkey.schedules import ratios

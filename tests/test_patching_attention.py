@@ -185,7 +185,7 @@ def test_a_layer_that_is_told_to_show_its_weights_stays_regularized(drawn):
 
 @KIND
 def test_half_precision_weights_are_renormalised_in_fp32(kind):
-    layer = patching.patch.Regularize(kind, window_of(kind), "auto", "self", None, 0)
+    layer = patching.layer.Regularize(kind, window_of(kind), "auto", "self", None, 0)
     layer.ratio = 0.3
     weights = torch.randn(2, 3, 196, 196).softmax(-1).bfloat16()
     torch.manual_seed(1)

@@ -11,118 +11,16 @@ In evaluation both step aside, so the output is that of the unpatched module, bi
 import contextlib
 import copy
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Iterator, Optional
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from dropkey import regularizers, schedules
-from dropkey.operator import attention, choose
-from dropkey.patching.sites import Found, find, key_grid
+from dropkey.operator import choose
+from dropkey.patching.layer import Regularize
+from dropkey.patching.sites import Found, find
+from dropkey.patching.ways import Regularized, regularized_class
 from dropkey.regularizers import Grid, Window
-
-
-class Regularize(nn.Module):
-    """Stands where a module's `attn_drop` was: identity in evaluation, the regularizer on weights in training."""
-
-    p = 0.0  # what fused attention layers read as their dropout probability
-
-    def __init__(self, kind: str, window: Window, impl: str, site: str, grid: Optional[Grid], num_prefix: int):
-        super().__init__()
-        self.kind, self.ratio, self.window, self.impl = kind, 0.0, window, impl
-        self.site, self.grid, self.num_prefix = site, grid, num_prefix
-        self.always = False  # on in evaluation too, for Monte Carlo
-
-    @property
-    def active(self) -> bool:
-        return self.ratio > 0 and (self.training or self.always)
-
-    def where_keys_lie(self, keys: int) -> dict:
-        """Arguments `grid`, `num_prefix` and `window` of `regularizers.draw` for a layer with so many keys."""
-        if self.kind not in regularizers.STRUCTURED:
-            return {}
-        if self.site == "outlook":  # the keys are a k x k neighbourhood
-            grid, prefix = key_grid(keys, None, 0)
-        else:
-            grid, prefix = key_grid(keys, self.grid, self.num_prefix)
-        return {"grid": grid, "num_prefix": prefix, "window": self.window}
-
-    def forward(self, weights: Tensor) -> Tensor:
-        """weights: ... Q K, each row a distribution over keys."""
-        if not self.active:
-            return weights
-        rows = weights.flatten(1, -3) if weights.dim() > 4 else weights  # outlook attention: B H N K K
-        where = self.where_keys_lie(rows.shape[-1])
-        drop = regularizers.draw(self.kind, tuple(rows.shape), self.ratio, device=rows.device, **where)
-        # fp32 at least, because a sum of bf16 weights is off by up to 1 % and would scale the output
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        kept = regularizers.KINDS[self.kind].reweigh(rows, drop, self.ratio)
-        return kept.to(weights.dtype).view_as(weights)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Optional[Tensor], scale: Optional[float]) -> Tensor:
-        return attention(
-            q,
-            k,
-            v,
-            regularizer=self.kind,
-            ratio=self.ratio,
-            impl=self.impl,
-            scale=scale,
-            bias=bias,
-            **self.where_keys_lie(k.shape[-2]),
-        )
-
-    def extra_repr(self) -> str:
-        window = "" if self.window is None else f", window={self.window}"
-        return f"{self.kind}, ratio={self.ratio:.4g}{window}, site={self.site}"
-
-
-class Divert(TorchFunctionMode):
-    """While entered, scaled_dot_product_attention is the regularized operator."""
-
-    def __init__(self, regularize: Regularize):
-        super().__init__()
-        self.regularize = regularize
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            return self.divert(*args, **kwargs)
-        return func(*args, **kwargs)
-
-    def divert(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-        if enable_gqa:
-            repeats = query.shape[-3] // key.shape[-3]
-            key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
-        if is_causal:
-            attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
-        return self.regularize.attend(query, key, value, attn_mask, scale)
-
-
-class Regularized:
-    """Mixin that comes before the original class of an attention module."""
-
-    def forward(self, *args, **kwargs):
-        if not (self.fused_attn and self.attn_drop.active):
-            return super().forward(*args, **kwargs)
-        with Divert(self.attn_drop):
-            return super().forward(*args, **kwargs)
-
-    def __reduce_ex__(self, protocol):  # the class is made at run time: pickle and deepcopy make it again
-        return blank, (type(self).__mro__[2],), self.__dict__
-
-
-@lru_cache(maxsize=None)
-def regularized_class(base: type) -> type:
-    return type(f"Regularized{base.__name__}", (Regularized, base), {"__module__": __name__, "__doc__": base.__doc__})
-
-
-def blank(base: type) -> nn.Module:
-    cls = regularized_class(base)
-    return cls.__new__(cls)
 
 
 @dataclass
