@@ -14,63 +14,60 @@ from typing import Callable, Optional, Union
 import torch
 from torch import Tensor
 
+from dropkey.flips import as_ratio, as_seed, as_threshold, flips
+
 Grid = tuple[int, int]
 Window = Optional[Union[int, str]]
+FULL = 0  # window="full" as a number
 
 
 # ------------------------------------------------------------------------------------------------------- drawing
 
 
-def bernoulli(shape: tuple[int, ...], p: float, device: torch.device) -> Tensor:
-    """True with probability p, independently.
-
-    On a CPU p is rounded to a multiple of 1/65536 (but never to 0 or 1): four 16-bit numbers from each 64-bit draw
-    are three times faster than `torch.rand`.
-    """
-    if torch.device(device).type != "cpu":
-        return torch.rand(shape, device=device) < p
-    count = math.prod(shape)
-    threshold = min(max(round(p * 65536), 1), 65535) - 32768
-    words = torch.randint(-(2**63), 2**63 - 1, ((count + 3) // 4,))  # `random_` cannot be compiled
-    return (words.view(torch.int16) < threshold)[:count].view(shape)
-
-
-def independent(shape, ratio: float, device, **_) -> Tensor:
+def independent(seed: Tensor, threshold: Tensor, shape: list[int], **_) -> Tensor:
     """One draw for each (sample, head, query, key): DropKey's and Dropout's mask."""
-    return bernoulli(shape, ratio, device)
+    return flips(seed, threshold, math.prod(shape[:-1]), shape[-1]).view(shape)
 
 
-def column(shape, ratio: float, device, **_) -> Tensor:
+def column(seed: Tensor, threshold: Tensor, shape: list[int], **_) -> Tensor:
     """One draw for each (sample, head, key), shared by all queries: B H 1 K."""
     batch, heads, _, keys = shape
-    return bernoulli((batch, heads, 1, keys), ratio, device)
+    return flips(seed, threshold, batch * heads, keys).view(batch, heads, 1, keys)
 
 
-def structured(shape, ratio: float, device, *, kind: str, grid: Grid, num_prefix: int, window: Window) -> Tensor:
-    """DropKey-Block and DropKey-Cross: seed points on the key grid, each dropping a window around itself.
-
-    Seeds are drawn for each (sample, head, query). Their probability is solved so that the realised mean ratio on
-    this very grid is `ratio` (DropBlock's formula counts inner seeds only and overshoots on small grids). Prefix
-    tokens have no place on the grid; each is dropped by itself with the same ratio.
-    """
-    height, width = grid
-    if num_prefix + height * width != shape[-1]:
-        raise ValueError(f"{shape[-1]} keys are not {num_prefix} prefix tokens and a grid of {height} x {width}")
-    (known,) = {ratio}  # for torch.compile: elements of a set are constants, never symbols
-    probability = seed_probability(kind, grid, window, known)
-    seeds = bernoulli((*shape[:-1], height, width), probability, device)
-    dropped = spread(seeds, window, -1)
-    dropped = spread(dropped, window, -2) if kind == "dropkey_block" else dropped | spread(seeds, window, -2)
-    dropped = dropped.flatten(-2)
-    if num_prefix:
-        dropped = torch.cat([bernoulli((*shape[:-1], num_prefix), ratio, device), dropped], dim=-1)
-    return dropped
+def block(seed: Tensor, threshold: Tensor, shape: list[int], grid: Grid, num_prefix: int, window: int) -> Tensor:
+    """DropKey-Block: seed points on the key grid, each dropping a square around itself."""
+    cells = spread(seed_points(True, seed, threshold, shape, grid, window), window, -1)
+    return with_prefix(spread(cells, window, -2), seed, threshold, num_prefix)
 
 
-def spread(seeds: Tensor, window: Window, dim: int) -> Tensor:
-    """Every True reaches (window - 1) / 2 cells both ways along `dim`; with window="full" the whole line."""
+def cross(seed: Tensor, threshold: Tensor, shape: list[int], grid: Grid, num_prefix: int, window: int) -> Tensor:
+    """DropKey-Cross: seed points on the key grid, each dropping a piece of its row and of its column."""
+    points = seed_points(False, seed, threshold, shape, grid, window)
+    return with_prefix(spread(points, window, -1) | spread(points, window, -2), seed, threshold, num_prefix)
+
+
+def seed_points(is_block: bool, seed: Tensor, threshold: Tensor, shape: list[int], grid: Grid, window: int) -> Tensor:
+    """B H Q h w. Their probability is such that the realised mean ratio on this very grid is the one asked for
+    (DropBlock's formula counts inner points only and overshoots on small grids)."""
+    probability = seed_probability(is_block, grid, window, as_ratio(threshold))
+    at = as_threshold(probability, seed.device)
+    return flips(seed, at, math.prod(shape[:-1]), grid[0] * grid[1]).view(*shape[:-1], *grid)
+
+
+def with_prefix(cells: Tensor, seed: Tensor, threshold: Tensor, num_prefix: int) -> Tensor:
+    """B H Q h w to B H Q K. Prefix tokens have no place on the grid; each is dropped by itself."""
+    cells = cells.flatten(-2)
+    if not num_prefix:
+        return cells
+    prefix = flips(seed, threshold, math.prod(cells.shape[:-1]), num_prefix, first_column=cells.shape[-1])
+    return torch.cat([prefix.view(*cells.shape[:-1], num_prefix), cells], dim=-1)
+
+
+def spread(seeds: Tensor, window: int, dim: int) -> Tensor:
+    """Every True reaches (window - 1) / 2 cells both ways along `dim`; with FULL the whole line."""
     size = seeds.shape[dim]
-    if window == "full":
+    if window == FULL:
         return seeds.any(dim, keepdim=True).expand_as(seeds)
     reached = seeds.clone()
     for step in range(1, min(window // 2, size - 1) + 1):
@@ -79,31 +76,29 @@ def spread(seeds: Tensor, window: Window, dim: int) -> Tensor:
     return reached
 
 
-@torch.compiler.assume_constant_result  # solved when compiling; tracing it would take minutes
-def seed_probability(kind: str, grid: Grid, window: Window, ratio: float) -> float:
+def seed_probability(is_block: bool, grid: Grid, window: int, ratio: Tensor) -> Tensor:
     """The seed probability g at which the mean of 1 - (1 - g)^n over the cells is `ratio`, n being the number of
-    seed positions whose window covers the cell."""
-    return solve_seed_probability(kind, grid, window, ratio)
+    seed positions whose window covers the cell. To seven digits, without reading `ratio` on the host."""
+    hazards, reached = hazard_table(is_block, grid, window, ratio.device, ratio.dtype)
+    wanted = -torch.log1p(-ratio)
+    above = torch.searchsorted(reached, wanted).clamp(1, len(reached) - 1)
+    low, high = reached[above - 1], reached[above]
+    hazard = torch.lerp(hazards[above - 1], hazards[above], (wanted - low) / (high - low))
+    return -torch.expm1(-hazard)
 
 
 @lru_cache(maxsize=None)
-def solve_seed_probability(kind: str, grid: Grid, window: Window, ratio: float) -> float:
+def hazard_table(is_block: bool, grid: Grid, window: int, device: torch.device, dtype: torch.dtype):
+    """Seed hazards -log(1 - g), densest near 0, and for each the hazard -log(1 - ratio) that it brings about."""
+
     def reach(size: int) -> list[int]:
-        half = size if window == "full" else window // 2
+        half = size if window == FULL else window // 2
         return [min(i + half, size - 1) - max(i - half, 0) + 1 for i in range(size)]
 
-    block = kind == "dropkey_block"
-    covers = Counter(r * c if block else r + c - 1 for r in reach(grid[0]) for c in reach(grid[1]))
-    cells = grid[0] * grid[1]
-
-    def mean(g: float) -> float:
-        return sum(count * -math.expm1(n * math.log1p(-g)) for n, count in covers.items()) / cells
-
-    low, high = 0.0, ratio  # a window of one cell needs g = ratio, larger windows less
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if mean(middle) < ratio else (low, middle)
-    return high
+    covers = Counter(r * c if is_block else r + c - 1 for r in reach(grid[0]) for c in reach(grid[1]))
+    hazards = torch.linspace(0, 1, 8193, dtype=torch.float64) ** 3 * 23  # 1 - exp(-23) is beyond the largest ratio
+    survive = sum(count * torch.exp(-n * hazards) for n, count in covers.items()) / (grid[0] * grid[1])
+    return hazards.to(device, dtype), -torch.log(survive).to(device, dtype)
 
 
 # ---------------------------------------------------------------------------------------- what the mask then does
@@ -123,12 +118,12 @@ def share(kept: Tensor) -> Tensor:
     return total.masked_fill(total < 1e-18, 1.0)
 
 
-def scale(weights: Tensor, drop: Tensor, ratio: float) -> Tensor:
+def scale(weights: Tensor, drop: Tensor, ratio: Tensor) -> Tensor:
     """Ordinary Dropout: survivors times 1 / (1 - ratio)."""
     return weights * survivors(drop, weights.dtype).div_(1.0 - ratio)
 
 
-def renormalise(weights: Tensor, drop: Tensor, ratio: float) -> Tensor:
+def renormalise(weights: Tensor, drop: Tensor, ratio: Tensor) -> Tensor:
     """DropKey from weights that are already softmaxed: masked, then divided by what survives.
 
     Equal, gradients included, to setting the dropped logits to -inf before the softmax (paper.md, equivalence;
@@ -138,7 +133,7 @@ def renormalise(weights: Tensor, drop: Tensor, ratio: float) -> Tensor:
     return kept * share(kept).reciprocal()
 
 
-def renormalise_detached(weights: Tensor, drop: Tensor, ratio: float) -> Tensor:
+def renormalise_detached(weights: Tensor, drop: Tensor, ratio: Tensor) -> Tensor:
     """DropAttention (Zehui et al., 2019, arXiv 1907.11065): the divisor takes no gradient."""
     kept = weights * survivors(drop, weights.dtype)
     return kept * share(kept.detach()).reciprocal()
@@ -150,15 +145,15 @@ class Kind:
     the same as -inf in the logits, so that any attention that takes a mask can do it."""
 
     mask: Callable[..., Tensor]
-    reweigh: Callable[[Tensor, Tensor, float], Tensor]
+    reweigh: Callable[[Tensor, Tensor, Tensor], Tensor]
     on_logits: bool
 
 
 KINDS = {
     "dropout": Kind(independent, scale, on_logits=False),
     "dropkey": Kind(independent, renormalise, on_logits=True),
-    "dropkey_block": Kind(structured, renormalise, on_logits=True),
-    "dropkey_cross": Kind(structured, renormalise, on_logits=True),
+    "dropkey_block": Kind(block, renormalise, on_logits=True),
+    "dropkey_cross": Kind(cross, renormalise, on_logits=True),
     "dropkey_column": Kind(column, renormalise, on_logits=True),
     "dropattention": Kind(independent, renormalise_detached, on_logits=False),
 }
@@ -177,18 +172,20 @@ def check_window(kind: str, window: Window) -> None:
 def draw(
     kind: str,
     shape: tuple[int, int, int, int],
-    ratio: float,
+    ratio: Union[float, Tensor],
     *,
+    seed: Union[int, Tensor, None] = None,
     device: torch.device = "cpu",
     grid: Optional[Grid] = None,
     num_prefix: int = 0,
     window: Window = None,
 ) -> Tensor:
-    """A mask of what `kind` drops, from the default generator of `device`.
+    """A mask of what `kind` drops.
 
     Args:
         shape: B H Q K.
-        ratio: share of keys dropped, in (0, 1).
+        ratio: share of keys dropped, in [0, 1).
+        seed: the mask is a function of it and of `shape`; without one it comes from `device`'s default generator.
         grid: height and width of the keys on the image (Block and Cross).
         num_prefix: keys before the grid, such as the class token (Block and Cross).
         window: cells across, odd; Cross also "full".
@@ -197,9 +194,47 @@ def draw(
     Raises:
         ValueError: Block or Cross without a grid and window that fit the keys.
     """
-    if kind not in STRUCTURED:
-        return KINDS[kind].mask(shape, ratio, device)
-    check_window(kind, window)
-    if grid is None:
-        raise ValueError(f"{kind} needs grid=(height, width) of the keys")
-    return structured(shape, ratio, device, kind=kind, grid=tuple(grid), num_prefix=num_prefix, window=window)
+    device = torch.device(device)
+    return mask(kind, shape, as_threshold(ratio, device), as_seed(seed, device), grid, num_prefix, window)
+
+
+def mask(
+    kind: str,
+    shape: tuple[int, int, int, int],
+    threshold: Tensor,
+    seed: Tensor,
+    grid: Optional[Grid] = None,
+    num_prefix: int = 0,
+    window: Window = None,
+) -> Tensor:
+    """`draw`, with ratio and seed as the tensors that `flips` takes."""
+    where = [*grid, num_prefix, FULL if window == "full" else window] if kind in STRUCTURED and grid else []
+    if kind in STRUCTURED:
+        check_window(kind, window)
+        if grid is None:
+            raise ValueError(f"{kind} needs grid=(height, width) of the keys")
+        if num_prefix + grid[0] * grid[1] != shape[-1]:
+            raise ValueError(f"{shape[-1]} keys are not {num_prefix} prefix tokens and a grid of {grid[0]} x {grid[1]}")
+    compute = mask_op if torch.compiler.is_compiling() else compute_mask
+    return compute(seed, threshold, kind, list(shape), where)
+
+
+def compute_mask(seed: Tensor, threshold: Tensor, kind: str, shape: list[int], where: list[int]) -> Tensor:
+    places = {"grid": tuple(where[:2]), "num_prefix": where[2], "window": where[3]} if where else {}
+    return KINDS[kind].mask(seed, threshold, shape, **places)
+
+
+# Opaque to compilers, which thereby draw the same mask as eager code.
+mask_op = torch.library.custom_op(
+    "dropkey::mask",
+    compute_mask,
+    mutates_args=(),
+    schema="(Tensor seed, Tensor threshold, str kind, SymInt[] shape, SymInt[] where) -> Tensor",
+)
+
+
+@mask_op.register_fake
+def _(seed, threshold, kind, shape, where):
+    batch, heads, queries, keys = shape
+    rows = 1 if KINDS[kind].mask is column else queries
+    return torch.empty(batch, heads, rows, keys, dtype=torch.bool, device=seed.device)

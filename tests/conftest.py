@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from data_samples import image_folder
+from dropkey import regularizers
+from dropkey.patching import layer
 
 torch.set_num_threads(1)
 
@@ -29,3 +31,24 @@ def own_cache(tmp_path, monkeypatch):
 def folder(tmp_path_factory):
     """48 images of 15 x 20 pixels in 3 classes, not to be changed."""
     return image_folder(tmp_path_factory.mktemp("folder") / "images", size=(20, 15))
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """(kind, mask, arguments) of everything that patched layers have dropped since the test began."""
+    draws, mask, attend = [], regularizers.mask, layer.attend
+
+    def record(kind, shape, threshold, seed, **where):
+        draws.append((kind, mask(kind, shape, threshold, seed, **where), where))
+        return draws[-1][1]
+
+    def record_attention(q, k, v, kind, threshold, seed, *, impl, scale, bias, **where):
+        record(kind, (*q.shape[:-1], k.shape[-2]), threshold, seed, **where)
+        count = len(draws)
+        out = attend(q, k, v, kind, threshold, seed, impl=impl, scale=scale, bias=bias, **where)
+        del draws[count:]  # the same mask, where this implementation does not draw it itself
+        return out
+
+    monkeypatch.setattr(regularizers, "mask", record)
+    monkeypatch.setattr(layer, "attend", record_attention)
+    return draws

@@ -7,7 +7,7 @@ import torch
 
 from dropkey import regularizers
 from dropkey.config import schema
-from dropkey.regularizers import KINDS, STRUCTURED, bernoulli, draw, seed_probability
+from dropkey.regularizers import FULL, KINDS, STRUCTURED, draw
 
 UNSTRUCTURED = [kind for kind in KINDS if kind not in STRUCTURED]
 WINDOWS = [("dropkey_block", 3), ("dropkey_block", 5), ("dropkey_block", 7)]
@@ -25,6 +25,12 @@ def _seed():
 def mask_of(kind, window, ratio, shape=SHAPE, grid=(4, 4), num_prefix=0):
     where = {"grid": grid, "num_prefix": num_prefix, "window": window} if kind in STRUCTURED else {}
     return draw(kind, shape, ratio, **where)
+
+
+def seed_probability(kind, grid, window, ratio):
+    size = FULL if window == "full" else window
+    ratio = torch.tensor(ratio, dtype=torch.float64)
+    return regularizers.seed_probability(kind == "dropkey_block", grid, size, ratio).item()
 
 
 def covers(kind, grid, window):
@@ -51,7 +57,7 @@ def test_the_kinds_are_those_of_the_config():
 def test_realised_ratio(kind, ratio):
     mask = draw(kind, (256, 12, 1 if kind == "dropkey_column" else 20, 65), ratio)
     error = math.sqrt(ratio * (1 - ratio) / mask.numel())
-    assert abs(mask.double().mean().item() - ratio) < 4 * error + 1 / 65536
+    assert abs(mask.double().mean().item() - ratio) < 4 * error
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -67,10 +73,18 @@ def test_realised_ratio_of_structured_kinds_is_within_one_percent(kind, window, 
 @pytest.mark.parametrize(("kind", "window"), WINDOWS)
 def test_expected_ratio_of_structured_kinds_is_the_asked_one(kind, window, grid, ratio):
     seeds_that_reach = covers(kind, grid, window).sum(0).double()
-    exact = seed_probability(kind, grid, window, ratio)
-    drawn = round(exact * 65536) / 65536  # by `bernoulli` on a CPU
-    expected = [(1 - (1 - g) ** seeds_that_reach).mean().item() for g in (exact, drawn)]
-    assert expected == [pytest.approx(ratio, rel=1e-9), pytest.approx(ratio, rel=0.01)]
+    g = seed_probability(kind, grid, window, ratio)
+    assert (1 - (1 - g) ** seeds_that_reach).mean().item() == pytest.approx(ratio, rel=1e-6)
+
+
+@pytest.mark.parametrize("ratio", [1e-9, 1e-4, 0.99, 0.9999])
+@pytest.mark.parametrize("kind", STRUCTURED)
+def test_seed_probabilities_reach_from_zero_to_one(kind, ratio):
+    seeds_that_reach = covers(kind, (8, 8), 3).sum(0).double()
+    g = seed_probability(kind, (8, 8), 3, ratio)
+    realised = -torch.expm1(seeds_that_reach * math.log1p(-g)).mean().item()
+    assert realised == pytest.approx(ratio, rel=1e-4)
+    assert 1 - realised == pytest.approx(1 - ratio, rel=1e-4)
 
 
 # For a mean ratio of 0.3, by bisection over the number of seed positions that reach each cell.
@@ -117,8 +131,11 @@ def test_each_prefix_token_is_dropped_by_itself(kind):
 @pytest.mark.parametrize(("kind", "window"), [*WINDOWS, ("dropkey_block", 1), ("dropkey_cross", 99)])
 def test_masks_are_windows_around_the_seeds(monkeypatch, kind, window, grid, num_prefix):
     seeds, prefix = torch.rand(2, 3, 5, *grid) < 0.06, torch.rand(2, 3, 5, num_prefix) < 0.3
-    given = {seeds.shape: seeds, prefix.shape: prefix}
-    monkeypatch.setattr(regularizers, "bernoulli", lambda shape, p, device: given[shape])
+
+    def given(seed, threshold, rows, columns, first_column=0):
+        return prefix.view(rows, -1) if first_column else seeds.view(rows, columns)
+
+    monkeypatch.setattr(regularizers, "flips", given)
     keys = grid[0] * grid[1]
     mask = mask_of(kind, window, 0.3, (2, 3, 5, num_prefix + keys), grid, num_prefix)
     dilated = seeds.flatten(-2).double() @ covers(kind, grid, window).double() > 0
@@ -168,25 +185,6 @@ def test_the_same_seed_draws_the_same_mask(kind, window):
     first = mask_of(kind, window, 0.3)
     torch.manual_seed(0)
     assert torch.equal(mask_of(kind, window, 0.3), first)
-
-
-# ---- bernoulli
-
-
-@pytest.mark.parametrize("shape", [(1,), (3,), (5, 7), (2, 3, 5, 7), (0, 4)])
-def test_bernoulli_has_the_asked_shape(shape):
-    assert bernoulli(shape, 0.3, "cpu").shape == shape
-
-
-@pytest.mark.parametrize("p", [1e-9, 1 / 65536, 0.0001, 0.5, 0.9999, 1 - 1e-9])
-def test_bernoulli_is_right_near_zero_and_one(p):
-    """To within the documented step of 1/65536, and never always False or always True."""
-    drawn = bernoulli((8_000_000,), p, "cpu")
-    nearest = min(max(round(p * 65536), 1), 65535) / 65536
-    error = math.sqrt(nearest * (1 - nearest) / drawn.numel())
-    assert abs(drawn.double().mean().item() - nearest) < 4 * error
-    assert drawn.any()
-    assert not drawn.all()
 
 
 # ---- from mask to weights

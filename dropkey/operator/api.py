@@ -1,32 +1,59 @@
 """`attention`: the one public operator. Shapes: B batch, H heads, Q queries, K keys, D head width."""
 
-from typing import Optional
+from typing import Optional, Union
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dropkey import regularizers
+from dropkey.flips import as_ratio, as_seed, as_threshold
+from dropkey.operator import cpu, triton
 from dropkey.operator.reference import reference
 from dropkey.operator.sdpa import sdpa
 from dropkey.regularizers import Grid, Window
 
-IMPLS = ("reference", "sdpa")
+IMPLS = ("reference", "cpu", "triton", "sdpa")
+IN_KERNEL = ("dropkey", "dropkey_column")  # what the Triton kernels draw; other masks would be read from memory
 
 
-def choose(impl: str, regularizer: str) -> str:
-    """The implementation that `impl` stands for; `auto` is decided here and nowhere else.
+def obstacle(impl: str, regularizer: str, *tensors: Tensor) -> Optional[str]:
+    """Why `impl` cannot compute this for such q, k and v (without them: ever), or None."""
+    if impl == "reference":
+        return None
+    if not regularizers.KINDS[regularizer].on_logits:
+        return f"masks logits, and {regularizer} acts on weights after the softmax; take reference"
+    if impl == "triton" and regularizer not in IN_KERNEL:
+        return f"draws {' and '.join(IN_KERNEL)} only; take sdpa"
+    if impl == "cpu" and tensors and tensors[0].device.type != "cpu":
+        return f"takes tensors on the CPU, not on {tensors[0].device}; take triton or sdpa"
+    return triton.supported(*tensors) if impl == "triton" and tensors else None
+
+
+def choose(impl: str, regularizer: str, *tensors: Tensor) -> str:
+    """The implementation that `impl` stands for, given q, k and v; `auto` is decided here and nowhere else. All of
+    them draw the same mask from the same seed, so the choice changes speed, memory and rounding only.
 
     Raises:
-        ValueError: an implementation that does not exist, or cannot do this regularizer.
+        ValueError: an implementation that does not exist, or cannot compute this.
     """
-    on_logits = regularizers.KINDS[regularizer].on_logits
-    if impl == "auto":
-        return "sdpa" if on_logits else "reference"
-    if impl not in IMPLS:
+    if impl not in ("auto", *IMPLS):
         raise ValueError(f"no impl '{impl}'; there are auto, {', '.join(IMPLS)}")
-    if impl == "sdpa" and not on_logits:
-        raise ValueError(f"impl=sdpa masks logits, and {regularizer} acts on weights after the softmax; take reference")
-    return impl
+    if impl != "auto":
+        reason = obstacle(impl, regularizer, *tensors)
+        if reason:
+            raise ValueError(f"impl={impl} {reason}")
+        return impl
+    order = ("cpu", "sdpa", "reference") if tensors[0].device.type == "cpu" else ("triton", "sdpa", "reference")
+    return next(name for name in order if obstacle(name, regularizer, *tensors) is None)
+
+
+def check(regularizer: str, ratio: Union[float, Tensor]) -> None:
+    """Raises ValueError for a regularizer that does not exist or a ratio outside [0, 1)."""
+    if regularizer != "none" and regularizer not in regularizers.KINDS:
+        raise ValueError(f"no regularizer '{regularizer}'; there are none, {', '.join(regularizers.KINDS)}")
+    if not isinstance(ratio, Tensor) and not 0 <= ratio < 1:
+        raise ValueError(f"ratio={ratio} lies outside [0, 1)")
 
 
 def attention(
@@ -35,13 +62,14 @@ def attention(
     v: Tensor,
     *,
     regularizer: str = "dropkey",
-    ratio: float,
+    ratio: Union[float, Tensor],
     impl: str = "auto",
     scale: Optional[float] = None,
     bias: Optional[Tensor] = None,
     grid: Optional[Grid] = None,
     num_prefix: int = 0,
     window: Window = None,
+    seed: Union[int, Tensor, None] = None,
     training: bool = True,
 ) -> Tensor:
     """softmax(scale * q kᵀ + bias) v with attention regularized.
@@ -50,30 +78,60 @@ def attention(
         q: B H Q D.
         k, v: B H K D.
         regularizer: none, dropout, dropkey, dropkey_block, dropkey_cross, dropkey_column or dropattention.
-        ratio: drop probability in [0, 1). 0, `none` and training=False are plain attention, bit for bit.
-        impl: auto, or one of IMPLS: the same semantics and the same distribution, another way to compute it.
+        ratio: drop probability in [0, 1). 0, `none` and training=False are plain attention, bit for bit. A tensor
+            without dimensions is never read on the host: it may change without recompiling, or within a CUDA graph.
+        impl: auto, or one of IMPLS: the same mask from the same seed, another way to compute it.
         scale: of the logits; D ** -0.5 unless given.
         bias: added to the logits, or boolean with True where a query may look; broadcastable to B H Q K.
         grid, num_prefix, window: of the keys, see `dropkey.regularizers.draw`.
+        seed: an integer of 64 bits, as a number or a tensor. The result is a pure function of it and the other
+            arguments. Without one it comes from the default generator of the device. Give it where a generator is
+            not replayed, as by `torch.utils.checkpoint` with preserve_rng_state=False.
     Returns:
         B H Q D. A query that lost all its keys gives 0.
     Raises:
         ValueError: a ratio outside [0, 1), an unknown regularizer or impl, a pair of them that does not exist.
     Source: DropKey (Li et al., CVPR 2023), algorithm 1.
     """
-    if not 0 <= ratio < 1:
-        raise ValueError(f"ratio={ratio} lies outside [0, 1)")
-    if regularizer != "none" and regularizer not in regularizers.KINDS:
-        raise ValueError(f"no regularizer '{regularizer}'; there are none, {', '.join(regularizers.KINDS)}")
-    if regularizer != "none":
-        impl = choose(impl, regularizer)
-    if regularizer == "none" or ratio == 0 or not training:
+    check(regularizer, ratio)
+    if impl != "auto" and regularizer != "none":
+        choose(impl, regularizer, q, k, v)  # also where nothing is dropped, so that a mistake shows at once
+    nothing = not isinstance(ratio, Tensor) and ratio == 0
+    if regularizer == "none" or nothing or not training:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    where = {"grid": grid, "num_prefix": num_prefix, "window": window}
+    threshold, seed = as_threshold(ratio, q.device), as_seed(seed, q.device)
+    return attend(q, k, v, regularizer, threshold, seed, impl=impl, scale=scale, bias=bias, **where)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    regularizer: str,
+    threshold: Tensor,
+    seed: Tensor,
+    *,
+    impl: str,
+    scale: Optional[float],
+    bias: Optional[Tensor],
+    **where,
+) -> Tensor:
+    """`attention` with ratio and seed as the tensors that `dropkey.flips` takes."""
+    if torch.is_autocast_enabled(q.device.type):  # as scaled_dot_product_attention does
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
+    impl = choose(impl, regularizer, q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    shape = (*q.shape[:-1], k.shape[-2])
-    drop = regularizers.draw(
-        regularizer, shape, ratio, device=q.device, grid=grid, num_prefix=num_prefix, window=window
-    )
+    if impl == "triton":
+        column = regularizer == "dropkey_column"
+        return triton.attention(q, k, v, seed, threshold, scale=scale, bias=bias, column=column)
+    if impl == "cpu" and regularizer == "dropkey":
+        return cpu.attention(q, k, v, seed=seed, threshold=threshold, drop=None, scale=scale, bias=bias)
+    drop = regularizers.mask(regularizer, (*q.shape[:-1], k.shape[-2]), threshold, seed, **where)
+    if impl == "cpu":
+        return cpu.attention(q, k, v, seed=seed, threshold=threshold, drop=drop, scale=scale, bias=bias)
     if impl == "sdpa":
         return sdpa(q, k, v, drop, scale=scale, bias=bias)
+    ratio = as_ratio(threshold)
     return reference(q, k, v, drop, regularizer=regularizer, ratio=ratio, scale=scale, bias=bias)

@@ -18,7 +18,7 @@ def reference(
     drop: Tensor,
     *,
     regularizer: str,
-    ratio: float,
+    ratio: Tensor,
     scale: float,
     bias: Optional[Tensor],
 ) -> Tensor:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from dropkey import regularizers
-from dropkey.operator import attention
+from dropkey.flips import as_ratio, as_threshold, new_seed
+from dropkey.operator.api import attend
 from dropkey.patching.sites import key_grid
 from dropkey.regularizers import Grid, Window
 
@@ -18,16 +19,34 @@ class Regularize(nn.Module):
 
     def __init__(self, kind: str, window: Window, impl: str, site: str, grid: Optional[Grid], num_prefix: int):
         super().__init__()
-        self.kind, self.ratio, self.window, self.impl = kind, 0.0, window, impl
+        self.kind, self.window, self.impl = kind, window, impl
         self.site, self.grid, self.num_prefix = site, grid, num_prefix
         self.always = False  # on in evaluation too, for Monte Carlo
+        self.threshold = as_threshold(0.0, torch.device("cpu"))  # no buffer, which a cast or `to_empty` would spoil
+        self.ratio = 0.0
+
+    @property
+    def ratio(self) -> float:
+        return self._ratio
+
+    @ratio.setter
+    def ratio(self, ratio: float) -> None:
+        """Also within a compiled model: what it guards on is whether anything drops, not how much."""
+        self._ratio, self.drops = ratio, ratio > 0
+        self.threshold.copy_(as_threshold(ratio, self.threshold.device))
 
     @property
     def active(self) -> bool:
-        return self.ratio > 0 and (self.training or self.always)
+        return self.drops and (self.training or self.always)
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        moved = fn(self.threshold)
+        self.threshold = as_threshold(self._ratio, self.threshold.device if moved.is_meta else moved.device)
+        return self
 
     def where_keys_lie(self, keys: int) -> dict:
-        """Arguments `grid`, `num_prefix` and `window` of `regularizers.draw` for a layer with so many keys."""
+        """Arguments `grid`, `num_prefix` and `window` of `regularizers.mask` for a layer with so many keys."""
         if self.kind not in regularizers.STRUCTURED:
             return {}
         if self.site == "outlook":  # the keys are a k x k neighbourhood
@@ -42,24 +61,23 @@ class Regularize(nn.Module):
             return weights
         rows = weights.flatten(1, -3) if weights.dim() > 4 else weights  # outlook attention: B H N K K
         where = self.where_keys_lie(rows.shape[-1])
-        drop = regularizers.draw(self.kind, tuple(rows.shape), self.ratio, device=rows.device, **where)
+        threshold, seed = self.flips_on(rows.device)
+        drop = regularizers.mask(self.kind, tuple(rows.shape), threshold, seed, **where)
         # fp32 at least, because a sum of bf16 weights is off by up to 1 % and would scale the output
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        kept = regularizers.KINDS[self.kind].reweigh(rows, drop, self.ratio)
+        kept = regularizers.KINDS[self.kind].reweigh(rows, drop, as_ratio(threshold))
         return kept.to(weights.dtype).view_as(weights)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Optional[Tensor], scale: Optional[float]) -> Tensor:
-        return attention(
-            q,
-            k,
-            v,
-            regularizer=self.kind,
-            ratio=self.ratio,
-            impl=self.impl,
-            scale=scale,
-            bias=bias,
-            **self.where_keys_lie(k.shape[-2]),
-        )
+        where = self.where_keys_lie(k.shape[-2])
+        flips = self.flips_on(q.device)
+        return attend(q, k, v, self.kind, *flips, impl=self.impl, scale=scale, bias=bias, **where)
+
+    def flips_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Threshold and a new seed."""
+        if self.threshold.device != device:  # a model made on the meta device, or split over devices
+            self.threshold = self.threshold.to(device)
+        return self.threshold, new_seed(device)
 
     def extra_repr(self) -> str:
         window = "" if self.window is None else f", window={self.window}"

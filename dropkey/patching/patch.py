@@ -13,6 +13,7 @@ import copy
 from dataclasses import dataclass, field
 from typing import Iterator, Optional
 
+import torch
 from torch import Tensor, nn
 
 from dropkey import regularizers, schedules
@@ -99,7 +100,7 @@ def apply(
         return Report("none", schedule, "none")
     if regularizer not in regularizers.KINDS:
         raise ValueError(f"no regularizer '{regularizer}'; there are none, {', '.join(regularizers.KINDS)}")
-    report = Report(regularizer, schedule, choose(impl, regularizer))
+    report = Report(regularizer, schedule, planned(impl, regularizer, model))
     regularizers.check_window(regularizer, window)
     taken, report.skipped = choose_sites(model, sites)
     values = schedules.ratios(schedule, ratio, end, len(taken))
@@ -116,6 +117,13 @@ def apply(
         way = "fused" if getattr(module, "fused_attn", False) else "weights"
         report.sites.append(Site(found.name, found.site, value, way))
     return report
+
+
+def planned(impl: str, regularizer: str, model: nn.Module) -> str:
+    """What `impl` will be for a model on its present device."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    example = torch.empty(1, 1, 1, 64, device=device)
+    return choose(impl, regularizer, *[example] * 3) if impl == "auto" else choose(impl, regularizer)
 
 
 def choose_sites(model: nn.Module, sites: tuple[str, ...]) -> tuple[list[Found], list[tuple[str, str]]]:
