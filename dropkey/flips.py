@@ -35,7 +35,7 @@ def as_threshold(ratio: Union[float, Tensor], device: torch.device) -> Tensor:
     """The ratio in units of 2⁻³²: a tensor, so that another ratio neither recompiles nor breaks a CUDA graph."""
     if isinstance(ratio, Tensor):
         wide = torch.float32 if device.type == "mps" else torch.float64
-        return (ratio.to(device=device, dtype=wide) * 2**32).round().clamp(0, 2**32 - 1).long()
+        return (ratio.to(device, wide) * 2**32).round().clamp(0, 2**32 - 1).long()
     return torch.full((), min(round(ratio * 2**32), 2**32 - 1), dtype=torch.int64, device=device)
 
 

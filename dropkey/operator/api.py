@@ -79,7 +79,8 @@ def attention(
         k, v: B H K D.
         regularizer: none, dropout, dropkey, dropkey_block, dropkey_cross, dropkey_column or dropattention.
         ratio: drop probability in [0, 1). 0, `none` and training=False are plain attention, bit for bit. A tensor
-            without dimensions is never read on the host: it may change without recompiling, or within a CUDA graph.
+            without dimensions is never read on the host: unlike a number it may change without recompiling, or
+            within a CUDA graph.
         impl: auto, or one of IMPLS: the same mask from the same seed, another way to compute it.
         scale: of the logits; D ** -0.5 unless given.
         bias: added to the logits, or boolean with True where a query may look; broadcastable to B H Q K.
