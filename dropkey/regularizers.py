@@ -1,7 +1,7 @@
 """What is dropped: for each kind a mask, and what the mask does to the attention weights.
 
-A new regularizer is one function that draws its mask (or none, if an existing one serves) and one line in `KINDS`,
-plus its name in `dropkey.config.schema.KINDS`. Shapes: B batch, H heads, Q queries, K keys, K = prefix + h * w.
+A new regularizer is one line in `KINDS` (and a function that draws its mask, unless an existing one serves), plus its
+name in `dropkey.config.schema.KINDS`. Shapes: B batch, H heads, Q queries, K keys, K = prefix + h * w.
 Masks are boolean, True where something is dropped.
 """
 
@@ -18,6 +18,7 @@ from dropkey.flips import as_ratio, as_seed, as_threshold, flips
 
 Grid = tuple[int, int]
 Window = Optional[Union[int, str]]
+AXES = ("sample", "head", "query", "key")
 FULL = 0  # window="full" as a number
 
 
@@ -25,14 +26,8 @@ FULL = 0  # window="full" as a number
 
 
 def independent(seed: Tensor, threshold: Tensor, shape: list[int], **_) -> Tensor:
-    """One draw for each (sample, head, query, key): DropKey's and Dropout's mask."""
+    """One draw for each element: DropKey's and Dropout's mask."""
     return flips(seed, threshold, math.prod(shape[:-1]), shape[-1]).view(shape)
-
-
-def column(seed: Tensor, threshold: Tensor, shape: list[int], **_) -> Tensor:
-    """One draw for each (sample, head, key), shared by all queries: B H 1 K."""
-    batch, heads, _, keys = shape
-    return flips(seed, threshold, batch * heads, keys).view(batch, heads, 1, keys)
 
 
 def block(seed: Tensor, threshold: Tensor, shape: list[int], grid: Grid, num_prefix: int, window: int) -> Tensor:
@@ -142,11 +137,16 @@ def renormalise_detached(weights: Tensor, drop: Tensor, ratio: Tensor) -> Tensor
 @dataclass(frozen=True)
 class Kind:
     """`mask` draws what is dropped; `reweigh` applies it to softmaxed weights; `on_logits` says that dropping is
-    the same as -inf in the logits, so that any attention that takes a mask can do it."""
+    the same as -inf in the logits, so that any attention that takes a mask can do it; along the axes `shared` one
+    draw is for all."""
 
     mask: Callable[..., Tensor]
     reweigh: Callable[[Tensor, Tensor, Tensor], Tensor]
     on_logits: bool
+    shared: tuple[str, ...] = ()
+
+    def shape(self, full: list[int]) -> list[int]:
+        return [1 if axis in self.shared else size for axis, size in zip(AXES[-len(full) :], full, strict=True)]
 
 
 KINDS = {
@@ -154,7 +154,7 @@ KINDS = {
     "dropkey": Kind(independent, renormalise, on_logits=True),
     "dropkey_block": Kind(block, renormalise, on_logits=True),
     "dropkey_cross": Kind(cross, renormalise, on_logits=True),
-    "dropkey_column": Kind(column, renormalise, on_logits=True),
+    "dropkey_column": Kind(independent, renormalise, on_logits=True, shared=("query",)),
     "dropattention": Kind(independent, renormalise_detached, on_logits=False),
 }
 STRUCTURED = ("dropkey_block", "dropkey_cross")  # the kinds that must know the grid of the keys
@@ -221,7 +221,7 @@ def mask(
 
 def compute_mask(seed: Tensor, threshold: Tensor, kind: str, shape: list[int], where: list[int]) -> Tensor:
     places = {"grid": tuple(where[:2]), "num_prefix": where[2], "window": where[3]} if where else {}
-    return KINDS[kind].mask(seed, threshold, shape, **places)
+    return KINDS[kind].mask(seed, threshold, KINDS[kind].shape(shape), **places)
 
 
 # Opaque to compilers, which thereby draw the same mask as eager code.
@@ -235,6 +235,4 @@ mask_op = torch.library.custom_op(
 
 @mask_op.register_fake
 def _(seed, threshold, kind, shape, where):
-    batch, heads, queries, keys = shape
-    rows = 1 if KINDS[kind].mask is column else queries
-    return torch.empty(batch, heads, rows, keys, dtype=torch.bool, device=seed.device)
+    return torch.empty(KINDS[kind].shape(shape), dtype=torch.bool, device=seed.device)
