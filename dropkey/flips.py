@@ -51,9 +51,9 @@ def mix64(z: Tensor) -> Tensor:
     return z ^ ((z >> 31) & ((1 << 33) - 1))
 
 
-def row_keys(seed: Tensor, rows: int) -> Tensor:
+def row_keys(seed: Tensor, rows: int, first: int = 0) -> Tensor:
     """r1 and r2 of every row: int32, 2 × rows × 1."""
-    counters = torch.arange(rows, device=seed.device).mul_(GOLDEN).add_(mix64(seed))
+    counters = torch.arange(first, first + rows, device=seed.device).mul_(GOLDEN).add_(mix64(seed))
     return mix64(counters).view(torch.int32).view(rows, 2).t().contiguous().unsqueeze(-1)
 
 
@@ -81,17 +81,19 @@ def fill(out: Tensor, keys: Tensor, columns: Tensor, limit: Tensor, spare: Tenso
     return out.mul_(spare).lt_(limit)
 
 
-def flips(seed: Tensor, threshold: Tensor, rows: int, columns: int, first_column: int = 0) -> Tensor:
+def flips(
+    seed: Tensor, threshold: Tensor, rows: int, columns: int, *, first_column: int = 0, first_row: int = 0
+) -> Tensor:
     """Boolean, rows × columns; True with probability threshold / 2³².
 
     Args:
         seed, threshold: int64 without dimensions, on the device of the result.
-        first_column: flips of columns first_column, first_column + 1, ...
+        first_column, first_row: where the part of the endless table of flips begins.
     """
     result = torch.empty(rows, columns, dtype=torch.bool, device=seed.device)
     if result.numel() == 0:
         return result
-    keys, limit = row_keys(seed, rows), as_limit(threshold)
+    keys, limit = row_keys(seed, rows, first_row), as_limit(threshold)
     names = column_keys(columns, seed.device, first_column)
     step = max(1, CACHED // columns) if seed.device.type == "cpu" else rows
     out = torch.empty(min(step, rows), columns, dtype=torch.int32, device=seed.device)

@@ -8,13 +8,13 @@ Masks are boolean, True where something is dropped.
 import math
 from collections import Counter
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Callable, Optional, Union
 
 import torch
 from torch import Tensor
 
-from dropkey.flips import as_ratio, as_seed, as_threshold, flips
+from dropkey.flips import CACHED, as_ratio, as_seed, as_threshold, flips
 
 Grid = tuple[int, int]
 Window = Optional[Union[int, str]]
@@ -30,33 +30,35 @@ def independent(seed: Tensor, threshold: Tensor, shape: list[int], **_) -> Tenso
     return flips(seed, threshold, math.prod(shape[:-1]), shape[-1]).view(shape)
 
 
-def block(seed: Tensor, threshold: Tensor, shape: list[int], grid: Grid, num_prefix: int, window: int) -> Tensor:
-    """DropKey-Block: seed points on the key grid, each dropping a square around itself."""
-    cells = spread(seed_points(True, seed, threshold, shape, grid, window), grid, window, down=True)
-    return with_prefix(spread(cells, grid, window, down=False), seed, threshold, num_prefix)
+def block(points: Tensor, grid: Grid, window: int) -> Tensor:
+    """DropKey-Block: each seed point drops a square around itself."""
+    return spread(spread(points, grid, window, down=True), grid, window, down=False)
 
 
-def cross(seed: Tensor, threshold: Tensor, shape: list[int], grid: Grid, num_prefix: int, window: int) -> Tensor:
-    """DropKey-Cross: seed points on the key grid, each dropping a piece of its row and of its column."""
-    points = seed_points(False, seed, threshold, shape, grid, window)
-    cells = spread(points, grid, window, down=True) | spread(points, grid, window, down=False)
-    return with_prefix(cells, seed, threshold, num_prefix)
+def cross(points: Tensor, grid: Grid, window: int) -> Tensor:
+    """DropKey-Cross: each seed point drops a piece of its row and of its column."""
+    return spread(points, grid, window, down=True) | spread(points, grid, window, down=False)
 
 
-def seed_points(is_block: bool, seed: Tensor, threshold: Tensor, shape: list[int], grid: Grid, window: int) -> Tensor:
-    """B H Q hw. Their probability is such that the realised mean ratio on this very grid is the one asked for
-    (DropBlock's formula counts inner points only and overshoots on small grids)."""
-    probability = seed_probability(is_block, grid, window, as_ratio(threshold))
-    at = as_threshold(probability, seed.device)
-    return flips(seed, at, math.prod(shape[:-1]), grid[0] * grid[1]).view(*shape[:-1], -1)
+def structured(
+    seed: Tensor, threshold: Tensor, shape: list[int], *, is_block: bool, grid: Grid, num_prefix: int, window: int
+) -> Tensor:
+    """Seed points on the key grid, for each (sample, head, query), and what they drop around themselves.
 
-
-def with_prefix(cells: Tensor, seed: Tensor, threshold: Tensor, num_prefix: int) -> Tensor:
-    """B H Q hw to B H Q K. Prefix tokens have no place on the grid; each is dropped by itself."""
-    if not num_prefix:
-        return cells
-    prefix = flips(seed, threshold, math.prod(cells.shape[:-1]), num_prefix, first_column=cells.shape[-1])
-    return torch.cat([prefix.view(*cells.shape[:-1], num_prefix), cells], dim=-1)
+    The probability of a seed point is such that the realised mean ratio on this very grid is the one asked for
+    (DropBlock's formula counts inner points only and overshoots on small grids). Prefix tokens have no place on the
+    grid; each is dropped by itself.
+    """
+    rows, cells = math.prod(shape[:-1]), grid[0] * grid[1]
+    at = as_threshold(seed_probability(is_block, grid, window, as_ratio(threshold)), seed.device)
+    mask = torch.empty(rows, shape[-1], dtype=torch.bool, device=seed.device)
+    step = max(1, CACHED // cells) if seed.device.type == "cpu" else max(1, rows)
+    for first in range(0, rows, step):
+        part = mask[first : first + step]
+        points = flips(seed, at, len(part), cells, first_row=first)
+        part[:, num_prefix:] = (block if is_block else cross)(points, grid, window)
+        part[:, :num_prefix] = flips(seed, threshold, len(part), num_prefix, first_column=cells, first_row=first)
+    return mask.view(shape)
 
 
 def spread(points: Tensor, grid: Grid, window: int, *, down: bool) -> Tensor:
@@ -163,8 +165,8 @@ class Kind:
 KINDS = {
     "dropout": Kind(independent, scale, on_logits=False),
     "dropkey": Kind(independent, renormalise, on_logits=True),
-    "dropkey_block": Kind(block, renormalise, on_logits=True),
-    "dropkey_cross": Kind(cross, renormalise, on_logits=True),
+    "dropkey_block": Kind(partial(structured, is_block=True), renormalise, on_logits=True),
+    "dropkey_cross": Kind(partial(structured, is_block=False), renormalise, on_logits=True),
     "dropkey_column": Kind(independent, renormalise, on_logits=True, shared=("query",)),
     "dropattention": Kind(independent, renormalise_detached, on_logits=False),
 }

@@ -13,9 +13,16 @@ SEEDS = [0, 1, 2, 2**31, 2**63 - 1, -1, -(2**63), 123456789]
 ROWS, COLUMNS = 2048, 512
 
 
-def drawn(seed, ratio, rows=ROWS, columns=COLUMNS, first_column=0):
+def drawn(seed, ratio, rows=ROWS, columns=COLUMNS, first_column=0, first_row=0):
     cpu = torch.device("cpu")
-    return flips.flips(flips.as_seed(seed, cpu), flips.as_threshold(ratio, cpu), rows, columns, first_column)
+    return flips.flips(
+        flips.as_seed(seed, cpu),
+        flips.as_threshold(ratio, cpu),
+        rows,
+        columns,
+        first_column=first_column,
+        first_row=first_row,
+    )
 
 
 # ---- the definition, in integers without limit
@@ -59,6 +66,7 @@ def test_a_flip_does_not_depend_on_how_many_are_drawn_with_it():
     whole = drawn(3, 0.3, 100, 90)
     assert torch.equal(drawn(3, 0.3, 60, 40), whole[:60, :40])
     assert torch.equal(drawn(3, 0.3, 60, 40, first_column=50), whole[:60, 50:])
+    assert torch.equal(drawn(3, 0.3, 60, 40, first_row=40), whole[40:, :40])
 
 
 def test_a_flip_does_not_depend_on_the_size_of_the_pieces(monkeypatch):

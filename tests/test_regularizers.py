@@ -132,7 +132,7 @@ def test_each_prefix_token_is_dropped_by_itself(kind):
 def test_masks_are_windows_around_the_seeds(monkeypatch, kind, window, grid, num_prefix):
     seeds, prefix = torch.rand(2, 3, 5, *grid) < 0.06, torch.rand(2, 3, 5, num_prefix) < 0.3
 
-    def given(seed, threshold, rows, columns, first_column=0):
+    def given(seed, threshold, rows, columns, first_column=0, first_row=0):
         return prefix.view(rows, -1) if first_column else seeds.view(rows, columns)
 
     monkeypatch.setattr(regularizers, "flips", given)
@@ -140,6 +140,13 @@ def test_masks_are_windows_around_the_seeds(monkeypatch, kind, window, grid, num
     mask = mask_of(kind, window, 0.3, (2, 3, 5, num_prefix + keys), grid, num_prefix)
     dilated = seeds.flatten(-2).double() @ covers(kind, grid, window).double() > 0
     assert torch.equal(mask, torch.cat([prefix, dilated], dim=-1))
+
+
+@pytest.mark.parametrize(("kind", "window"), WINDOWS)
+def test_masks_do_not_depend_on_the_size_of_the_pieces(monkeypatch, kind, window):
+    whole = draw(kind, SHAPE, 0.3, seed=3, grid=(3, 5), num_prefix=1, window=window)
+    monkeypatch.setattr(regularizers, "CACHED", 700)
+    assert torch.equal(draw(kind, SHAPE, 0.3, seed=3, grid=(3, 5), num_prefix=1, window=window), whole)
 
 
 def test_column_shares_one_draw_over_queries():
