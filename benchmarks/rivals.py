@@ -1,0 +1,84 @@
+"""Ways to drop keys, and what they are measured against: each takes q, k and v of shape B H N D."""
+
+import functools
+from typing import Callable, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import dropkey
+from dropkey import flips
+from dropkey.operator import choose, triton
+
+RATIO = 0.1
+PLAIN = "scaled_dot_product_attention"
+
+
+def two_lines(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Algorithm 1 of the paper as printed."""
+    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    mask = torch.full_like(logits, RATIO)
+    logits = logits + torch.bernoulli(mask) * -1e12
+    return logits.softmax(-1) @ v
+
+
+def boolean_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    keep = torch.rand(*q.shape[:-1], k.shape[-2], device=q.device) >= RATIO
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
+
+
+def attention_dropout(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Not DropKey: what it replaces."""
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=RATIO)
+
+
+def ones_column(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Dropout, divided by what it leaves of a column of ones."""
+    joined = F.scaled_dot_product_attention(q, k, F.pad(v, (0, 8), value=1.0), dropout_p=RATIO)
+    out, total = joined[..., :-8], joined[..., -1:]
+    return out / total.masked_fill(total == 0, 1.0)
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, seed: Optional[Tensor] = None) -> Tensor:
+    """FlexAttention with the coin flips of this project in its score_mod."""
+    heads, queries = q.shape[1:3]
+    keys = flips.row_keys(flips.as_seed(seed, q.device), q.shape[:-1].numel())[..., 0]
+    limit = flips.as_limit(flips.as_threshold(RATIO, q.device))
+
+    def drop(score, b, h, m, n):
+        row = (b * heads + h) * queries + m
+        column = (n.to(torch.int64) * (flips.COLUMN % 2**32)).to(torch.int32)  # int32 from the start is traced wrongly
+        hits = (keys[0, row] + column) * (keys[1, row] ^ column) < limit
+        return torch.where(hits, -float("inf"), score)
+
+    return compiled_flex()(q, k, v, score_mod=drop)
+
+
+@functools.cache
+def compiled_flex() -> Callable:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
+def same_kernel_without(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    nothing = flips.as_threshold(0.0, q.device)
+    return triton.attention(q, k, v, None, nothing, scale=q.shape[-1] ** -0.5)
+
+
+def ways_for(q: Tensor) -> dict[str, Callable]:
+    own = functools.partial(dropkey.attention, ratio=RATIO)
+    chosen = choose("auto", "dropkey", q, q, q)
+    ways = {
+        PLAIN: F.scaled_dot_product_attention,
+        f"DropKey, impl={chosen}": own,
+        "DropKey, impl=sdpa (additive mask)": functools.partial(own, impl="sdpa"),
+        "DropKey, boolean mask": boolean_mask,
+        "DropKey, the paper's two lines": two_lines,
+        "DropKey, dropout and a ones column": ones_column,
+        "attention dropout": attention_dropout,
+    }
+    if q.is_cuda:
+        ways |= {"DropKey, FlexAttention": flex, "impl=triton, nothing dropped": same_kernel_without}
+    return ways

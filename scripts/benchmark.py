@@ -1,0 +1,274 @@
+"""What DropKey costs, always as a ratio to plain attention in the same run, because machines are noisy.
+
+    python scripts/benchmark.py attention             # the operator, forward and backward, beside its rivals
+    python scripts/benchmark.py kinds                 # what the other regularizers cost
+    python scripts/benchmark.py step                  # a whole training step
+    python scripts/benchmark.py all --device cuda     # everything, on a GPU
+    python scripts/benchmark.py tune --device cuda    # tilings of the Triton kernels, fastest first
+
+Prints a table and writes it with hardware and versions to benchmarks/results/<what>-<device>.json, and a picture.
+Every round times every way once, in turn; a ratio is that of the medians, its spread the quartiles over rounds.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import math
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Callable, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import dropkey  # noqa: E402
+from benchmarks.rivals import PLAIN, RATIO, flex, ways_for  # noqa: E402
+from benchmarks.show import picture, table  # noqa: E402
+from dropkey.provenance import git_commit, versions  # noqa: E402
+from dropkey.records import hardware  # noqa: E402
+from dropkey.regularizers import STRUCTURED  # noqa: E402
+
+SHAPES = {  # B, H, N, D: ViT-Ti and ViT-S at 32 and 224 pixels on a CPU; as many tokens at any length on a GPU
+    "cpu": [(64, 3, 65, 64), (32, 6, 197, 64), (8, 6, 577, 64)],
+    "cuda": [(max(1, 32768 // n), 6, n, d) for d in (64, 128) for n in (65, 197, 577, 1024, 4096)],
+}
+STRUCTURED_SHAPE, GRID = (32, 6, 197, 64), (14, 14)
+MODELS = {
+    "cpu": {"model_name": "vit_tiny_patch16_224", "img_size": 32, "patch_size": 4, "num_classes": 10},
+    "cuda": {"model_name": "vit_small_patch16_224", "img_size": 224, "patch_size": 16, "num_classes": 1000},
+}
+BATCH = {"cpu": 64, "cuda": 256}
+DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16",)}
+
+
+# ------------------------------------------------------------------------------------------------- measuring
+
+
+def seconds(action: Callable[[], object], device: torch.device) -> float:
+    if device.type != "cuda":
+        begin = time.perf_counter()
+        action()
+        return time.perf_counter() - begin
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    events[0].record()
+    action()
+    events[1].record()
+    events[1].synchronize()
+    return events[0].elapsed_time(events[1]) / 1000
+
+
+def measure(actions: dict[str, Callable], base: str, rounds: int, device: torch.device) -> list[dict]:
+    """Median milliseconds and ratio of each action; one that fails says why and leaves the others going."""
+    failed, times = {}, {name: [] for name in actions}
+    for number in range(-2, rounds):
+        order = list(actions)
+        shift = number % len(order)
+        for name in order[shift:] + order[:shift]:
+            if name in failed:
+                continue
+            try:
+                took = seconds(actions[name], device)
+            except Exception as error:
+                failed[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+                continue
+            if number >= 0:
+                times[name].append(took)
+    rows = []
+    for name in actions:
+        if name in failed:
+            rows.append({"way": name, "failed": failed[name]})
+            continue
+        ratios = sorted(own / other for own, other in zip(times[name], times[base], strict=True))
+        quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+        middle = statistics.median(times[name])
+        rows.append(
+            {
+                "way": name,
+                "ms": round(middle * 1000, 4),
+                "ratio": round(middle / statistics.median(times[base]), 3),
+                "quartiles": [round(quartiles[0], 3), round(quartiles[2], 3)],
+            }
+        )
+    return rows
+
+
+def memory(action: Callable[[], Tensor], tensors: list[Tensor], grad: Tensor) -> int:
+    """Bytes beyond the inputs: on a GPU the peak of forward and backward, on a CPU what is kept between the two."""
+    if tensors[0].is_cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        torch.autograd.grad(action(), tensors, grad)
+        return torch.cuda.max_memory_allocated() - before
+    kept, own = {}, {x.untyped_storage().data_ptr() for x in tensors}
+
+    def pack(x: Tensor) -> Tensor:
+        if x.untyped_storage().data_ptr() not in own:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = action()
+        found = sum(kept.values())
+    torch.autograd.grad(out, tensors, grad)
+    return found
+
+
+def error(attend: Callable, tensors: list[Tensor], dropped: bool) -> dict[str, float]:
+    """Largest deviation of the output and of the gradients of one sample from float64 under the same mask, relative
+    to the largest entry."""
+    some = [x[:1].detach().requires_grad_() for x in tensors]
+    exact = [x.detach().double().requires_grad_() for x in some]
+    grad, seed = torch.randn_like(some[0]), torch.tensor(7, device=some[0].device)
+    wanted = dropkey.attention(*exact, ratio=RATIO if dropped else 0.0, impl="reference", seed=seed)
+    wanted = [wanted, *torch.autograd.grad(wanted, exact, grad.double())]
+    out = attend(*some, seed=seed) if dropped else attend(*some)
+    found = [out, *torch.autograd.grad(out, some, grad)]
+    off = [((a.double() - b).abs().max() / b.abs().max()).item() for a, b in zip(found, wanted, strict=True)]
+    return {"output": float(f"{off[0]:.2g}"), "gradients": float(f"{max(off[1:]):.2g}")}
+
+
+def inputs(shape: tuple[int, ...], dtype: str, device: torch.device) -> tuple[list[Tensor], Tensor]:
+    torch.manual_seed(0)
+    make = functools.partial(torch.randn, shape, device=device, dtype=getattr(torch, dtype))
+    return [make().requires_grad_() for _ in range(3)], make()
+
+
+# ---------------------------------------------------------------------------------------------- what is measured
+
+
+def attention(device: torch.device, rounds: int) -> list[dict]:
+    rows = []
+    for dtype, shape in itertools.product(DTYPES[device.type], SHAPES[device.type]):
+        tensors, grad = inputs(shape, dtype, device)
+        ways = ways_for(tensors[0])
+        actions = {
+            name: lambda way=way, tensors=tensors, grad=grad: torch.autograd.grad(way(*tensors), tensors, grad)
+            for name, way in ways.items()
+        }
+        for row in measure(actions, PLAIN, rounds, device):
+            if "failed" not in row:
+                way = ways[row["way"]]
+                row["MiB"] = round(memory(lambda way=way, tensors=tensors: way(*tensors), tensors, grad) / 2**20, 1)
+                if row["way"] == PLAIN or "impl=" in row["way"].split(" (")[0] or way is flex:
+                    row["error"] = error(way, tensors, dropped=row["way"].startswith("DropKey"))
+            rows.append({"shape": list(shape), "dtype": dtype, **row})
+    return rows
+
+
+def kinds(device: torch.device, rounds: int) -> list[dict]:
+    windows = {"dropkey_block": (3, 5, 7), "dropkey_cross": (3, 5, 7, "full")}
+    names = [("dropkey", None), ("dropkey_column", None), ("dropout", None), ("dropattention", None)]
+    names += [(kind, window) for kind in STRUCTURED for window in windows[kind]]
+    shape, dtype = STRUCTURED_SHAPE, DTYPES[device.type][0]
+    tensors, grad = inputs(shape, dtype, device)
+
+    def run(kind: str, window: object) -> None:
+        where = {"grid": GRID, "num_prefix": 1, "window": window} if window else {}
+        out = dropkey.attention(*tensors, regularizer=kind, ratio=RATIO, **where)
+        torch.autograd.grad(out, tensors, grad)
+
+    def plain() -> None:
+        torch.autograd.grad(F.scaled_dot_product_attention(*tensors), tensors, grad)
+
+    actions = {PLAIN: plain}
+    actions |= {f"{kind} {window or ''}".strip(): functools.partial(run, kind, window) for kind, window in names}
+    rows = measure(actions, PLAIN, rounds, device)
+    return [{"shape": list(shape), "dtype": dtype, **row} for row in rows]
+
+
+def step(device: torch.device, rounds: int) -> list[dict]:
+    import timm
+
+    gpu, model_of, batch = device.type == "cuda", MODELS[device.type], BATCH[device.type]
+    images = torch.randn(batch, 3, model_of["img_size"], model_of["img_size"], device=device)
+    labels = torch.randint(10, (batch,), device=device)
+    rows = []
+    for dtype, compiled in itertools.product(DTYPES[device.type], (False, True) if gpu else (False,)):
+        actions = {}
+        for way, fused, arguments in (
+            ("no regularizer", True, {"regularizer": "none"}),
+            ("no regularizer, attention by parts", False, {"regularizer": "none"}),
+            ("DropKey", True, {}),
+            ("DropKey, attention by parts", False, {}),
+            ("DropKey, the paper's two lines made safe", True, {"impl": "reference"}),
+            ("attention dropout", False, {"regularizer": "dropout"}),
+        ):
+            torch.manual_seed(0)
+            timm.layers.set_fused_attn(fused)
+            model = timm.create_model(**model_of).to(device)
+            dropkey.apply(model, **{"ratio": RATIO, **arguments})
+            optimizer = torch.optim.AdamW(model.parameters(), fused=gpu or None)
+            model = torch.compile(model) if compiled else model
+            actions[way] = functools.partial(train, model, optimizer, images, labels, dtype)
+        timm.layers.set_fused_attn(True)
+        for row in measure(actions, "no regularizer", rounds, device):
+            speed = {} if "failed" in row else {"images/s": round(batch / row["ms"] * 1000, 1)}
+            on = {"model": model_of["model_name"], "batch": batch, "pixels": model_of["img_size"]}
+            rows.append({**on, "dtype": dtype, "compiled": compiled, **row, **speed})
+    return rows
+
+
+def train(model, optimizer, images: Tensor, labels: Tensor, dtype: str) -> None:
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+        loss = F.cross_entropy(model(images), labels)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def tune(device: torch.device, rounds: int) -> list[dict]:
+    from dropkey.operator import tiling
+
+    rows = []
+    for shape in SHAPES[device.type]:
+        tensors, grad = inputs(shape, DTYPES[device.type][0], device)
+
+        def run(tile=None, tensors=tensors, grad=grad):
+            with tiling.use(tile):
+                torch.autograd.grad(dropkey.attention(*tensors, ratio=RATIO, impl="triton"), tensors, grad)
+
+        actions = {"as chosen": run} | {str(tile): functools.partial(run, tile) for tile in tiling.CANDIDATES}
+        found = measure(actions, "as chosen", rounds, device)
+        found.sort(key=lambda row: row.get("ms", math.inf))
+        rows += [{"shape": list(shape), **row} for row in found]
+    return rows
+
+
+MEASURED = {"attention": attention, "kinds": kinds, "step": step}
+
+
+def main(words: Optional[list[str]] = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=[*MEASURED, "all", "tune"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--rounds", type=int, default=30, help="how often each way is timed")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
+    chosen = parser.parse_args(words)
+    if chosen.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("--device cuda: torch sees no CUDA GPU here; take --device cpu")
+    if chosen.what == "tune" and chosen.device == "cpu":
+        sys.exit("tune: the Triton kernels run on a GPU; take --device cuda")
+    device = torch.device(chosen.device)
+    chosen.output.mkdir(parents=True, exist_ok=True)
+    for what in MEASURED if chosen.what == "all" else [chosen.what]:
+        rows = (MEASURED | {"tune": tune})[what](device, chosen.rounds)
+        where = torch.cuda.get_device_name(device) if device.type == "cuda" else hardware()
+        origin = {"hardware": where, "threads": torch.get_num_threads(), "rounds": chosen.rounds, "ratio": RATIO}
+        result = {"what": what, **origin, "versions": versions(), "commit": git_commit(), "rows": rows}
+        path = chosen.output / f"{what}-{device.type}.json"
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        if what != "tune":
+            picture(rows, path.with_suffix(".png"), f"{what}, forward and backward, time over plain; {where}")
+        print(f"{table(rows)}\n\n{where}, torch {torch.__version__}; written to {path}\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()

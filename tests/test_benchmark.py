@@ -1,0 +1,75 @@
+"""scripts/benchmark.py measures, writes and draws; and the README says what it wrote."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """The script, at sizes that take no time."""
+    spec = importlib.util.spec_from_file_location("benchmark", ROOT / "scripts" / "benchmark.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "SHAPES", {"cpu": [(2, 2, 5, 8), (1, 2, 9, 8)]})
+    monkeypatch.setattr(module, "STRUCTURED_SHAPE", (1, 2, 65, 8))
+    monkeypatch.setattr(module, "GRID", (8, 8))
+    monkeypatch.setattr(module, "BATCH", {"cpu": 2})
+    module.MODELS["cpu"] |= {"depth": 1}
+    return module
+
+
+@pytest.mark.parametrize("what", ["attention", "kinds", "step"])
+def test_it_writes_a_table_a_file_and_a_picture(benchmark, what, tmp_path, capsys):
+    benchmark.main([what, "--device", "cpu", "--rounds", "2", "--output", str(tmp_path)])
+    result = json.loads((tmp_path / f"{what}-cpu.json").read_text())
+    assert torch.__version__.startswith(result["versions"]["torch"])
+    assert not [row for row in result["rows"] if "failed" in row]
+    assert result["rows"][0]["ratio"] == 1.0
+    assert all(row["ms"] > 0 for row in result["rows"])
+    assert (tmp_path / f"{what}-cpu.png").stat().st_size > 10_000
+    shown = capsys.readouterr().out
+    assert all(row["way"] in shown for row in result["rows"])
+
+
+def test_dropkey_is_as_exact_as_plain_attention(benchmark):
+    rows = benchmark.attention(torch.device("cpu"), rounds=1)
+    off = [max(row["error"].values()) for row in rows if row["dtype"] == "float32" and "error" in row]
+    assert len(off) == 6  # plain, cpu and sdpa at two shapes
+    assert max(off) < 1e-5
+
+
+def test_a_way_that_fails_says_why_and_leaves_the_others_going(benchmark):
+    def broken():
+        raise RuntimeError("no kernel image\nand more")
+
+    plain, other = benchmark.measure({"plain": lambda: None, "broken": broken}, "plain", 3, torch.device("cpu"))
+    assert plain["ratio"] == 1.0
+    assert other == {"way": "broken", "failed": "RuntimeError: no kernel image"}
+
+
+def test_memory_counts_what_is_kept_for_the_backward(benchmark):
+    x = torch.randn(1024, requires_grad=True)
+    assert benchmark.memory(lambda: x.exp(), [x], torch.ones(1024)) == 4096
+    assert benchmark.memory(lambda: x * 2, [x], torch.ones(1024)) == 0
+
+
+@pytest.mark.parametrize("words", [["attention", "--device", "cuda"], ["tune", "--device", "cpu"]])
+def test_what_cannot_be_measured_here_ends_in_a_line(benchmark, words):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(SystemExit, match="take --device"):
+        benchmark.main(words)
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("*.json")), ids=lambda file: file.stem)
+def test_committed_results_say_what_they_were_measured_with(file):
+    result = json.loads(file.read_text())
+    assert {"hardware", "threads", "rounds", "versions", "commit"} <= result.keys()
+    assert result["rounds"] >= 15
