@@ -14,6 +14,7 @@ from dropkey.config.check import family
 from dropkey.config.schema import ModelConfig, RegularizerConfig, ScheduleConfig
 from dropkey.engine import checkpoint
 from dropkey.errors import ConfigError, StorageError
+from dropkey.operator import choose
 
 
 def build_model(model: ModelConfig, *, image_size: int, channels: int, classes: int, fused: bool = True) -> nn.Module:
@@ -52,7 +53,7 @@ def fixed_input_size(name: str) -> bool:
 def regularize(model: nn.Module, regularizer: RegularizerConfig, schedule: ScheduleConfig) -> patching.Report:
     """`patching.apply` from the config; its refusals become ConfigError."""
     try:
-        return patching.apply(
+        report = patching.apply(
             model,
             regularizer.kind,
             regularizer.ratio,
@@ -62,6 +63,10 @@ def regularize(model: nn.Module, regularizer: RegularizerConfig, schedule: Sched
             sites=tuple(regularizer.sites),
             impl=regularizer.impl,
         )
+        if any(site.way == "fused" for site in report.sites):
+            example = torch.empty(1, 1, 1, 64, device=next(model.parameters()).device)
+            choose(regularizer.impl, regularizer.kind, example, example, example)  # refused now, not while training
+        return report
     except ValueError as error:
         raise ConfigError(f"regularizer={regularizer.kind}: {error}") from None
 

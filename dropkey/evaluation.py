@@ -31,6 +31,7 @@ def evaluate_run(cfg: EvalConfig, trained: TrainConfig, directory: Path) -> tupl
     world = World.start(options.device)
     try:
         settings = copy.deepcopy(trained)
+        settings.regularizer.impl = "auto"  # what computed attention there may not exist here
         if cfg.root is not None:
             settings.data.root = cfg.root
         if cfg.data is not None:
@@ -44,7 +45,7 @@ def evaluate_run(cfg: EvalConfig, trained: TrainConfig, directory: Path) -> tupl
                 f"{file} knows other classes than the {dataset.num_classes} of data={settings.data.name}; "
                 "evaluation needs the classes of training (init_from=... fine-tunes to others)"
             )
-        model.to(world.device).eval()
+        model.eval()
         loader = session.loader_of(dataset, options.split, settings, world, options.batch_size)
         autocast = build_autocast(trained.trainer.amp, world.device)
         result = evaluate_with(model, options.monte_carlo, trained, loader, world, dataset.num_classes, autocast)

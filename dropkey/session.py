@@ -205,9 +205,11 @@ def prepare_model(cfg: TrainConfig, dataset, world: World, pretrained: bool = Fa
         classes=dataset.num_classes,
         fused=not (world.device.type == "cpu" and cfg.trainer.amp == "bf16"),
     )
+    model.to(world.device)  # first, because what computes attention depends on it
     report = build.regularize(model, cfg.regularizer, cfg.schedule)
     if cfg.regularizer.kind in STRUCTURED:
-        build.try_grids(model, torch.zeros(1, dataset.channels, dataset.image_size, dataset.image_size))
+        shape = (1, dataset.channels, dataset.image_size, dataset.image_size)
+        build.try_grids(model, torch.zeros(shape, device=world.device))
     return model, report
 
 

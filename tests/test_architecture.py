@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "operator": {"flips", "regularizers"},
     "patching": {"flips", "operator", "regularizers", "schedules"},
     "engine": {"config", "errors", "records", "seeds"},
-    "build": {"config", "engine", "errors", "models", "patching"},
+    "build": {"config", "engine", "errors", "models", "operator", "patching"},
     "provenance": {"engine", "records"},
     "session": {
         *("build", "config", "curves", "data", "engine", "errors"),

@@ -18,6 +18,7 @@ from dropkey.engine import distributed, fit, tracking
 from dropkey.engine.evaluate import evaluate
 from dropkey.engine.optim import build_optimizer, build_schedule, duration
 from dropkey.errors import Busy, ConfigError, Diverged, Interrupted, RunError, StorageError
+from dropkey.operator import triton
 from dropkey.records import RunDirectory
 from dropkey.regularizers import KINDS as REGULARIZERS
 
@@ -510,3 +511,29 @@ def test_only_the_first_process_talks_to_wandb(tmp_path):
     world = distributed.World(1, 2, torch.device("cpu"))
     cfg = runs.config(tmp_path, "logger=wandb")
     assert isinstance(session.start_tracker(cfg, RunDirectory(tmp_path), world, None), tracking.Silent)
+
+
+# ---- implementations of attention
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu", "sdpa"])
+def test_every_implementation_trains_the_same_model(tmp_path, impl):
+    losses = {}
+    for name in ("auto", impl):
+        run = runs.train(tmp_path, "regularizer.ratio=0.3", f"regularizer.impl={name}", "trainer.max_steps=4")
+        losses[name] = [record["loss"] for record in run.records("step")]
+    assert losses[impl] == pytest.approx(losses["auto"], rel=1e-4)
+
+
+def test_an_implementation_that_cannot_be_had_here_is_refused_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(triton, "supported", lambda *tensors: "needs a GPU")
+    with pytest.raises(ConfigError, match="impl=triton needs a GPU"):
+        runs.train(tmp_path, "regularizer.impl=triton")
+
+
+def test_a_run_of_another_machines_implementation_can_be_evaluated(tmp_path):
+    run = runs.train(tmp_path, "regularizer.ratio=0.3", "trainer.max_steps=2")
+    settings = runs_config(run)
+    settings.regularizer.impl = "triton"
+    cfg = EvalConfig(run=str(run.path), eval=EvaluationConfig(monte_carlo=2))
+    assert evaluation.evaluate_run(cfg, settings, run.path)[0]["top1"] >= 0
