@@ -7,7 +7,7 @@ instructions per flip; `tests/test_flips.py` holds its rate and its correlations
 `dropkey/operator/kernels.py` computes the same on a GPU.
 """
 
-from typing import Union
+from typing import Callable, Optional, Union
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # as signed numbers, which is what torch multiplies
 FIRST, SECOND = 0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64)
 COLUMN = 0x9E3779B1 - (1 << 32)
+on_gpu: Optional[Callable[..., Tensor]] = None  # the same in one kernel, where `dropkey.operator.triton` has it
 CACHED = 1 << 19  # flips at once on a CPU: their two 32-bit operands then stay in cache
 
 
@@ -90,6 +91,8 @@ def flips(
         seed, threshold: int64 without dimensions, on the device of the result.
         first_column, first_row: where the part of the endless table of flips begins.
     """
+    if on_gpu is not None and seed.is_cuda and first_row == 0:
+        return on_gpu(seed, threshold, rows, columns, first_column)
     result = torch.empty(rows, columns, dtype=torch.bool, device=seed.device)
     if result.numel() == 0:
         return result

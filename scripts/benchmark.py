@@ -11,6 +11,7 @@ Every round times every way once, in turn; a ratio is that of the medians, its s
 """
 
 import argparse
+import dataclasses
 import functools
 import itertools
 import json
@@ -225,20 +226,27 @@ def train(model, optimizer, images: Tensor, labels: Tensor, dtype: str) -> None:
 
 
 def tune(device: torch.device, rounds: int) -> list[dict]:
+    """Each kernel's candidates, the other kernels as chosen."""
     from dropkey.operator import tiling
 
-    rows = []
+    rows, dtype = [], DTYPES[device.type][0]
     for shape in SHAPES[device.type]:
-        tensors, grad = inputs(shape, DTYPES[device.type][0], device)
+        tensors, grad = inputs(shape, dtype, device)
+        chosen = tiling.tiling_of(*tensors[:2])
 
-        def run(tile=None, tensors=tensors, grad=grad):
-            with tiling.use(tile):
-                torch.autograd.grad(dropkey.attention(*tensors, ratio=RATIO, impl="triton"), tensors, grad)
+        def run(own, tensors=tensors, grad=grad):
+            with tiling.using(own):
+                out = dropkey.attention(*tensors, ratio=RATIO, impl="triton")
+                torch.autograd.grad(out, tensors, grad)
 
-        actions = {"as chosen": run} | {str(tile): functools.partial(run, tile) for tile in tiling.CANDIDATES}
+        actions = {"as chosen": functools.partial(run, chosen)}
+        for kernel, tiles in tiling.CANDIDATES.items():
+            for tile in tiles:
+                own = dataclasses.replace(chosen, **{kernel: tile})
+                actions[f"{kernel} {dataclasses.astuple(tile)}"] = functools.partial(run, own)
         found = measure(actions, "as chosen", rounds, device)
         found.sort(key=lambda row: row.get("ms", math.inf))
-        rows += [{"shape": list(shape), **row} for row in found]
+        rows += [{"shape": list(shape), "dtype": dtype, **row} for row in found]
     return rows
 
 
