@@ -309,7 +309,6 @@ def test_what_is_skipped_is_reported_with_the_reason(build, sites, skipped):
 @pytest.mark.parametrize(
     ("name", "arguments", "reason"),
     [
-        ("cait_xxs24_224", {"depth": 2}, "heads are mixed"),
         ("xcit_nano_12_p16_224", {"depth": 2}, "channels, not keys"),
         ("edgenext_xx_small", {}, "channels, not keys"),
         ("mobilevitv2_050", {}, "one row of weights"),
@@ -322,7 +321,7 @@ def test_attention_without_a_distribution_over_keys_is_skipped(name, arguments, 
 
 
 def test_the_sites_are_those_of_the_config():
-    assert {"self", *SITE_OF_CLASS.values()} == set(schema.SITES)
+    assert {"self", "cross", *SITE_OF_CLASS.values()} == set(schema.SITES)
 
 
 @FAMILY

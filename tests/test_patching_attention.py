@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dropkey import patching
+from dropkey.flips import as_ratio, as_threshold
 from dropkey.models.t2t_vit import TokenTransformerAttention
 from dropkey.patching.sites import key_grid
 from dropkey.regularizers import KINDS, STRUCTURED
@@ -37,7 +38,7 @@ def weigh(logits, drop, kind, ratio=0.3):
         return (logits - 1e12 * drop.double()).softmax(-1) * ~drop.all(-1, keepdim=True)
     weights = logits.softmax(-1) * ~drop
     if kind == "dropout":
-        return weights / (1 - ratio)
+        return weights / (1 - as_ratio(as_threshold(ratio, torch.device("cpu"))))
     total = weights.sum(-1, keepdim=True).detach()
     return weights / torch.where(total > 0, total, 1)
 

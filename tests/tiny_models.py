@@ -49,7 +49,7 @@ def t2t_small(img_size=32, **changes):
 
 
 FAMILIES = {"vit": vit, "deit": deit, "volo": volo, "t2t": t2t, "t2t_t": t2t_t, "t2t_small": t2t_small}
-EVERY_SITE = ("self", "class", "outlook", "token")
+EVERY_SITE = ("self", "class", "cross", "outlook", "token")
 
 
 def pictures(model: nn.Module, batch: int = 2) -> Tensor:

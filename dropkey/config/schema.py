@@ -9,7 +9,7 @@ from typing import Any, Dict, List, Optional, Union
 
 KINDS = ("none", "dropout", "dropkey", "dropkey_block", "dropkey_cross", "dropkey_column", "dropattention")
 SCHEDULES = ("constant", "decreasing", "increasing")
-SITES = ("self", "class", "outlook", "token")
+SITES = ("self", "class", "cross", "outlook", "token")
 IMPLS = ("auto", "reference", "cpu", "triton", "sdpa")
 DATASETS = ("digits", "cifar10", "cifar100", "imagenet", "folder")
 AMP = ("none", "bf16", "fp16")

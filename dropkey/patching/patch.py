@@ -1,11 +1,13 @@
-"""Swapping attention layers for regularized ones.
+"""Swapping attention layers for regularized ones, in one of three ways, none of which adds a parameter or a key:
 
-Two things change in a module, and neither adds a parameter or a state_dict key:
-- its `attn_drop` becomes a `Regularize`, which masks and renormalises softmaxed weights; exact for any attention
-  that runs softmax, then `attn_drop` (windows, relative biases and all);
-- its class becomes a subclass whose training forward diverts calls of `scaled_dot_product_attention` to
-  `dropkey.attention`, for modules that compute softmax(QKᵀ)V in one call and never show their weights.
-In evaluation both step aside, so the output is that of the unpatched module, bit for bit.
+- "fused": the module's class becomes a subclass whose training forward diverts calls of
+  `scaled_dot_product_attention` and `multi_head_attention_forward` to the operator;
+- "weights": its `attn_drop` becomes a `Regularize`, which masks and renormalises softmaxed weights; exact for any
+  attention that runs softmax, then `attn_drop` (windows, relative biases and all);
+- "softmax": a subclass as above, which masks and renormalises the result of softmax over the last dimension.
+
+A dropout of attention weights that the module has is replaced. In evaluation all step aside, so that the output is
+that of the unpatched module, bit for bit.
 """
 
 import contextlib
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from dropkey import regularizers, schedules
 from dropkey.operator import choose
 from dropkey.patching.layer import Regularize
-from dropkey.patching.sites import Found, find
+from dropkey.patching.sites import Found, find, original
 from dropkey.patching.ways import Regularized, regularized_class
 from dropkey.regularizers import Grid, Window
 
@@ -29,9 +31,9 @@ class Site:
     """One regularized attention layer."""
 
     name: str
-    kind: str  # self, class, outlook, token
+    kind: str  # self, class, cross, outlook, token
     ratio: float
-    way: str  # "fused": the operator computes attention; "weights": masked and renormalised after the softmax
+    way: str  # fused, weights or softmax: see above
 
 
 @dataclass
@@ -86,7 +88,8 @@ def apply(
         ratio: drop probability; the peak when the schedule varies it over depth.
         schedule, end: see `dropkey.schedules.ratios`; layers count in forward order among the sites taken.
         window: of dropkey_block and dropkey_cross, in cells.
-        sites: attention layers to act on: self, class, outlook (VOLO), token (T2T's token transformers).
+        sites: attention layers to act on: self; class (a class token or another single query looks at the keys);
+            cross (queries and keys of different sequences); outlook (VOLO); token (T2T's token transformers).
         impl: how fused sites compute attention, see `dropkey.attention`.
         grid: height and width of the patch grid, for models that do not tell it.
     Returns:
@@ -107,16 +110,19 @@ def apply(
     undo(model)  # only now, so that a refusal leaves the model as it was
     own_grid, num_prefix = model_grid(model)
     for found, value in zip(taken, values, strict=True):
-        module = found.module
         layer = Regularize(regularizer, window, impl, found.site, grid or own_grid, num_prefix)
-        layer.ratio, layer.replaced = value, (module.attn_drop,)  # a tuple, so that it is no submodule
-        layer.train(module.training)
-        module.attn_drop = layer
-        if hasattr(module, "fused_attn"):
-            module.__class__ = regularized_class(type(module))
-        way = "fused" if getattr(module, "fused_attn", False) else "weights"
-        report.sites.append(Site(found.name, found.site, value, way))
+        layer.ratio = value
+        put(layer, found)
+        report.sites.append(Site(found.name, found.site, value, found.way))
     return report
+
+
+def put(layer: Regularize, found: Found) -> None:
+    module = found.module
+    layer.replaced = tuple(filter(None, [getattr(module, found.holder, None)]))  # a tuple, so that it is no submodule
+    setattr(module, found.holder, layer.train(module.training))
+    if found.holder == "regularize" or found.way == "fused" or hasattr(module, "fused_attn"):
+        module.__class__ = regularized_class(type(module))
 
 
 def planned(impl: str, regularizer: str, model: nn.Module) -> str:
@@ -143,19 +149,23 @@ def choose_sites(model: nn.Module, sites: tuple[str, ...]) -> tuple[list[Found],
 
 
 def regularized_layers(model: nn.Module) -> Iterator[tuple[nn.Module, Regularize]]:
-    """(attention module, its Regularize), in forward order."""
+    """(attention module, its Regularize), in order of definition: the order in which layers run, in every
+    architecture of timm (`scripts/coverage.py` watches them)."""
     for module in model.modules():
-        layer = getattr(module, "attn_drop", None)
-        if isinstance(layer, Regularize):
-            yield module, layer
+        for child in module.children():
+            if isinstance(child, Regularize):
+                yield module, child
 
 
 def undo(model: nn.Module) -> None:
     """The model as it was before `apply`; nothing happens to one that is not patched."""
     for module, layer in list(regularized_layers(model)):
-        module.attn_drop = copy.copy(layer.replaced[0]).train(layer.training)
+        if layer.replaced:
+            module.attn_drop = copy.copy(layer.replaced[0]).train(layer.training)
+        else:
+            del module.regularize
         if isinstance(module, Regularized):
-            module.__class__ = type(module).__mro__[2]
+            module.__class__ = original(type(module))
 
 
 def set_ratio(model: nn.Module, ratio: float, schedule: str = "decreasing", end: float = 0.0) -> None:
@@ -167,12 +177,18 @@ def set_ratio(model: nn.Module, ratio: float, schedule: str = "decreasing", end:
 
 @contextlib.contextmanager
 def always_on(model: nn.Module):
-    """Within, the regularizer acts in evaluation mode too: one pass is then one Monte Carlo sample (figure 7)."""
+    """Within, the regularizer acts in evaluation mode too: one pass is then one Monte Carlo sample (figure 7).
+
+    The fast path of nn.TransformerEncoder is off meanwhile, because it computes whole layers in one call.
+    """
     before = [(layer, layer.always) for _, layer in regularized_layers(model)]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     for layer, _ in before:
         layer.always = True
     try:
         yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for layer, always in before:
             layer.always = always

@@ -1,49 +1,135 @@
 """Which modules of a model are attention layers, of what kind, and on which grid their keys lie."""
 
+import inspect
+import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Iterator, Optional
 
 from torch import nn
 
 from dropkey.regularizers import Grid
 
-# By class name, so that timm's classes need not be imported; whatever is not here and has `attn_drop` is "self".
+# Tables by class name, so that no library need be imported; `file.Class` where the bare name says too little.
+# What is not here is "self", or "cross" if it is called so.
 SITE_OF_CLASS = {
     "OutlookAttention": "outlook",
-    "ClassAttention": "class",
-    "ClassAttn": "class",
     "TokenTransformerAttention": "token",
+    "ClassAttention": "class",  # VOLO
+    "ClassAttn": "class",  # CaiT, XCiT
+    "crossvit.CrossAttention": "class",  # one branch's class token looks at the other branch
+    "AttentionPool2d": "class",  # pools: one query
+    "AttentionPoolLatent": "class",
+    "SimPool1d": "class",
+    "SimPool2d": "class",
 }
-# Classes whose `attn_drop`, if they have one, does not see each query's distribution over keys.
+# Attention whose weights appear as the result of a softmax and nowhere else: no `attn_drop`, or one that sees the
+# weights after heads are mixed.
+BARE_SOFTMAX = {
+    "BottleneckAttn",
+    "HaloAttn",
+    "NonLocalAttn",
+    "TalkingHeadAttn",  # CaiT
+    "efficientformer.Attention",
+    "efficientformer_v2.Attention2d",
+    "Attention2dDownsample",  # EfficientFormer v2
+    "CascadedGroupAttention",  # EfficientViT
+    "levit.Attention",
+    "levit.AttentionDownsample",
+    "mvitv2.MultiScaleAttention",
+    "MultiScaleAttentionPoolFirst",  # MViT v2
+    "SHSA",  # SHViT
+    "ShiftedWindowAttention",  # torchvision's Swin
+    "ShiftedWindowAttentionV2",
+    "RelativePositionalMultiHeadAttention",  # torchvision's MaxViT
+}
+# Softmax, or a name of attention, without each query's own distribution over keys.
 OBSTACLES = {
     "TokenPerformer": "a performer has no softmax",
-    "TalkingHeadAttn": "heads are mixed between the softmax and attn_drop",  # CaiT
     "XCA": "its softmax is over channels, not keys",  # XCiT
     "CrossCovarianceAttn": "its softmax is over channels, not keys",  # EdgeNeXt
+    "ChannelAttention": "its softmax is over channels, not keys",  # DaViT
+    "ChannelAttentionV2": "its softmax is over channels, not keys",
     "LinearSelfAttention": "all queries share one row of weights",  # MobileViT v2
+    "FactorAttnConvRelPosEnc": "linear attention: keys are softmaxed by themselves, without queries",  # CoaT
+    "LambdaLayer": "linear attention: keys are softmaxed by themselves, without queries",
+    "HSMSSD": "a scan: all queries share one row of weights per state",  # EfficientViM
+    "GlobalContext": "a gate on channels: all positions share one row of weights",
+    "SelectiveKernelAttn": "a gate: its softmax is over branches, not keys",
+    "RadixSoftmax": "a gate: its softmax is over branches, not keys",  # ResNeSt
+    "csatv2.SpatialTransformerBlock": "its softmax is over the images of the batch, not keys",
 }
+CROSS = re.compile("cross_?att|cross_?mha|encoder_attn|encoder_attention|encdec|multihead_attn", re.IGNORECASE)
 
 
 @dataclass
 class Found:
-    """An attention module: its name in the model, and either its site kind or why it cannot be regularized."""
+    """An attention module: its name in the model, its site kind and way, or why it cannot be regularized."""
 
     name: str
     module: nn.Module
-    site: Optional[str] = None
+    site: str = "self"
+    way: str = "fused"  # or softmax, weights: see `dropkey.patching.patch`
+    holder: str = "regularize"  # attribute that takes the regularizer
     obstacle: Optional[str] = None
 
 
 def find(model: nn.Module) -> Iterator[Found]:
-    """Attention modules in forward order (for the models of this project that is the order of definition)."""
+    """Attention modules in order of definition, which is forward order, see `scripts/coverage.py`."""
     for name, module in model.named_modules():
-        kind = type(module).__name__
-        if kind in OBSTACLES:
-            yield Found(name, module, obstacle=OBSTACLES[kind])
+        cls = original(type(module))
+        uses, found = names_in_forward(cls), Found(name, module, site_of(name, cls))
+        fused = getattr(module, "fused_attn", "scaled_dot_product_attention" in uses)
+        if reason := listed(cls, OBSTACLES):
+            found.obstacle = reason
+        elif listed(cls, BARE_SOFTMAX):
+            found.way = "softmax"
+        elif "ALL_ATTENTION_FUNCTIONS" in uses:  # the registry of transformers
+            found.way, found.obstacle = registered(module)
         elif isinstance(getattr(module, "attn_drop", None), nn.Module):
-            yield Found(name, module, site=SITE_OF_CLASS.get(kind.removeprefix("Regularized"), "self"))
-        elif isinstance(module, nn.MultiheadAttention):
-            yield Found(name, module, obstacle="nn.MultiheadAttention has no attn_drop module")
+            found.way, found.holder = "fused" if fused else "weights", "attn_drop"
+        elif "scaled_dot_product_attention" in uses:
+            found.way = "fused" if fused else "softmax"
+        elif cls.__module__.startswith("transformers.") and cls.__name__.endswith("Attention") and "softmax" in uses:
+            found.obstacle = "it does not take its attention function from the registry of transformers"
+        elif not isinstance(module, nn.MultiheadAttention):
+            continue
+        yield found
+
+
+def registered(module: nn.Module) -> tuple[str, Optional[str]]:
+    """The way of a module that looks its attention function up in the registry of transformers, and any obstacle."""
+    name = getattr(getattr(module, "config", None), "_attn_implementation", None) or "eager"
+    known = {"sdpa": "fused", "eager": "softmax"}
+    if name in known:
+        return known[name], None
+    return "fused", f"{name} takes no mask for each head and query; load the model with attn_implementation='sdpa'"
+
+
+def original(cls: type) -> type:
+    """The class under that which `apply` puts in its place."""
+    return cls.__mro__[2] if cls.__mro__[1].__name__ == "Regularized" else cls
+
+
+def listed(cls: type, table):
+    """What a table says of a class, by `file.Class` or `Class`."""
+    for key in (f"{cls.__module__.rsplit('.')[-1]}.{cls.__name__}", cls.__name__):
+        if key in table:
+            return table[key] if isinstance(table, dict) else True
+    return None
+
+
+def site_of(name: str, cls: type) -> str:
+    called_cross = CROSS.search(cls.__name__) or CROSS.search(name.rsplit(".")[-1])
+    return listed(cls, SITE_OF_CLASS) or ("cross" if called_cross else "self")
+
+
+@lru_cache(maxsize=None)
+def names_in_forward(cls: type) -> frozenset[str]:
+    """Global names and attributes that `forward` uses, also in the classes it may call by super()."""
+    forwards = (inspect.unwrap(parent.__dict__["forward"]) for parent in cls.__mro__ if "forward" in parent.__dict__)
+    codes = (getattr(forward, "__code__", None) for forward in forwards)
+    return frozenset(name for code in codes if code for name in code.co_names)
 
 
 def key_grid(keys: int, model_grid: Optional[Grid], num_prefix: int) -> tuple[Grid, int]:

@@ -1,45 +1,98 @@
 """How an attention module is made to regularize: subclasses made at run time, which step aside in evaluation."""
 
 from functools import lru_cache
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dropkey.patching.layer import Regularize
+from dropkey.patching.multihead import multi_head_attention
+
+SOFTMAX = (F.softmax, torch.softmax, torch.special.softmax, Tensor.softmax)  # nn.Softmax calls the first
 
 
 class Divert(TorchFunctionMode):
-    """While entered, scaled_dot_product_attention is the regularized operator."""
+    """While entered, what attention is made of is regularized.
 
-    def __init__(self, regularize: Regularize):
+    scaled_dot_product_attention always; with `weights` also the result of a softmax over the last dimension, and
+    multi_head_attention_forward, whose inside a mode does not see. A dropout of those weights is left out, because the
+    regularizer takes its place.
+    """
+
+    def __init__(self, layer: Regularize, weights: bool):
         super().__init__()
-        self.regularize = regularize
+        self.layer, self.weights = layer, weights
+        self.met = False  # anything to regularize
+        self.rows = None  # shape of the latest weights but for the keys
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            return self.divert(*args, **kwargs)
+            self.met = True
+            return self.attend(*args, **kwargs)
+        if self.weights and func is F.multi_head_attention_forward:
+            self.met = True
+            if self.layer.active:
+                return multi_head_attention(self.layer, *args, **kwargs)
+            return func(*args, **kwargs | {"training": False})
+        if self.weights and func in SOFTMAX:
+            return self.reweigh(func(*args, **kwargs), *args[1:2], **kwargs)
+        if self.rows and func is F.dropout and args[0].shape[:-1] == self.rows:
+            self.rows = None
+            return args[0]
         return func(*args, **kwargs)
 
-    def divert(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    def attend(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        if not self.layer.active:
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+            )
         if enable_gqa:
             repeats = query.shape[-3] // key.shape[-3]
             key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
+        batch = torch.broadcast_shapes(*(x.shape[:-2] for x in (query, key, value)))
+        q, k, v = (x.expand(*batch, -1, -1) for x in (query, key, value))
         if is_causal:
-            attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
-        return self.regularize.attend(query, key, value, attn_mask, scale)
+            attn_mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+        elif attn_mask is not None and attn_mask.dtype != torch.bool:
+            # The lowest number stands for -inf in some models: a query without other keys would look at forbidden ones
+            attn_mask = attn_mask.masked_fill(attn_mask == torch.finfo(attn_mask.dtype).min, -torch.inf)
+        if q.dim() == 4:
+            return self.layer.attend(q, k, v, attn_mask, scale)
+        if attn_mask is not None:
+            attn_mask = four(attn_mask.expand(*q.shape[:-1], k.shape[-2]))
+        return self.layer.attend(four(q), four(k), four(v), attn_mask, scale).reshape(*q.shape[:-1], v.shape[-1])
+
+    def reweigh(self, weights: Tensor, dim: Optional[int] = None, **_) -> Tensor:
+        if dim not in (-1, weights.dim() - 1):
+            return weights
+        self.met, self.rows = True, weights.shape[:-1]
+        return self.layer(four(weights)).view(weights.shape)
+
+
+def four(x: Tensor) -> Tensor:
+    """... L W as B H L W."""
+    return x.unsqueeze(-3) if x.dim() == 3 else x.flatten(0, -4) if x.dim() > 4 else x
 
 
 class Regularized:
     """Mixin that comes before the original class of an attention module."""
 
     def forward(self, *args, **kwargs):
-        if not (self.fused_attn and self.attn_drop.active):
+        own = "regularize" in self._modules
+        layer = self.regularize if own else self.attn_drop
+        if not (layer.training or layer.always):
             return super().forward(*args, **kwargs)
-        with Divert(self.attn_drop):
-            return super().forward(*args, **kwargs)
+        divert = Divert(layer, weights=own)
+        with divert:
+            out = super().forward(*args, **kwargs)
+        if own and layer.active and not divert.met:
+            name = type(self).__name__.removeprefix("Regularized")
+            raise RuntimeError(f"{name} computed its attention by no way that can be regularized; was it switched?")
+        return out
 
     def __reduce_ex__(self, protocol):  # the class is made at run time: pickle and deepcopy make it again
         return blank, (type(self).__mro__[2],), self.__dict__
