@@ -17,6 +17,7 @@ from dropkey import flips
 from dropkey.operator.sdpa import MINUS_INF, additive
 
 CACHE = 5 << 18  # bytes of logits per thread
+FLIPS = 1 << 17  # coin flips at once per thread
 EMPTY_CHANCE = 1e-12  # that some query loses all its keys: below, not worth a pass over the logits
 
 
@@ -52,35 +53,37 @@ class Masks:
         self, weights: Tensor, bias: Optional[Tensor], drop: Optional[Tensor], seed: Tensor, threshold: Tensor
     ) -> None:
         batch, heads, queries, keys = weights.shape
-        self.bias, self.drop = bias, drop
+        self.bias, self.drop, self.queries = bias, drop, queries
         self.integer, self.minus_inf = MINUS_INF[weights.dtype]
         if drop is None:
-            self.rows = flips.row_keys(seed, batch * heads * queries).view(2, batch, heads, queries, 1)
+            self.rows = flips.row_keys(seed, batch * heads * queries)
             self.columns, self.limit = flips.column_keys(keys, seed.device), flips.as_limit(threshold)
-        self.scratch = torch.empty(0, dtype=torch.int32)
+            self.scratch = torch.empty(2, max(1, FLIPS * torch.get_num_threads() // max(1, keys)), keys, dtype=torch.int32)
         chance = float(flips.as_ratio(threshold)) ** keys * batch * heads * queries
         self.may_be_empty = bias is not None or drop is not None or chance > EMPTY_CHANCE
 
-    def write(self, logits: Tensor, piece: tuple[slice, slice]) -> None:
-        """logits: the piece, contiguous."""
-        bits = logits.view(self.integer)
+    def write(self, logits: Tensor, piece: tuple[slice, slice], pair: int) -> None:
+        """logits: the piece, contiguous, whose first matrix is number `pair` of B H."""
         if self.drop is not None:
             logits.copy_(additive(part(self.drop, piece), logits.dtype))
         else:
-            hits, spare = self.spares(bits)
-            flips.fill(hits, self.rows[:, *piece], self.columns, self.limit, spare)
-            (bits if hits is bits else bits.copy_(hits)).mul_(self.minus_inf)
+            self.flip(logits.view(self.integer).flatten(0, -2), pair * self.queries)
         if self.bias is not None:
             logits.add_(part(self.bias, piece))
 
-    def spares(self, bits: Tensor) -> tuple[Tensor, Tensor]:
-        """Room for the flips, which is `bits` itself if it has 32, and for their second operand."""
-        own = bits.dtype == torch.int32
-        needed = bits.numel() * (1 if own else 2)
-        if len(self.scratch) < needed:
-            self.scratch = torch.empty(needed, dtype=torch.int32)
-        spare = self.scratch[: bits.numel()].view_as(bits)
-        return (bits if own else self.scratch[bits.numel() : needed].view_as(bits)), spare
+    def flip(self, bits: Tensor, first: int) -> None:
+        """Rows first, first + 1, ... of the mask. Few at a time: their operands then stay in the nearest caches."""
+        step = self.scratch.shape[1]
+        for start in range(0, len(bits), step):
+            some = bits[start : start + step]
+            hits, spare = self.scratch[:, : len(some)]
+            if some.dtype == hits.dtype:
+                hits = some
+            rows = self.rows[:, first + start : first + start + len(some)]
+            flips.fill(hits, rows, self.columns, self.limit, spare)
+            if some.dtype != hits.dtype:
+                some.copy_(hits)
+            some.mul_(self.minus_inf)
 
 
 def forward(
@@ -99,9 +102,11 @@ def forward(
     weights = q.new_empty(batch, heads, queries, k.shape[2])
     out = q.new_empty(batch, queries, heads, v.shape[3]).transpose(1, 2)
     masks = Masks(weights, bias, drop, seed, threshold)
+    pair = 0
     for piece in pieces(q, k):
-        masks.write(weights[piece], piece)
+        masks.write(weights[piece], piece, pair)
         logits = flat(weights, piece)
+        pair += len(logits)
         logits.baddbmm_(flat(q, piece), flat(k, piece).transpose(1, 2), alpha=scale)
         softmax_(logits, masks.may_be_empty)
         out[piece] = torch.bmm(logits, flat(v, piece)).view(out[piece].shape)
