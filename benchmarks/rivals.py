@@ -43,7 +43,8 @@ def ones_column(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def flex(q: Tensor, k: Tensor, v: Tensor, seed: Optional[Tensor] = None) -> Tensor:
     """FlexAttention with the coin flips of this project in its score_mod."""
     heads, queries = q.shape[1:3]
-    keys = flips.row_keys(flips.as_seed(seed, q.device), q.shape[:-1].numel())[..., 0]
+    rows = torch.arange(q.shape[:-1].numel(), device=q.device)
+    keys = flips.row_keys(flips.as_seed(seed, q.device), rows)[..., 0]
     limit = flips.as_limit(flips.as_threshold(RATIO, q.device))
 
     def drop(score, b, h, m, n):

@@ -52,10 +52,10 @@ def mix64(z: Tensor) -> Tensor:
     return z ^ ((z >> 31) & ((1 << 33) - 1))
 
 
-def row_keys(seed: Tensor, rows: int, first: int = 0) -> Tensor:
-    """r1 and r2 of every row: int32, 2 × rows × 1."""
-    counters = torch.arange(first, first + rows, device=seed.device).mul_(GOLDEN).add_(mix64(seed))
-    return mix64(counters).view(torch.int32).view(rows, 2).t().contiguous().unsqueeze(-1)
+def row_keys(seed: Tensor, rows: Tensor) -> Tensor:
+    """r1 and r2 of the rows of those numbers (int64): int32, 2 × rows × 1."""
+    states = mix64((rows * GOLDEN).add_(mix64(seed)))
+    return states.view(torch.int32).view(-1, 2).t().contiguous().unsqueeze(-1)
 
 
 def column_keys(columns: int, device: torch.device, first: int = 0) -> Tensor:
@@ -96,7 +96,8 @@ def flips(
     result = torch.empty(rows, columns, dtype=torch.bool, device=seed.device)
     if result.numel() == 0:
         return result
-    keys, limit = row_keys(seed, rows, first_row), as_limit(threshold)
+    numbers = torch.arange(first_row, first_row + rows, device=seed.device)
+    keys, limit = row_keys(seed, numbers), as_limit(threshold)
     names = column_keys(columns, seed.device, first_column)
     step = max(1, CACHED // columns) if seed.device.type == "cpu" else rows
     out = torch.empty(min(step, rows), columns, dtype=torch.int32, device=seed.device)

@@ -186,7 +186,7 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_hashes_known_to_be_bad_do_not_pass(name):
-    r1, r2 = flips.row_keys(torch.tensor(1), ROWS).numpy().astype(np.int64).astype(np.uint64) % 2**32
+    r1, r2 = flips.row_keys(torch.tensor(1), torch.arange(ROWS)).numpy().astype(np.int64).astype(np.uint64) % 2**32
     c = np.arange(COLUMNS, dtype=np.uint64) * 0x9E3779B1
     if name != "raw columns":
         c %= 2**32

@@ -319,3 +319,35 @@ def test_auto_stands_for_an_impl_that_can(kind):
 
 def test_the_impls_are_those_of_the_config():
     assert ("auto", *IMPLS) == schema.IMPLS
+
+
+# ---- the CPU's ways through memory
+
+
+@pytest.mark.parametrize("bias", [None, *BIASES])
+@pytest.mark.parametrize("kind", ["dropkey", "dropkey_column"])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("batch", "heads"), [(2, 3), (3, 2)])
+@pytest.mark.parametrize("cache", [1, 2 * 7 * 15 * 4, 1 << 20])
+def test_the_order_of_computation_changes_nothing(monkeypatch, cache, batch, heads, transposed, kind, bias):
+    """All at once, or a few samples of a head at a time, or a few heads of a sample."""
+    shapes = [(batch, heads, n, 8) for n in (7, 15, 15)]
+    if transposed:
+        tensors = [torch.randn(b, n, h, d, dtype=torch.float64).transpose(1, 2) for b, h, n, d in shapes]
+    else:
+        tensors = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    tensors = [x.detach().requires_grad_() for x in tensors]
+    trained, bias = list(tensors), BIASES[bias]() if bias else None
+    if bias is not None and bias.dim() == 4 and bias.shape[:2] != (1, 1):
+        bias = bias[:1, :, :].expand(1, 3, 7, 15)[:, :heads].contiguous()
+    if bias is not None and bias.dtype != torch.bool:
+        trained.append(bias.requires_grad_())
+    towards, found = torch.randn(batch, heads, 7, 8, dtype=torch.float64), []
+    for small in (1 << 30, 0):
+        monkeypatch.setattr(cpu, "SMALL", small)
+        monkeypatch.setattr(cpu, "CACHE", cache)
+        monkeypatch.setattr(cpu, "FLIPS", 1 << 17 if small else cache // 8)
+        out = attention(*tensors, regularizer=kind, ratio=0.3, impl="cpu", bias=bias, seed=5)
+        found.append([out, *gradients(out, towards, trained)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)

@@ -4,7 +4,7 @@ What the paper's two lines spend is memory traffic: a mask, its random numbers, 
 Here one buffer goes through all of it. The coin flips are written into it as the bit pattern of 0 or -inf, the
 product of queries and keys is added on top (which a matrix product does for free), softmax runs in place, and what
 remains is kept for the backward, which needs neither mask nor random numbers: a dropped key has weight 0 there.
-A few heads at a time, so that the buffer stays in cache.
+A few matrices at a time, so that the buffer stays in cache.
 Shapes: B batch, H heads, Q queries, K keys, D head width.
 """
 
@@ -18,72 +18,101 @@ from dropkey.operator.sdpa import MINUS_INF, additive
 
 CACHE = 5 << 18  # bytes of logits per thread
 FLIPS = 1 << 17  # coin flips at once per thread
+SMALL = 1 << 21  # bytes of all logits that are computed in one go
 EMPTY_CHANCE = 1e-12  # that some query loses all its keys: below, not worth a pass over the logits
 
 
-def pieces(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Parts of (B, H) whose logits fit the cache: some samples with all heads, or some heads of one sample."""
-    batch, heads = q.shape[:2]
-    room = max(1, CACHE * max(2, torch.get_num_threads()) // max(1, 4 * q.shape[2] * k.shape[2]))
-    if room >= heads:
-        step = room // heads
-        for b in range(0, batch, step):
-            yield slice(b, min(b + step, batch)), slice(0, heads)
-        return
-    for b in range(batch):
-        for h in range(0, heads, room):
-            yield slice(b, b + 1), slice(h, min(h + room, heads))
+class Plan:
+    """In which order the B H matrices are computed: "outer, inner" instead of "batch, heads".
+
+    The samples of one head (or the heads of one sample) lie at even distances in any of the usual layouts, so that
+    one call multiplies them where they are; only where everything is small are all matrices joined, by a copy.
+    """
+
+    def __init__(self, q: Tensor, k: Tensor) -> None:
+        self.batch, self.heads = q.shape[:2]
+        self.matrix = 4 * q.shape[2] * k.shape[2]
+        self.joined = self.batch * self.heads * self.matrix <= SMALL
+        self.swapped = not self.joined and self.batch >= self.heads
+
+    def split(self, x: Tensor) -> Tensor:
+        """B H ... (or 1 in their places) as outer inner ...; a view unless joined."""
+        if self.joined:
+            return x.expand(self.batch, self.heads, *x.shape[2:]).reshape(1, -1, *x.shape[2:])
+        return x.transpose(0, 1) if self.swapped else x
+
+    def merge(self, x: Tensor) -> Tensor:
+        """The inverse of `split`, a view."""
+        if self.joined:
+            return x.unflatten(1, (self.batch, self.heads)).squeeze(0)
+        return x.transpose(0, 1) if self.swapped else x
+
+    def empty(self, like: Tensor, *matrix: int) -> Tensor:
+        """Outer inner rows columns."""
+        sizes = (1, self.batch * self.heads) if self.joined else (self.batch, self.heads)
+        return like.new_empty(*(sizes[::-1] if self.swapped else sizes), *matrix)
+
+    def pieces(self, x: Tensor) -> Iterator[tuple[int, slice]]:
+        """Where to find matrices of outer inner ... whose logits fit the cache."""
+        room = max(1, CACHE * max(2, torch.get_num_threads()) // max(1, self.matrix))
+        for outer in range(x.shape[0]):
+            for start in range(0, x.shape[1], room):
+                yield outer, slice(start, min(start + room, x.shape[1]))
 
 
-def flat(x: Tensor, piece: tuple[slice, slice]) -> Tensor:
-    """The matrices of a piece in a row: (samples · heads) × rows × columns."""
-    return x[piece].flatten(0, 1)
-
-
-def part(x: Tensor, piece: tuple[slice, slice]) -> Tensor:
-    """The piece of a tensor that may be broadcast over samples or heads."""
-    samples, heads = (at if size > 1 else slice(None) for at, size in zip(piece, x.shape[:2], strict=True))
-    return x[samples, heads]
+def part(x: Tensor, piece: tuple[int, slice]) -> Tensor:
+    """The piece of outer inner ..., either of which may be 1 for all."""
+    outer, inner = piece
+    return x[outer if x.shape[0] > 1 else 0, inner if x.shape[1] > 1 else slice(None)]
 
 
 class Masks:
     """Writes 0 and -inf: the bits of coin flips, or of a given mask, plus a bias."""
 
     def __init__(
-        self, weights: Tensor, bias: Optional[Tensor], drop: Optional[Tensor], seed: Tensor, threshold: Tensor
+        self,
+        plan: Plan,
+        weights: Tensor,
+        bias: Optional[Tensor],
+        drop: Optional[Tensor],
+        seed: Tensor,
+        threshold: Tensor,
     ) -> None:
-        batch, heads, queries, keys = weights.shape
-        self.bias, self.drop, self.queries = bias, drop, queries
+        *_, queries, keys = weights.shape
+        rows = plan.batch * plan.heads * queries
+        self.bias, self.drop = (None if x is None else plan.split(x) for x in (bias, drop))
         self.integer, self.minus_inf = MINUS_INF[weights.dtype]
+        self.next = 0  # row of the mask, in the order of the plan
         if drop is None:
-            self.rows = flips.row_keys(seed, batch * heads * queries)
+            numbers = torch.arange(rows).view(plan.batch, plan.heads, queries, 1)
+            self.rows = flips.row_keys(seed, plan.split(numbers).reshape(-1))
             self.columns, self.limit = flips.column_keys(keys, seed.device), flips.as_limit(threshold)
-            self.scratch = torch.empty(2, max(1, FLIPS * torch.get_num_threads() // max(1, keys)), keys, dtype=torch.int32)
-        chance = float(flips.as_ratio(threshold)) ** keys * batch * heads * queries
+            self.step = max(1, FLIPS * torch.get_num_threads() // max(1, keys))
+            self.scratch = torch.empty(2, min(self.step, rows), keys, dtype=torch.int32)
+        chance = float(flips.as_ratio(threshold)) ** keys * rows
         self.may_be_empty = bias is not None or drop is not None or chance > EMPTY_CHANCE
 
-    def write(self, logits: Tensor, piece: tuple[slice, slice], pair: int) -> None:
-        """logits: the piece, contiguous, whose first matrix is number `pair` of B H."""
+    def write(self, logits: Tensor, piece: tuple[int, slice]) -> None:
+        """logits: the piece, contiguous; pieces come in order."""
         if self.drop is not None:
             logits.copy_(additive(part(self.drop, piece), logits.dtype))
         else:
-            self.flip(logits.view(self.integer).flatten(0, -2), pair * self.queries)
+            self.flip(logits.view(self.integer).flatten(0, 1))
         if self.bias is not None:
             logits.add_(part(self.bias, piece))
 
-    def flip(self, bits: Tensor, first: int) -> None:
-        """Rows first, first + 1, ... of the mask. Few at a time: their operands then stay in the nearest caches."""
-        step = self.scratch.shape[1]
-        for start in range(0, len(bits), step):
-            some = bits[start : start + step]
+    def flip(self, bits: Tensor) -> None:
+        """Few rows at a time: their operands then stay in the nearest caches."""
+        for start in range(0, len(bits), self.step):
+            some = bits[start : start + self.step]
             hits, spare = self.scratch[:, : len(some)]
             if some.dtype == hits.dtype:
                 hits = some
-            rows = self.rows[:, first + start : first + start + len(some)]
-            flips.fill(hits, rows, self.columns, self.limit, spare)
+            flips.fill(hits, self.rows[:, self.next : self.next + len(some)], self.columns, self.limit, spare)
             if some.dtype != hits.dtype:
                 some.copy_(hits)
             some.mul_(self.minus_inf)
+            self.next += len(some)
 
 
 def forward(
@@ -96,21 +125,19 @@ def forward(
     threshold: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """(output, weights): B H Q D in the memory order B Q H D, which is what a projection of joined heads reads, and
-    B H Q K. `bias` and `drop` have four dimensions and broadcast; without `drop`, keys flip by seed and threshold."""
-    batch, heads, queries, _ = q.shape
-    weights = q.new_empty(batch, heads, queries, k.shape[2])
-    out = q.new_empty(batch, queries, heads, v.shape[3]).transpose(1, 2)
-    masks = Masks(weights, bias, drop, seed, threshold)
-    pair = 0
-    for piece in pieces(q, k):
-        masks.write(weights[piece], piece, pair)
-        logits = flat(weights, piece)
-        pair += len(logits)
-        logits.baddbmm_(flat(q, piece), flat(k, piece).transpose(1, 2), alpha=scale)
+    """(output, weights): B H Q D, and what `backward` needs. `bias` and `drop` have four dimensions and broadcast;
+    without `drop`, keys flip by seed and threshold."""
+    plan = Plan(q, k)
+    weights, out = plan.empty(q, q.shape[2], k.shape[2]), plan.empty(q, q.shape[2], v.shape[3])
+    masks = Masks(plan, weights, bias, drop, seed, threshold)
+    q, k, v = map(plan.split, (q, k, v))
+    for piece in plan.pieces(q):
+        logits = weights[piece]
+        masks.write(logits, piece)
+        logits.baddbmm_(q[piece], k[piece].transpose(1, 2), alpha=scale)
         softmax_(logits, masks.may_be_empty)
-        out[piece] = torch.bmm(logits, flat(v, piece)).view(out[piece].shape)
-    return out, weights
+        torch.bmm(logits, v[piece], out=out[piece])
+    return plan.merge(out), weights
 
 
 def softmax_(logits: Tensor, may_be_empty: bool) -> None:
@@ -127,22 +154,24 @@ def softmax_(logits: Tensor, may_be_empty: bool) -> None:
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, bias: Optional[Tensor], scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, and of `bias` (without elements if there is none), contiguous."""
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
-    full = torch.promote_types(q.dtype, torch.float32)  # many small terms add up in the bias
-    dbias = torch.zeros((0,) if bias is None else bias.shape, dtype=full)
-    for piece in pieces(q, k):
-        p, g = flat(weights, piece), flat(grad, piece)
-        torch.bmm(p.transpose(1, 2), g, out=flat(dv, piece))
-        d = torch.bmm(g, flat(v, piece).transpose(1, 2))
+    """Gradients of q, k, v, and of `bias` (without elements if there is none)."""
+    plan = Plan(q, k)
+    dq, dk, dv = (plan.empty(x, *x.shape[2:]) for x in (q, k, v))
+    shape, full = None if bias is None else bias.shape, torch.promote_types(q.dtype, torch.float32)
+    dbias = None if bias is None else torch.zeros(plan.split(bias).shape, dtype=full)  # many small terms add up
+    grad, q, k, v = map(plan.split, (grad, q, k, v))
+    for piece in plan.pieces(q):
+        p, g = weights[piece], grad[piece]
+        torch.bmm(p.transpose(1, 2), g, out=dv[piece])
+        d = torch.bmm(g, v[piece].transpose(1, 2))
         torch.ops.aten._softmax_backward_data.out(d, p, -1, p.dtype, grad_input=d)
-        if bias is not None:
+        if dbias is not None:
             into = part(dbias, piece)
-            into += d.view(weights[piece].shape).to(full).sum_to_size(into.shape)
+            into += d.to(full).sum_to_size(into.shape)
         for result, left, right in ((dq, d, k), (dk, d.transpose(1, 2), q)):
-            into = flat(result, piece)
-            torch.baddbmm(into, left, flat(right, piece), beta=0, alpha=scale, out=into)
-    return dq, dk, dv, dbias
+            torch.baddbmm(result[piece], left, right[piece], beta=0, alpha=scale, out=result[piece])
+    dbias = torch.empty(0, dtype=full) if dbias is None else plan.merge(dbias).sum_to_size(shape)
+    return *map(plan.merge, (dq, dk, dv)), dbias.contiguous()
 
 
 forward_op = torch.library.custom_op(
@@ -163,16 +192,15 @@ backward_op = torch.library.custom_op(
 
 @forward_op.register_fake
 def _(q, k, v, bias, drop, seed, threshold, scale):
-    batch, heads, queries, _ = q.shape
-    out = q.new_empty(batch, queries, heads, v.shape[3]).transpose(1, 2)
-    return out, q.new_empty(batch, heads, queries, k.shape[2])
+    plan = Plan(q, k)
+    return plan.merge(plan.empty(q, q.shape[2], v.shape[3])), plan.empty(q, q.shape[2], k.shape[2])
 
 
 @backward_op.register_fake
 def _(grad, q, k, v, weights, bias, scale):
-    full = torch.promote_types(q.dtype, torch.float32)
+    plan, full = Plan(q, k), torch.promote_types(q.dtype, torch.float32)
     dbias = q.new_empty((0,) if bias is None else bias.shape, dtype=full)
-    return *(x.new_empty(x.shape) for x in (q, k, v)), dbias
+    return *(plan.merge(plan.empty(x, *x.shape[2:])) for x in (q, k, v)), dbias
 
 
 def save(ctx, inputs, output) -> None:
