@@ -66,3 +66,17 @@ def picture(rows: list[dict], path: Path, title: str) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def summary(rows: list[dict], dtypes: tuple[str, ...]) -> str:
+    """Markdown: a row for each way, a column for each shape and dtype, ratios alone. What the README shows."""
+    rows = [row for row in rows if row["dtype"] in dtypes]
+    settings, ways = ([*dict.fromkeys(row[key] for row in cells)] for key, cells in (("on", on(rows)), ("way", rows)))
+    ratios = {(row["way"], row["on"]): f"{row['ratio']:.2f}" for row in on(rows) if "failed" not in row}
+    lines = ["| " + " | ".join(["B × H × N × D", *settings]) + " |", "|---" * (len(settings) + 1) + "|"]
+    lines += ["| " + " | ".join([way, *(ratios.get((way, place), "–") for place in settings)]) + " |" for way in ways]
+    return "\n".join(lines)
+
+
+def on(rows: list[dict]) -> list[dict]:
+    return [{**row, "on": setting(row)} for row in rows]

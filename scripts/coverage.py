@@ -21,6 +21,7 @@ import warnings
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Iterator, Optional
 from unittest import mock
 
@@ -31,6 +32,8 @@ from timm.models import model_entrypoint
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from dropkey import patching, regularizers
 from dropkey.patching.sites import OBSTACLES, find, listed

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.show import summary
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -73,3 +75,8 @@ def test_committed_results_say_what_they_were_measured_with(file):
     result = json.loads(file.read_text())
     assert {"hardware", "threads", "rounds", "versions", "commit"} <= result.keys()
     assert result["rounds"] >= 15
+
+
+def test_the_readme_shows_what_was_measured():
+    rows = json.loads((RESULTS / "attention-cpu.json").read_text())["rows"]
+    assert summary(rows, ("float32",)) in (ROOT / "README.md").read_text()

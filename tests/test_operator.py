@@ -317,6 +317,15 @@ def test_auto_stands_for_an_impl_that_can(kind):
     assert choose("auto", kind, *inputs(5, 5)) in IMPLS_OF[kind]
 
 
+@pytest.mark.parametrize(
+    ("keys", "dtype", "wanted"),
+    [(197, torch.float32, "cpu"), (577, torch.float32, "sdpa"), (577, torch.bfloat16, "cpu")],
+    ids=str,
+)
+def test_auto_takes_what_is_fastest_on_a_cpu(keys, dtype, wanted):
+    assert choose("auto", "dropkey", *inputs(1, keys, dtype)) == wanted
+
+
 def test_the_impls_are_those_of_the_config():
     assert ("auto", *IMPLS) == schema.IMPLS
 

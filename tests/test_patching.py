@@ -417,3 +417,21 @@ def test_arguments_that_cannot_work_are_refused_and_the_model_stays_as_it_was(ar
     with pytest.raises(ValueError, match=message):
         patching.apply(model, **arguments)
     assert repr(model) == text
+
+
+# ---- ramps of the ratio
+
+
+@pytest.mark.parametrize(("schedule", "end"), [("constant", 0.0), ("increasing", 0.05), ("decreasing", 0.02)])
+def test_another_ratio_keeps_the_schedule(schedule, end):
+    model, other = vit(), vit()
+    patching.apply(model, "dropkey", 0.1, schedule, end=end)
+    patching.set_ratio(model, 0.4)
+    report = patching.apply(other, "dropkey", 0.4, schedule, end=end)
+    layers = [layer for _, layer in regularized_layers(model)]
+    assert [layer.ratio for layer in layers] == [site.ratio for site in report.sites]
+
+
+def test_a_ratio_for_a_model_without_regularizer_is_refused():
+    with pytest.raises(ValueError, match=r"no regularized layers; call dropkey.apply"):
+        patching.set_ratio(vit(), 0.1)

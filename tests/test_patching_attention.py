@@ -198,6 +198,7 @@ def test_half_precision_weights_are_renormalised_in_fp32(kind):
         (240, (6, 10), 1, ((12, 20), 0)),
         (15, (6, 10), 1, ((3, 5), 0)),
         (16, (6, 10), 1, ((3, 5), 1)),
+        (49, (16, 16), 1, ((7, 7), 0)),  # a window
         (49, None, 1, ((7, 7), 0)),
         (50, None, 1, ((7, 7), 1)),
         (51, None, 2, ((7, 7), 2)),
@@ -208,7 +209,7 @@ def test_key_grid(keys, model_grid, num_prefix, wanted):
     assert key_grid(keys, model_grid, num_prefix) == wanted
 
 
-@pytest.mark.parametrize(("keys", "model_grid"), [(60, None), (100, (14, 14)), (3, None), (62, (6, 10))])
+@pytest.mark.parametrize(("keys", "model_grid"), [(60, None), (99, (14, 14)), (3, None), (62, (6, 10))])
 def test_keys_that_fit_no_grid_are_refused(keys, model_grid):
     with pytest.raises(ValueError, match=f"{keys} keys fit neither"):
         key_grid(keys, model_grid, 1)

@@ -1,5 +1,6 @@
 """Every command and every piece of Python in README.md works."""
 
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import eval as evaluating
 import runs
@@ -22,6 +24,7 @@ COMMANDS = [shlex.split(line, comments=True) for line in BASH]
 PYTHON = re.findall(r"```python\n(.*?)```", TEXT, re.S)
 TRAIN = [words[words.index("train.py") + 1 :] for words in COMMANDS if "train.py" in words]
 EVAL = [words[2:] for words in COMMANDS if "eval.py" in words]
+SCRIPTS = [words for words in COMMANDS if words[1].startswith("scripts/") and words[0] == "python"]
 NO_NETWORK = [words for words in TRAIN if not any(w.startswith(("data=", "experiment=", "-")) for w in words)]
 NAME = run_directory(check(compose())).name  # where `make train` leaves its run
 
@@ -90,6 +93,29 @@ def test_a_command_works_from_the_shell(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "top-1" in done.stdout
+
+
+@pytest.mark.parametrize("words", SCRIPTS, ids=" ".join)
+def test_scripts_take_what_they_are_told(words, monkeypatch, capsys, tmp_path):
+    """What they then do: test_benchmark.py, test_patching_timm.py."""
+    spec = importlib.util.spec_from_file_location("script", ROOT / words[1])
+    script = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "script", script)
+    spec.loader.exec_module(script)
+    if "benchmark" in words[1]:
+        assert words[2] in (*script.MEASURED, "all")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+        monkeypatch.setattr(script, "picture", lambda *args: None)
+        row = {"way": "plain", "failed": "not measured here", "shape": [1], "dtype": "none"}
+        monkeypatch.setattr(script, "MEASURED", {name: lambda *args: [row] for name in script.MEASURED})
+        script.main([*words[2:], "--output", str(tmp_path)])
+    else:
+        monkeypatch.setattr(sys, "argv", [*words[1:], "vit_tiny_patch16_224"])
+        with pytest.raises(SystemExit) as end:
+            script.main()
+        assert not end.value.code
+        assert "1 / 1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("code", PYTHON, ids=lambda code: code.strip().splitlines()[-1][:40])

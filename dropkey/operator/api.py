@@ -16,6 +16,8 @@ from dropkey.regularizers import Grid, Window
 IMPLS = ("reference", "cpu", "triton", "sdpa")
 IN_KERNEL = ("dropkey", "dropkey_column")  # what the Triton kernels draw; other masks would be read from memory
 
+LONG = 384  # keys: beyond, torch's flash attention with a mask wins over `cpu` in float32 (scripts/benchmark.py)
+
 
 def obstacle(impl: str, regularizer: str, *tensors: Tensor) -> Optional[str]:
     """Why `impl` cannot compute this for such q, k and v (without them: ever), or None."""
@@ -44,7 +46,11 @@ def choose(impl: str, regularizer: str, *tensors: Tensor) -> str:
         if reason:
             raise ValueError(f"impl={impl} {reason}")
         return impl
-    order = ("cpu", "sdpa", "reference") if tensors[0].device.type == "cpu" else ("triton", "sdpa", "reference")
+    q, k, _ = tensors
+    order = ["triton", "sdpa", "reference"]
+    if q.device.type == "cpu":
+        torch_is_faster = q.dtype.itemsize > 2 and k.shape[-2] > LONG
+        order = ["sdpa", "reference"] if torch_is_faster else ["cpu", "sdpa", "reference"]
     return next(name for name in order if obstacle(name, regularizer, *tensors) is None)
 
 

@@ -54,7 +54,8 @@ class Plan:
 
     def pieces(self, x: Tensor) -> Iterator[tuple[int, slice]]:
         """Where to find matrices of outer inner ... whose logits fit the cache."""
-        room = max(1, CACHE * max(2, torch.get_num_threads()) // max(1, self.matrix))
+        threads = torch.get_num_threads()
+        room = max(threads, CACHE * max(2, threads) // max(1, self.matrix))
         for outer in range(x.shape[0]):
             for start in range(0, x.shape[1], room):
                 yield outer, slice(start, min(start + room, x.shape[1]))

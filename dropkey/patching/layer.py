@@ -22,6 +22,7 @@ class Regularize(nn.Module):
         self.kind, self.window, self.impl = kind, window, impl
         self.site, self.grid, self.num_prefix = site, grid, num_prefix
         self.always = False  # on in evaluation too, for Monte Carlo
+        self.schedule = ("decreasing", 0.0)  # and end, for `set_ratio`
         self.threshold = as_threshold(0.0, torch.device("cpu"))  # no buffer, which a cast or `to_empty` would spoil
         self.ratio = 0.0
 

@@ -21,9 +21,14 @@ from torch import Tensor, nn
 from dropkey import regularizers, schedules
 from dropkey.operator import choose
 from dropkey.patching.layer import Regularize
-from dropkey.patching.sites import Found, find, original
+from dropkey.patching.sites import SITE_OF_CLASS, Found, find, original
 from dropkey.patching.ways import Regularized, regularized_class
 from dropkey.regularizers import Grid, Window
+
+UNKNOWN = (
+    ": no module holds its dropout of weights as `attn_drop`, calls scaled_dot_product_attention in forward or is "
+    "nn.MultiheadAttention; the name of a class that calls softmax can be added to dropkey.patching.sites.BARE_SOFTMAX"
+)
 
 
 @dataclass
@@ -51,7 +56,7 @@ class Report:
             return "no regularizer: attention as it is"
         head = f"{self.regularizer} ({self.schedule}) at {len(self.sites)} attention sites"
         lines = [head + (f", impl {self.impl}" if any(s.way == "fused" for s in self.sites) else "")]
-        lines += [f"  {s.name:<36} {s.kind:<8} {s.way:<8} ratio {s.ratio:.4f}" for s in self.sites]
+        lines += [f"  {s.name or '(the model)':<36} {s.kind:<8} {s.way:<8} ratio {s.ratio:.4f}" for s in self.sites]
         lines += [f"  {name:<36} skipped: {reason}" for name, reason in self.skipped]
         return "\n".join(lines)
 
@@ -95,8 +100,8 @@ def apply(
     Returns:
         The sites with their ratios, and what was left alone and why.
     Raises:
-        ValueError: an unknown regularizer, schedule or impl; a window that Block or Cross cannot have; a model without
-            any such site.
+        ValueError: an unknown regularizer, schedule, site or impl; a window that Block or Cross cannot have; a model
+            without any such site.
     """
     if regularizer == "none":
         undo(model)
@@ -111,7 +116,7 @@ def apply(
     own_grid, num_prefix = model_grid(model)
     for found, value in zip(taken, values, strict=True):
         layer = Regularize(regularizer, window, impl, found.site, grid or own_grid, num_prefix)
-        layer.ratio = value
+        layer.ratio, layer.schedule = value, (schedule, end)
         put(layer, found)
         report.sites.append(Site(found.name, found.site, value, found.way))
     return report
@@ -134,6 +139,9 @@ def planned(impl: str, regularizer: str, model: nn.Module) -> str:
 
 def choose_sites(model: nn.Module, sites: tuple[str, ...]) -> tuple[list[Found], list[tuple[str, str]]]:
     """The attention modules to regularize, and (name, reason) of those left alone."""
+    known = dict.fromkeys(["self", "cross", *SITE_OF_CLASS.values()])
+    if not set(sites) <= known.keys():
+        raise ValueError(f"sites={sites!r} is no tuple of {', '.join(known)}")
     taken, skipped = [], []
     for found in find(model):
         if found.obstacle:
@@ -143,7 +151,7 @@ def choose_sites(model: nn.Module, sites: tuple[str, ...]) -> tuple[list[Found],
         else:
             taken.append(found)
     if not taken:
-        reasons = f" (skipped: {skipped[0][0]}, {skipped[0][1]})" if skipped else ""
+        reasons = f" (skipped: {skipped[0][0]}, {skipped[0][1]})" if skipped else UNKNOWN
         raise ValueError(f"{type(model).__name__} has no attention layer of sites={list(sites)}{reasons}")
     return taken, skipped
 
@@ -168,10 +176,19 @@ def undo(model: nn.Module) -> None:
             module.__class__ = original(type(module))
 
 
-def set_ratio(model: nn.Module, ratio: float, schedule: str = "decreasing", end: float = 0.0) -> None:
-    """New ratios at the sites that `apply` took, for ramps over training."""
+def set_ratio(model: nn.Module, ratio: float, schedule: Optional[str] = None, end: Optional[float] = None) -> None:
+    """New ratios at the sites that `apply` took, for ramps over training; without recompiling a compiled model, unless
+    from or to 0. Schedule and end are those of `apply` unless given.
+
+    Raises:
+        ValueError: a model that `apply` has not patched, a ratio outside [0, 1), an unknown schedule.
+    """
     layers = [layer for _, layer in regularized_layers(model)]
-    for layer, value in zip(layers, schedules.ratios(schedule, ratio, end, len(layers)), strict=True):
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no regularized layers; call dropkey.apply(model, ...) first")
+    before = layers[0].schedule
+    values = schedules.ratios(schedule or before[0], ratio, before[1] if end is None else end, len(layers))
+    for layer, value in zip(layers, values, strict=True):
         layer.ratio = value
 
 

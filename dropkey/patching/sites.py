@@ -86,8 +86,10 @@ def find(model: nn.Module) -> Iterator[Found]:
             found.way = "softmax"
         elif "ALL_ATTENTION_FUNCTIONS" in uses:  # the registry of transformers
             found.way, found.obstacle = registered(module)
-        elif isinstance(getattr(module, "attn_drop", None), nn.Module):
+        elif isinstance(getattr(module, "attn_drop", None), nn.Module) and not wraps_attention(module):
             found.way, found.holder = "fused" if fused else "weights", "attn_drop"
+            if not fused and {"attn_drop", "p", "dropout"} <= uses:  # F.dropout(weights, self.attn_drop.p)
+                found.way, found.holder = "softmax", "regularize"
         elif "scaled_dot_product_attention" in uses:
             found.way = "fused" if fused else "softmax"
         elif cls.__module__.startswith("transformers.") and cls.__name__.endswith("Attention") and "softmax" in uses:
@@ -95,6 +97,11 @@ def find(model: nn.Module) -> Iterator[Found]:
         elif not isinstance(module, nn.MultiheadAttention):
             continue
         yield found
+
+
+def wraps_attention(module: nn.Module) -> bool:
+    """Whether dropout beside the attention acts on its output: weights do not leave nn.MultiheadAttention."""
+    return any(isinstance(child, nn.MultiheadAttention) for child in module.children())
 
 
 def registered(module: nn.Module) -> tuple[str, Optional[str]]:
@@ -136,23 +143,24 @@ def key_grid(keys: int, model_grid: Optional[Grid], num_prefix: int) -> tuple[Gr
     """Height and width of `keys` keys on the image, and how many prefix tokens precede them.
 
     Layers of one model see its patch grid, or that grid pooled or not yet pooled by a power of two (VOLO's
-    self-attention, T2T's token transformers), with or without the prefix tokens.
+    self-attention, T2T's token transformers), with or without the prefix tokens. Other layers, and models without a
+    grid of their own, are taken to see a square: a window, as in Swin.
 
     Raises:
         ValueError: no such grid fits.
     """
-    if model_grid is None:
+    for doublings in (0, -1, 1, -2, 2) if model_grid else ():
+        height, width = (int(size * 2.0**doublings) for size in model_grid)
         for prefix in dict.fromkeys((num_prefix, 0)):
-            side = round(max(keys - prefix, 0) ** 0.5)
-            if side and side * side == keys - prefix:
-                return (side, side), prefix
-    else:
-        for doublings in (0, -1, 1, -2, 2):
-            height, width = (int(size * 2.0**doublings) for size in model_grid)
-            for prefix in dict.fromkeys((num_prefix, 0)):
-                if prefix + height * width == keys:
-                    return (height, width), prefix
+            if prefix + height * width == keys:
+                return (height, width), prefix
+    for prefix in dict.fromkeys((0,) if model_grid else (num_prefix, 0)):
+        side = round(max(keys - prefix, 0) ** 0.5)
+        if side and side * side == keys - prefix:
+            return (side, side), prefix
+    known = f"the grid {model_grid}, its halves and doubles, with {num_prefix} prefix tokens or none, nor "
+    known = known if model_grid else f"{num_prefix} prefix tokens and a square nor "
     raise ValueError(
-        f"{keys} keys fit neither the model's grid {model_grid} nor its halves and doubles, with {num_prefix} prefix "
-        "tokens or none; DropKey-Block and DropKey-Cross need to know where the keys lie"
+        f"{keys} keys fit neither {known}a square; DropKey-Block and DropKey-Cross need to know where the keys lie: "
+        "dropkey.apply(model, ..., grid=(height, width)) tells them"
     )

@@ -75,7 +75,9 @@ class Divert(TorchFunctionMode):
 
 def four(x: Tensor) -> Tensor:
     """... L W as B H L W."""
-    return x.unsqueeze(-3) if x.dim() == 3 else x.flatten(0, -4) if x.dim() > 4 else x
+    while x.dim() < 4:
+        x = x.unsqueeze(-3)
+    return x.flatten(0, -4) if x.dim() > 4 else x
 
 
 class Regularized:
@@ -91,7 +93,10 @@ class Regularized:
             out = super().forward(*args, **kwargs)
         if own and layer.active and not divert.met:
             name = type(self).__name__.removeprefix("Regularized")
-            raise RuntimeError(f"{name} computed its attention by no way that can be regularized; was it switched?")
+            raise RuntimeError(
+                f"{name} computed its attention by no way that can be regularized: it called neither "
+                "scaled_dot_product_attention nor a softmax; if it was switched after dropkey.apply, switch it back"
+            )
         return out
 
     def __reduce_ex__(self, protocol):  # the class is made at run time: pickle and deepcopy make it again
