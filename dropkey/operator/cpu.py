@@ -16,7 +16,7 @@ from torch import Tensor
 from dropkey import flips
 from dropkey.operator.sdpa import MINUS_INF, additive
 
-CACHE = 5 << 18  # bytes of logits per thread
+CACHE = 1 << 21  # bytes of logits per thread
 FLIPS = 1 << 17  # coin flips at once per thread
 SMALL = 1 << 21  # bytes of all logits that are computed in one go
 EMPTY_CHANCE = 1e-12  # that some query loses all its keys: below, not worth a pass over the logits
