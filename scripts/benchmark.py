@@ -7,7 +7,7 @@
     python scripts/benchmark.py tune --device cuda    # tilings of the Triton kernels, fastest first
 
 Prints a table and writes it with hardware and versions to benchmarks/results/<what>-<device>.json, and a picture.
-Every round times every way once, in turn; a ratio is that of the medians, its spread the quartiles over rounds.
+Every way takes turns with plain attention; a ratio is that of the medians, its spread the quartiles over rounds.
 """
 
 import argparse
@@ -66,37 +66,25 @@ def seconds(action: Callable[[], object], device: torch.device) -> float:
 
 
 def measure(actions: dict[str, Callable], base: str, rounds: int, device: torch.device) -> list[dict]:
-    """Median milliseconds and ratio of each action; one that fails says why and leaves the others going."""
-    failed, times = {}, {name: [] for name in actions}
-    for number in range(-2, rounds):
-        order = list(actions)
-        shift = number % len(order)
-        for name in order[shift:] + order[:shift]:
-            if name in failed:
-                continue
-            try:
-                took = seconds(actions[name], device)
-            except Exception as error:
-                failed[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
-                continue
-            if number >= 0:
-                times[name].append(took)
+    """Median milliseconds and ratio of each action, in turn with the base alone: memory that one rival leaves to the
+    allocator would otherwise be another's time. One that fails says why and leaves the others going."""
     rows = []
-    for name in actions:
-        if name in failed:
-            rows.append({"way": name, "failed": failed[name]})
+    for name, action in actions.items():
+        times = []
+        try:
+            for _ in range(2):
+                actions[base](), action()
+            for _ in range(rounds):
+                times.append((seconds(actions[base], device), seconds(action, device)))
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [""])[0][:200]
+            rows.append({"way": name, "failed": f"{type(error).__name__}: {reason}"})
             continue
-        ratios = sorted(own / other for own, other in zip(times[name], times[base], strict=True))
-        quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-        middle = statistics.median(times[name])
-        rows.append(
-            {
-                "way": name,
-                "ms": round(middle * 1000, 4),
-                "ratio": round(middle / statistics.median(times[base]), 3),
-                "quartiles": [round(quartiles[0], 3), round(quartiles[2], 3)],
-            }
-        )
+        own = statistics.median(time for _, time in times)
+        plain = own if name == base else statistics.median(time for time, _ in times)
+        low, _, high = statistics.quantiles((time / (time if name == base else other) for other, time in times), n=4)
+        ratios = {"ratio": round(own / plain, 3), "quartiles": [round(low, 3), round(high, 3)]}
+        rows.append({"way": name, "ms": round(own * 1000, 4), **ratios})
     return rows
 
 
@@ -257,9 +245,11 @@ def main(words: Optional[list[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=[*MEASURED, "all", "tune"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--rounds", type=int, default=30, help="how often each way is timed")
+    parser.add_argument("--rounds", type=int, default=30, help="how often each way is timed, 2 or more")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
     chosen = parser.parse_args(words)
+    if chosen.rounds < 2:
+        sys.exit(f"--rounds {chosen.rounds}: a spread takes 2 or more")
     if chosen.device == "cuda" and not torch.cuda.is_available():
         sys.exit("--device cuda: torch sees no CUDA GPU here; take --device cpu")
     if chosen.what == "tune" and chosen.device == "cpu":

