@@ -13,7 +13,7 @@ from dropkey.engine.distributed import World
 from dropkey.engine.evaluate import average, evaluate
 from dropkey.engine.optim import build_autocast
 from dropkey.errors import ConfigError
-from dropkey.provenance import device_name, versions
+from dropkey.provenance import code_version, device_name, versions
 from dropkey.records import write_json
 from dropkey.seeds import derive_seed
 
@@ -58,6 +58,7 @@ def evaluate_run(cfg: EvalConfig, trained: TrainConfig, directory: Path) -> tupl
             "run": str(directory),
             "hardware": f"{world.size} x {device_name(world)}",
             "versions": versions(),
+            "code": code_version(),
         }
         name = evaluation_name(cfg, settings)
         if world.main:

@@ -21,7 +21,7 @@ from dropkey.engine.optim import build_autocast, duration
 from dropkey.engine.progress import Progress
 from dropkey.engine.state import State
 from dropkey.errors import ConfigError, Diverged, Interrupted, RunError, StorageError
-from dropkey.provenance import device_name, git_commit, peak_memory_mib, versions
+from dropkey.provenance import code_version, device_name, git_commit, peak_memory_mib, versions
 from dropkey.records import RunDirectory
 from dropkey.regularizers import STRUCTURED
 from dropkey.seeds import derive_seed
@@ -157,6 +157,7 @@ def train_in(world: World, cfg: TrainConfig, run: RunDirectory, stop: StopSignal
         if result is None:
             raise stop.interrupted(f"interrupted in the final evaluation, all saved in {run.path}")
         summary = summarise(cfg, run, state.position, result, watched, model, world)
+        summary |= {"steps_per_epoch": len(train_loader), "data": dataset.fingerprint()}
         if world.main:
             run.write_summary(summary)
     finally:
@@ -290,4 +291,5 @@ def summarise(cfg, run, position, result: dict, watched: str, model, world: Worl
         "hardware": f"{world.size} x {device_name(world)}",
         "versions": versions(),
         "commit": git_commit(),
+        "code": code_version(),
     }

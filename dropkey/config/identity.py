@@ -61,7 +61,7 @@ def canonical(cfg: TrainConfig) -> dict[str, object]:
         keys["data.root"] = str(Path(cfg.data.root).resolve())
     if cfg.init_from is not None:
         start = Path(cfg.init_from).resolve()
-        keys["init_from"] = start.name if start.is_dir() else str(start)
+        keys["init_from"] = str(start) if start.is_file() else start.name  # a run that is yet to be trained has a name
     return keys
 
 

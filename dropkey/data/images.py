@@ -5,6 +5,7 @@ Shape letters: N images, C channels, H and W height and width (always equal afte
 """
 
 import os
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,9 @@ class Files:
     def __len__(self) -> int:
         return len(self.names)
 
+    def content(self) -> bytes:
+        return self.names.tobytes()
+
     def path(self, row: int) -> str:
         return os.path.join(self.root, os.fsdecode(self.names[row]))
 
@@ -45,6 +49,9 @@ class Pixels:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def content(self) -> bytes:
+        return zlib.crc32(self.images.numpy()).to_bytes(4, "little")  # as quick as reading; nobody forges images
 
     def on(self, device: torch.device) -> torch.Tensor:
         if device.type == "cpu":
