@@ -1,0 +1,210 @@
+"""The tables of the paper: python scripts/reproduce.py plan|run|report table=schedule scale=cpu [option=value]
+
+plan     what the table needs, what is done, and how long the rest will take
+run      does what is missing, resumes what was interrupted, then reports
+report   writes results/<table>-<scale>/ from the runs, at once
+
+Options: seeds=3 or seeds=0,1,2 · output=runs · results=results · mixed=true (compare different versions)
+plan:    probe=false (no trial of a few steps)
+run:     jobs=2 (at once) · gpus=auto|none|0,1 · per_gpu=2 · gpus_per_run=4 · retry=true (what failed before)
+         retries=1 (of what fails now) · launcher=slurm, with slurm.partition=... and other parameters of submitit
+report:  records=results/schedule-cpu/records.jsonl (instead of runs)
+Every other word is an override of train.py for all runs: data.root=/data trainer.device=cuda
+
+Exit codes: 0 all done, 1 something failed, 2 config, 130 and 143 interrupted and saved.
+"""
+
+import dataclasses
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dropkey.config.check import nearest, require
+from dropkey.config.compose import groups
+from dropkey.config.schema import TrainConfig
+from dropkey.errors import ConfigError, RunError
+from dropkey.records import clock
+
+ACTIONS = ("plan", "run", "report")
+
+
+@dataclass
+class Options:
+    table: str = ""
+    scale: str = ""
+    seeds: str = ""
+    output: str = "runs"
+    results: str = "results"
+    mixed: bool = False
+    probe: bool = True
+    jobs: int = 0
+    gpus: str = "auto"
+    per_gpu: int = 1
+    gpus_per_run: int = 1
+    retry: bool = False
+    retries: int = 0
+    launcher: str = "local"
+    records: str = ""
+    slurm: dict[str, str] = field(default_factory=dict)
+    extra: list[str] = field(default_factory=list)
+
+
+def read(words: list[str]) -> tuple[str, Options]:
+    """The action and its options; raises ConfigError for what cannot be understood."""
+    action = words[0] if words else "nothing"
+    require(action in ACTIONS, f"{action} is no action; choices: {', '.join(ACTIONS)}")
+    options = Options()
+    kinds = {f.name: f.type for f in dataclasses.fields(Options) if f.name not in ("slurm", "extra")}
+    for word in words[1:]:
+        key, equals, value = word.partition("=")
+        bare = key.lstrip("+~")
+        if equals and key in kinds:
+            setattr(options, key, typed(key, value, kinds[key]))
+        elif equals and key.startswith("slurm."):
+            options.slurm[key.removeprefix("slurm.")] = value
+        elif equals and bare in ("seed", "fresh", "init_from"):
+            raise ConfigError(f"{word}: a table sets {bare} itself" + ("; take seeds=" if bare == "seed" else ""))
+        elif equals and ("." in bare or bare in groups() or hasattr(TrainConfig(), bare)):
+            options.extra.append(word)
+        else:
+            raise ConfigError(f"{word} is no option{nearest(key, kinds)}")
+    return action, options
+
+
+def typed(key: str, value: str, kind: type):
+    if kind is bool:
+        require(value in ("true", "false"), f"{key}={value} must be true or false")
+        return value == "true"
+    if kind is int:
+        require(value.isdigit(), f"{key}={value} must be a whole number")
+        return int(value)
+    return value
+
+
+def seeds_of(text: str):
+    """3, or 0,1,2; None for the scale's own."""
+    parts = [part for part in text.split(",") if part]
+    require(all(part.isdigit() for part in parts), f"seeds={text}: a number, or numbers with commas")
+    if not parts:
+        return None
+    return tuple(map(int, parts)) if "," in text else tuple(range(int(parts[0])))
+
+
+def main(words: list[str]) -> int:
+    action, options = read(words)
+    from dropkey.reproduction import tables
+
+    for key in ("table", "scale"):
+        choices = f"; choices: {', '.join(tables.names())}" if key == "table" else ", such as scale=smoke"
+        require(bool(getattr(options, key)), f"{key}= is missing{choices}")
+    table = tables.load(options.table, options.scale, seeds_of(options.seeds), tuple(options.extra))
+    return {"plan": plan, "run": run, "report": report}[action](table, options)
+
+
+def prepare(table, options: Options):
+    from dropkey.reproduction import plan as planning
+    from dropkey.reproduction.slots import slots
+    from dropkey.reproduction.tasks import tasks_of
+
+    places = slots(options.jobs or None, options.gpus, options.per_gpu, options.gpus_per_run)
+    tasks = tasks_of(table, options.output)
+    return tasks, planning.distinct(tasks.values()), places
+
+
+def plan(table, options: Options) -> int:
+    from rich.console import Console
+
+    from dropkey.reproduction import display
+    from dropkey.reproduction import plan as planning
+    from dropkey.reproduction.runner import Job
+
+    console = Console(highlight=False, soft_wrap=True)
+    tasks, distinct, places = prepare(table, options)
+    console.print(f"{table.title}: {table.about}", markup=False)
+    console.print(display.overview(table, tasks))
+    console.print(display.legend(), style="dim")
+    counts = planning.states(distinct)
+    trainings = sum(task.script == "train.py" for task in distinct)
+    listed = ", ".join(f"{count} {name}" for name, count in counts.items())
+    console.print(f"{trainings} trainings, {len(distinct) - trainings} evaluations: {listed}")
+    for task in distinct:
+        found, reason = display.state(task)
+        if reason and found in (display.FAILED, display.DIVERGED):
+            console.print(display.describe(Job(task, found, reason)), markup=False)
+    cost = planning.estimate(distinct, places[0], Path(options.output), options.probe, console.print)
+    if cost is not None:
+        seconds, size = cost
+        at_once = f", {len(places)} at once" if len(places) > 1 else ""
+        free = planning.free_bytes(Path(options.output))
+        console.print(
+            f"to do: about {clock(seconds / len(places))} ({places[0]}{at_once}), {size / 2**20:,.0f} MiB of "
+            f"{free / 2**20:,.0f} MiB free"
+        )
+    return 0
+
+
+def run(table, options: Options) -> int:
+    from rich.console import Console
+
+    from dropkey.reproduction import display
+    from dropkey.reproduction.runner import Launcher
+    from dropkey.reproduction.tasks import DONE
+
+    require(options.launcher in ("local", "slurm"), f"launcher={options.launcher}; choices: local, slurm")
+    _, distinct, places = prepare(table, options)
+    launcher = Launcher(distinct, places, options.retry, options.retries)
+    if options.launcher == "slurm":
+        from dropkey.reproduction import slurm
+
+        launcher.start = slurm.starter(options.slurm, Path(options.output))
+        launcher.slots = slurm.slots(options.jobs, options.gpus_per_run)
+    console = Console(highlight=False, soft_wrap=True)
+    with display.Watch(console, f"{table.name}, {table.scale}") as watch:
+        jobs = launcher.run(watch)
+    lacking = [job for job in jobs if job.state != DONE]
+    for job in lacking:
+        console.print(display.describe(job), markup=False)
+    if launcher.stopped:
+        again = f"python scripts/reproduce.py {' '.join(sys.argv[1:])}"
+        console.print(f"interrupted, all saved; go on with: {again}", markup=False)
+        return 128 + launcher.stopped
+    if any(job.state == DONE for job in jobs):
+        report(table, options)
+    failed = [job for job in lacking if job.state in (display.FAILED, display.DIVERGED)]
+    if failed:
+        console.print(f"{len(failed)} failed; the same command with retry=true tries them again")
+    return 1 if lacking else 0
+
+
+def report(table, options: Options) -> int:
+    from dropkey.reproduction import records
+    from dropkey.reproduction.comparison import compare
+    from dropkey.reproduction.document import build
+    from dropkey.reproduction.tasks import tasks_of
+    from dropkey.reproduction.writers import markdown_block, write
+
+    directory = Path(options.results) / table.slug
+    if options.records:
+        head, found = records.read(Path(options.records), table.name, table.scale)
+        directory = Path(options.records).parent
+    else:
+        head, found = records.header(table), records.gather(table, tasks_of(table, options.output))
+    require(any(e["state"] == "done" for e in found), f"no run of table={table.name} scale={table.scale} is done yet")
+    comparison = compare(table, head, found, records.require_one_version(found, options.mixed))
+    if not options.records:
+        records.write(directory / records.FILE, table, found)
+    write(comparison, directory)
+    for block in build(comparison)[:6]:
+        print(markdown_block(block), end="\n\n")
+    print(f"report {directory}/report.html (also .md, .tex, .csv, .json, forest.svg, curves.svg, records.jsonl)")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
