@@ -35,6 +35,10 @@ MAY_IMPORT = {
         *("build", "config", "data", "engine", "errors", "patching"),
         *("provenance", "records", "seeds", "session"),
     },
+    "analysis": {
+        *("build", "config", "data", "engine", "errors", "patching"),
+        *("provenance", "records", "regularizers", "schedules", "session"),
+    },
 }
 FILES = [file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py"]
 

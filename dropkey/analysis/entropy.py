@@ -1,0 +1,118 @@
+"""Entropy of attention, per layer and head, as a record of a run (paper: it is higher with DropKey than with Dropout).
+
+-sum p log p in nats over the keys of a query, averaged over queries and images; divided by log K, the entropy of
+uniform attention, it lies in [0, 1] and compares layers with different numbers of keys.
+"""
+
+import hashlib
+import math
+from pathlib import Path
+from typing import Iterable, Optional
+
+import torch
+from torch import Tensor, nn
+
+from dropkey.analysis import attention as capture
+from dropkey.analysis.trained import open_run
+from dropkey.errors import Diverged
+from dropkey.provenance import code_version, device_name, versions
+from dropkey.records import RunDirectory, write_json
+
+IMAGES = 512
+RECORD = "entropy.json"
+COUNTED = ("self", "class")  # sites whose mean speaks for the model: those that the paper regularizes
+
+
+def entropy(weights: Tensor) -> Tensor:
+    """Nats: ... K, each row a distribution, to ... (float64 where the device has it)."""
+    wide = torch.float32 if weights.device.type == "mps" else torch.float64
+    return torch.special.entr(weights).sum(-1, dtype=wide)
+
+
+def measure(model: nn.Module, batches: Iterable[Tensor]) -> list[dict]:
+    """Mean entropy of each attention layer of a model over images (B C H W each).
+
+    Returns:
+        For each site, in the order in which they run: `name`, `site`, `keys` (how many), `nats` and `normalised` (one
+        number per head, 7 significant digits).
+    Raises:
+        ConfigError: see `attention.watch`.
+    """
+    sums: dict[str, Tensor] = {}
+    about: dict[str, dict] = {}
+
+    def add(seen: capture.Attention) -> None:
+        values = entropy(seen.weights)  # B H Q
+        sums[seen.name] = sums.get(seen.name, 0) + values.mean(-1).sum(0).cpu()
+        about[seen.name] = {"name": seen.name, "site": seen.site, "keys": seen.weights.shape[-1]}
+
+    images = 0
+    for batch in batches:
+        capture.watch(model, batch, add)
+        images += len(batch)
+    rows = []
+    for name, total in sums.items():
+        nats = [value / images for value in total.tolist()]
+        most = math.log(about[name]["keys"]) or 1.0  # a single key leaves nothing to choose from
+        normalised = [value / most for value in nats]
+        rows.append({**about[name], "nats": rounded(nats), "normalised": rounded(normalised)})
+    return rows
+
+
+def record(path: str | Path, root: Optional[str] = None) -> tuple[dict, bool]:
+    """The run's entropy.json, measured now unless the one there is up to date.
+
+    Over 512 images spread evenly over the test split (fewer where there are fewer), in float32. `mean` and
+    `mean_nats` are over the heads of self and class attention. The same run gives the same bytes.
+
+    Args:
+        path: a run directory.
+        root: where its images lie now.
+    Returns:
+        The record, and whether it was there already. A run that is not finished is measured anew each time.
+    Raises:
+        ConfigError, DataError, StorageError: see dropkey.errors.
+        Diverged: weights that are NaN.
+    """
+    run = RunDirectory(Path(path))
+    made_by = {"code": code_version(), "measure": digest()}
+    old, summary = run.read_json(RECORD), run.summary()
+    now = {"epoch": summary.get("epochs"), "step": summary.get("steps"), **made_by}
+    if run.finished and all(old.get(key) == value for key, value in now.items()):
+        return old, True
+    trained = open_run(path, root)
+    ids = trained.spread(IMAGES)
+    sites = measure(trained.model, trained.batches(ids))
+    counted = [row for row in sites if row["site"] in COUNTED] or sites
+    if not all(math.isfinite(value) for row in sites for value in row["nats"]):
+        raise Diverged(f"{path}: attention weights are NaN, this model has diverged; leave the run out")
+    new = {
+        "mean": mean(counted, "normalised"),
+        "mean_nats": mean(counted, "nats"),
+        "images": len(ids),
+        "split": "test",
+        "checkpoint": "checkpoints/last.pt",
+        "epoch": trained.position["epoch"],
+        "step": trained.position["update"],
+        "sites": sites,
+        "hardware": device_name(trained.world),
+        "versions": versions(),
+        **made_by,
+    }
+    write_json(run.path / RECORD, new)
+    return new, False
+
+
+def mean(rows: list[dict], key: str) -> float:
+    """Over heads, then over layers."""
+    return rounded([sum(sum(row[key]) / len(row[key]) for row in rows) / len(rows)])[0]
+
+
+def rounded(values: list[float]) -> list[float]:
+    return [float(f"{value:.7g}") for value in values]
+
+
+def digest() -> str:
+    """Ten hexadecimal digits over the source that measures: `code_version` leaves this package out."""
+    files = [Path(capture.__file__), Path(__file__)]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:10]

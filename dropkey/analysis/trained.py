@@ -1,0 +1,145 @@
+"""Trained runs as analysis needs them: the model as it is evaluated, and the same test images for all."""
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Iterator, Optional
+
+import torch
+from torch import Tensor, nn
+
+from dropkey import build, data, session
+from dropkey.config import compose, identity
+from dropkey.config.schema import DataConfig, RegularizerConfig, TrainConfig
+from dropkey.data.augment import per_channel
+from dropkey.engine import checkpoint
+from dropkey.engine.distributed import World
+from dropkey.errors import ConfigError
+from dropkey.records import RunDirectory
+
+BATCH = 64  # images at a time, whatever the run was evaluated with: 3,136 tokens make 40 MB of weights for each
+
+
+@dataclasses.dataclass
+class Trained:
+    """A run, opened: its model in evaluation mode without a regularizer, weights as they are evaluated."""
+
+    run: RunDirectory
+    cfg: TrainConfig
+    model: nn.Module
+    dataset: data.Dataset
+    world: World
+    position: dict[str, int]  # epoch and optimizer step (`update`) of the checkpoint
+
+    def batches(self, ids: Tensor) -> Iterator[Tensor]:
+        """The test images at those positions, normalised as the model takes them: B C H W each, B up to 64."""
+        some = dataclasses.replace(self.dataset, test=self.dataset.test.subset(ids))
+        for batch in session.loader_of(some, "test", self.cfg, self.world, BATCH):
+            yield batch.images
+
+    def images(self, ids: Tensor) -> Tensor:
+        """Likewise as one batch."""
+        return torch.cat(list(self.batches(ids)))
+
+    def pictures(self, images: Tensor) -> Tensor:
+        """Images for the eye: B C H W in [0, 1], on the CPU."""
+        mean, std = (
+            torch.tensor(per_channel(values, self.cfg.data.channels)).view(-1, 1, 1)
+            for values in (self.cfg.data.mean, self.cfg.data.std)
+        )
+        return (images.cpu() * std + mean).clamp(0, 1)
+
+    def names(self, ids: Tensor) -> list[str]:
+        """Of each image its class and position, on a line each."""
+        test, classes = self.dataset.test, self.dataset.classes
+        return [f"{classes[test.targets[number]]}\ntest {number}" for number in ids.tolist()]
+
+    def positions(self, ids: tuple[int, ...]) -> Tensor:
+        """Raises ConfigError for a position that the test split does not have."""
+        size = len(self.dataset.test)
+        for number in ids:
+            if not 0 <= number < size:
+                raise ConfigError(f"images={number}: the test split has {size} images, 0 to {size - 1}")
+        return torch.tensor(ids)
+
+    def spread(self, count: int) -> Tensor:
+        """Positions of `count` test images, or all there are, evenly over the split: folders come sorted by class, so
+        that the first ones would be of one class alone. Fixed, so that runs are compared on the same images."""
+        size = len(self.dataset.test)
+        return torch.arange(min(count, size)) * size // min(count, size)
+
+
+def config_of(path: str | Path) -> TrainConfig:
+    """The config of a run directory, without opening the run.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    file = Path(path) / "config.yaml"
+    if not file.exists():
+        raise ConfigError(f"{path} is no run directory: it has no config.yaml")
+    return compose.load(file)
+
+
+def open_run(path: str | Path, root: Optional[str] = None) -> Trained:
+    """The last checkpoint of a run, on a GPU if there is one.
+
+    Args:
+        root: where the run's images lie now; None: where they lay in training.
+    Raises:
+        ConfigError, DataError, StorageError: see dropkey.errors.
+    """
+    cfg, run = copy.deepcopy(config_of(path)), RunDirectory(Path(path))
+    cfg.regularizer = RegularizerConfig(kind="none")  # nothing is dropped in evaluation
+    cfg.data.root = root or cfg.data.root
+    world = World.start("auto")
+    dataset = test_images(cfg.data)
+    model, _ = session.prepare_model(cfg, dataset, world)
+    file = build.find_checkpoint(run.path)
+    if build.load_weights(model, file):
+        raise ConfigError(f"{file} knows other classes than the {dataset.num_classes} in {cfg.data.root}; see root=")
+    position = checkpoint.load(file)["position"]
+    return Trained(run, cfg, model.eval(), dataset, world, {key: position[key] for key in ("epoch", "update")})
+
+
+_latest: dict[str, data.Dataset] = {}  # the one data set loaded last
+
+
+def test_images(wanted: DataConfig) -> data.Dataset:
+    """The data set with its test split; runs that differ in what they were trained on share it."""
+    wanted = dataclasses.replace(wanted, train_limit=None, val_fraction=0.0)
+    if repr(wanted) not in _latest:
+        _latest.clear()
+        _latest[repr(wanted)] = data.load(wanted)
+    return _latest[repr(wanted)]
+
+
+def labels(configs: list[TrainConfig], *, seeds: bool) -> list[str]:
+    """For each run what a legend should call it: regularizer, ratio and schedule, then other keys that differ.
+
+    Args:
+        seeds: whether the seed counts among them.
+    """
+    flat = [identity.flatten(dataclasses.asdict(cfg)) for cfg in configs]
+    keys = sorted({key for one in flat for key in one if len({repr(other.get(key)) for other in flat}) > 1})
+    told = ["regularizer.", "schedule.", *([] if seeds else ["seed"])]
+    names = [[regularizer_label(cfg)] for cfg in configs]
+    for part, name_of in (("model.", identity.model_label), ("data.", identity.data_label)):
+        if len({name_of(cfg) for cfg in configs}) > 1:  # the name says it
+            told.append(part)
+            for name, cfg in zip(names, configs, strict=True):
+                name.append(name_of(cfg))
+    for key in keys:
+        if not key.startswith(tuple(told)) and not identity.harmless(key):
+            for name, one in zip(names, flat, strict=True):
+                name.append(f"{key.split('.')[-1]} {one.get(key)}")
+    return [", ".join(name) for name in names]
+
+
+def regularizer_label(cfg: TrainConfig) -> str:
+    """dropkey 0.3 decreasing, dropkey_block 0.1 constant (window 3), none."""
+    regularizer = cfg.regularizer
+    if regularizer.kind == "none":
+        return "no regularizer"
+    window = "" if regularizer.window is None else f" (window {regularizer.window})"
+    return f"{regularizer.kind} {regularizer.ratio:g} {cfg.schedule.kind}{window}"
