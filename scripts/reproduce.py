@@ -7,7 +7,8 @@ report   writes results/<table>-<scale>/ from the runs, at once
 Options: seeds=3 or seeds=0,1,2 · output=runs · results=results · mixed=true (compare different versions)
 plan:    probe=false (no trial of a few steps)
 run:     jobs=2 (at once) · gpus=auto|none|0,1 · per_gpu=2 · gpus_per_run=4 · retry=true (what failed before)
-         retries=1 (of what fails now) · launcher=slurm, with slurm.partition=... and other parameters of submitit
+         retries=1 (of what fails now) · entropy=false (of attention, not measured)
+         launcher=slurm, with slurm.partition=... and other parameters of submitit
 report:  records=results/schedule-cpu/records.jsonl (instead of runs)
 Every other word is an override of train.py for all runs: data.root=/data trainer.device=cuda
 
@@ -15,6 +16,7 @@ Exit codes: 0 all done, 1 something failed, 2 config, 130 and 143 interrupted an
 """
 
 import dataclasses
+import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +47,7 @@ class Options:
     gpus_per_run: int = 1
     retry: bool = False
     retries: int = 0
+    entropy: bool = True
     launcher: str = "local"
     records: str = ""
     slurm: dict[str, str] = field(default_factory=dict)
@@ -153,13 +156,15 @@ def run(table, options: Options) -> int:
     from dropkey.reproduction.tasks import DONE
 
     require(options.launcher in ("local", "slurm"), f"launcher={options.launcher}; choices: local, slurm")
-    _, distinct, places = prepare(table, options)
+    here = dataclasses.replace(options, gpus_per_run=1) if options.launcher == "slurm" else options
+    _, distinct, places = prepare(table, here)
     launcher = Launcher(distinct, places, options.retry, options.retries)
     if options.launcher == "slurm":
         from dropkey.reproduction import slurm
 
-        launcher.start = slurm.starter(options.slurm, Path(options.output))
-        launcher.slots = slurm.slots(options.jobs, options.gpus_per_run)
+        gpus = 0 if options.gpus == "none" else options.gpus_per_run
+        launcher.start = slurm.starter(options.slurm, Path(options.output), gpus)
+        launcher.slots = slurm.slots(options.jobs, options.gpus_per_run, int(options.slurm.get("cpus_per_task", 1)))
     console = Console(highlight=False, soft_wrap=True)
     with display.Watch(console, f"{table.name}, {table.scale}") as watch:
         jobs = launcher.run(watch)
@@ -170,12 +175,28 @@ def run(table, options: Options) -> int:
         again = f"python scripts/reproduce.py {' '.join(sys.argv[1:])}"
         console.print(f"interrupted, all saved; go on with: {again}", markup=False)
         return 128 + launcher.stopped
-    if any(job.state == DONE for job in jobs):
+    trained = [job.task.run for job in jobs if job.state == DONE and job.task.script == "train.py"]
+    if trained:
+        if options.entropy:
+            measure_entropy(trained, Path(options.results) / table.slug / "entropy.png", console)
         report(table, options)
     failed = [job for job in lacking if job.state in (display.FAILED, display.DIVERGED)]
     if failed:
         console.print(f"{len(failed)} failed; the same command with retry=true tries them again")
     return 1 if lacking else 0
+
+
+def measure_entropy(runs: list[Path], picture: Path, console) -> None:
+    """Of the finished runs that lack it, in one process: it imports torch, this program does not."""
+    if picture.exists() and all((run / "entropy.json").exists() for run in runs):
+        return
+    console.print("measuring the entropy of attention (entropy=false leaves that out)")
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    script = str(Path(__file__).with_name("visualize.py"))
+    words = ["entropy", f"run={','.join(map(str, runs))}", f"output={picture}"]
+    done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True)
+    if done.returncode != 0:  # a report without it is better than none
+        console.print(f"no entropy: {done.stderr.strip()[-300:]}", markup=False)
 
 
 def report(table, options: Options) -> int:

@@ -151,36 +151,51 @@ def say_error(error: RunError) -> None:
 
 def launch(config_name: str, task: Callable) -> None:
     """Runs `task(typed config)` under Hydra and exits with its code. In a multirun (-m) a job that fails leaves
-    the others going; the exit code is then the largest."""
+    the others going; the exit code is then the largest, or with a launcher of other processes the first of them."""
     register_schemas()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # hand exceptions to us instead of printing and exiting
-    codes, begun, stopped = [0], [], []
+    codes, begun, stopped, home = [0], [], [], os.getpid()
 
     @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)
     def job(cfg: DictConfig) -> None:
         begun.append(True)
         if stopped:  # a multirun ends with the job that was interrupted
             return
+        failure = None
         try:
             task(typed(cfg))
         except Interrupted as error:
+            failure = error
             stopped.append(error)
         except RunError as error:
+            failure = error
             say_error(error)
             codes.append(error.exit_code)
-        except Exception:
+        except Exception as error:
+            failure = RunError(f"{type(error).__name__}: {one_line(error)}")
             traceback.print_exc()
             codes.append(1)
+        if failure and os.getpid() != home:  # under joblib and submitit only an exception finds its way home
+            returned = RunError(str(failure))  # of a class that survives pickling
+            returned.exit_code = failure.exit_code
+            raise returned
 
     try:
         job()
     except KeyboardInterrupt:  # before or after training, where nothing is to be saved
         sys.exit(128 + signal.SIGINT)
+    except RunError as error:  # from a worker, whose own words may lie in a file
+        say_error(error)
+        sys.exit(error.exit_code)
     except Exception as error:
-        if begun and not isinstance(error, (HydraException, OmegaConfBaseException)):
-            raise
-        overrides = get_args_parser().parse_known_args()[0].overrides
-        say_error(ConfigError(explain(error, overrides, config_name)))
+        arguments = get_args_parser().parse_known_args()[0]
+        if not isinstance(error, (HydraException, OmegaConfBaseException)):
+            if begun:
+                raise
+            if arguments.multirun:
+                say_error(RunError(f"a job was lost ({one_line(error)}); the same command goes on with the rest"))
+                sys.exit(RunError.exit_code)
+        say_error(ConfigError(explain(error, arguments.overrides, config_name)))
         sys.exit(ConfigError.exit_code)
     if stopped:
         say_error(stopped[0])

@@ -76,7 +76,7 @@ class Watch:
             self.say(f"start       {job.task.name}  ({job.slot})")
         if event == "end":
             done = sum(one.over for one in launcher.jobs)
-            if job.state == DONE:
+            if job.state == DONE and job.began:
                 self.took.append(time.monotonic() - job.began)
             self.say(f"{describe(job)}{self.result(job)}  [{done}/{len(launcher.jobs)}]")
         if event == "tick" and self.live and time.monotonic() - self.shown > REFRESH:
@@ -90,7 +90,7 @@ class Watch:
         if job.state != DONE:
             return ""
         top1 = RunDirectory(job.task.run).read_json(job.task.result)["top1"]
-        return f"  top-1 {top1:.2f} %  {clock(time.monotonic() - job.began)}"
+        return f"  top-1 {top1:.2f} %" + (f"  {clock(time.monotonic() - job.began)}" if job.began else "")
 
     def view(self, launcher: Launcher) -> Group:
         counts = Counter(job.state for job in launcher.jobs)

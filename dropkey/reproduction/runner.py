@@ -30,7 +30,7 @@ class Job:
     slot: Optional[Slot] = None
     process: object = None  # poll() -> exit code or None, terminate()
     claim: Optional[contextlib.ExitStack] = None
-    began: float = 0.0
+    began: float = 0.0  # 0: not by this launcher
     look_again: float = 0.0  # not before
 
     @property
@@ -129,7 +129,7 @@ class Launcher:
         job.process, job.slot = None, None
         found, reason = state(job.task)
         if code == Busy.exit_code:
-            job.state, job.look_again = ELSEWHERE, time.monotonic() + 2
+            job.state, job.began, job.look_again = ELSEWHERE, 0.0, time.monotonic() + 2
         elif found in (DONE, DIVERGED):
             job.state, job.reason = found, reason
         else:

@@ -10,6 +10,8 @@ from dropkey.config.check import require
 from dropkey.config.compose import CONFIGS
 from dropkey.reproduction.tasks import Task
 
+SCRIPTS = CONFIGS.parent  # where train.py and eval.py lie
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -32,7 +34,7 @@ class Slot:
 
     def command(self, task: Task) -> list[str]:
         """The evaluation of a run takes one process: how the test images are shared out changes Monte Carlo's draws."""
-        script = str(CONFIGS.parent / task.script)
+        script = str(SCRIPTS / task.script)
         if len(self.gpus) > 1 and task.script == "train.py":
             torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={len(self.gpus)}"]
             return [sys.executable, *torchrun, script, *task.words]

@@ -89,8 +89,13 @@ def load(table: str, scale: str, seeds: Optional[tuple[int, ...]] = None, extra:
     chosen = {**common.get(scale, {}), **(own_scales.get(scale) or {})}
     only(chosen, ("about", "seeds", "columns", "rows"), f"{where}scales.{scale}: ")
     require(bool(chosen.get("columns")), f"{where}scales.{scale} has no columns")
+    for key in ("rows", "columns"):
+        require(
+            isinstance(chosen.get(key, {}), dict) and isinstance(content["rows"], dict), f"{where}{key} must be named"
+        )
+    written = {**content["rows"], **chosen.get("rows", {})}
     rows = {}
-    for label, value in {**content["rows"], **(chosen.get("rows") or {})}.items():
+    for label, value in written.items():
         if value is not None:  # a scale leaves a row out by setting it to null
             rows[str(label)] = read_row(str(label), value, where)
     for row in rows.values():
@@ -110,8 +115,10 @@ def load(table: str, scale: str, seeds: Optional[tuple[int, ...]] = None, extra:
         seeds=read_seeds(seeds if seeds is not None else chosen.get("seeds", 5)),
         rows=rows,
         columns=columns,
-        claims=tuple(claim for text in content.get("claims") or () if (claim := read_claim(text, rows, where))),
-        paper=read_paper(content.get("paper") or {}, content["rows"], where),
+        claims=tuple(
+            claim for text in content.get("claims") or () if (claim := read_claim(text, rows, set(written), where))
+        ),
+        paper=read_paper(content.get("paper") or {}, written, where),
         extra=extra,
     )
 
@@ -163,13 +170,13 @@ def read_seeds(value) -> tuple[int, ...]:
     return seeds
 
 
-def read_claim(text: str, rows: dict[str, Row], where: str) -> Optional[Claim]:
+def read_claim(text: str, rows: dict[str, Row], known: set[str], where: str) -> Optional[Claim]:
     """ "A > B"; None where this scale has left one of the rows out."""
     better, _, worse = (part.strip() for part in str(text).partition(" > "))
     require(bool(better and worse), f"{where}claim '{text}' must read 'row > row'")
-    if better in rows and worse in rows:
-        return Claim(better, worse)
-    return None
+    for row in (better, worse):
+        require(row in known, f"{where}claim '{text}': '{row}' is no row{nearest(row, known)}")
+    return Claim(better, worse) if better in rows and worse in rows else None
 
 
 def read_paper(content: dict, rows, where: str) -> dict[str, dict[str, float]]:

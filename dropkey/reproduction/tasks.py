@@ -92,6 +92,7 @@ def tasks_of(table: Table, output: str) -> dict[tuple[str, str, int], Task]:
             words = (*model, *base.words, *table.extra)
             try:
                 composed = cache.get(words if row.of is None or row.evaluate else (*words, *row.words))
+                result = evaluation_file(row.evaluate) if row.evaluate else "summary.json"
             except ConfigError as error:
                 raise ConfigError(f"table {table.name}, row '{row.label}', column '{column}': {error}") from None
             for seed in table.seeds:
@@ -102,7 +103,7 @@ def tasks_of(table: Table, output: str) -> dict[tuple[str, str, int], Task]:
                     task = Task("train.py", (*words, f"seed={seed}", place), run, "summary.json", composed)
                 elif row.evaluate:
                     whole = (f"run={before.run}", *row.evaluate)
-                    task = Task("eval.py", whole, before.run, evaluation_file(row.evaluate), composed, before)
+                    task = Task("eval.py", whole, before.run, result, composed, before)
                 else:
                     run = Path(output) / composed.run_name(seed, before.run.name)
                     start = (f"init_from={before.run}", f"seed={seed}", place)
