@@ -97,13 +97,16 @@ def seeds_of(text: str):
 
 def main(words: list[str]) -> int:
     action, options = read(words)
+    return {"plan": plan, "run": run, "report": report}[action](load(options), options)
+
+
+def load(options: Options):
     from dropkey.reproduction import tables
 
     for key in ("table", "scale"):
         choices = f"; choices: {', '.join(tables.names())}" if key == "table" else ", such as scale=smoke"
         require(bool(getattr(options, key)), f"{key}= is missing{choices}")
-    table = tables.load(options.table, options.scale, seeds_of(options.seeds), tuple(options.extra))
-    return {"plan": plan, "run": run, "report": report}[action](table, options)
+    return tables.load(options.table, options.scale, seeds_of(options.seeds), tuple(options.extra))
 
 
 def prepare(table, options: Options):

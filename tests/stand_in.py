@@ -1,7 +1,7 @@
 """Stands in for train.py and eval.py where a test is about what launches them: same files, no training, no torch.
 
 It misbehaves as the environment variable BEHAVIOUR says: a JSON object from a part of the run's name to one of raise,
-exit, kill, diverge, sleep, once (fails at the first attempt only).
+exit, kill, diverge, sleep, once (fails at the first attempt only), wait once (sleeps at the first).
 """
 
 import json
@@ -56,6 +56,7 @@ def act(run: RunDirectory) -> None:
     if how == "once" and not (run.path / "tried").exists():
         (run.path / "tried").touch()
         sys.exit(9)
-    if how == "sleep":
+    if how == "sleep" or (how == "wait once" and not (run.path / "tried").exists()):
+        (run.path / "tried").touch()
         signal.signal(signal.SIGTERM, lambda *_: (run.set_status("interrupted", reason="SIGTERM"), sys.exit(143)))
         time.sleep(60)

@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "patching": {"flips", "operator", "regularizers", "schedules"},
     "engine": {"config", "errors", "records", "seeds"},
     "build": {"config", "engine", "errors", "models", "operator", "patching"},
+    "reproduction": {"config", "errors", "records"},
     "provenance": {"engine", "records"},
     "session": {
         *("build", "config", "curves", "data", "engine", "errors"),

@@ -3,6 +3,7 @@
 import importlib.util
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,9 @@ PYTHON = re.findall(r"```python\n(.*?)```", TEXT, re.S)
 TRAIN = [words[words.index("train.py") + 1 :] for words in COMMANDS if "train.py" in words]
 EVAL = [words[2:] for words in COMMANDS if "eval.py" in words]
 SCRIPTS = [words for words in COMMANDS if words[1].startswith("scripts/") and words[0] == "python"]
-NO_NETWORK = [words for words in TRAIN if not any(w.startswith(("data=", "experiment=", "-")) for w in words)]
+NO_NETWORK = [
+    words for words in TRAIN if not any(w.startswith(("data=", "experiment=", "-", "hydra")) for w in words)
+]  # training under joblib: test_sweeps.py
 NAME = run_directory(check(compose())).name  # where `make train` leaves its run
 
 
@@ -40,11 +43,11 @@ def named(words: list[str], run) -> list[str]:
 
 
 def test_commands_name_the_run_that_make_train_leaves():
-    assert TEXT.count(f"runs/{NAME}") == 4
+    assert TEXT.count(f"runs/{NAME}") == 6
 
 
 def test_every_line_is_of_a_kind_that_is_tested_here():
-    known = {"python", "torchrun", "make", "sbatch"}
+    known = {"python", "torchrun", "make", "sbatch", "wandb"}
     assert {words[0] for words in COMMANDS} <= known
     assert len(TRAIN) >= 12 and len(EVAL) >= 3 and len(PYTHON) >= 3
 
@@ -52,7 +55,7 @@ def test_every_line_is_of_a_kind_that_is_tested_here():
 @pytest.mark.parametrize("words", TRAIN, ids=" ".join)
 def test_training_commands_compose_and_pass_the_checks(words, run):
     words = named(words, run)
-    overrides = [word for word in words if "=" in word]
+    overrides = [word for word in words if "=" in word and not word.startswith("hydra")]
     singles = [re.sub(r"=([^\[{,]*),.*", r"=\1", word) for word in overrides]  # the first job of a multirun
     check(compose(singles))
 
@@ -95,27 +98,103 @@ def test_a_command_works_from_the_shell(tmp_path):
     assert "top-1" in done.stdout
 
 
-@pytest.mark.parametrize("words", SCRIPTS, ids=" ".join)
-def test_scripts_take_what_they_are_told(words, monkeypatch, capsys, tmp_path):
-    """What they then do: test_benchmark.py, test_patching_timm.py."""
-    spec = importlib.util.spec_from_file_location("script", ROOT / words[1])
+def load_script(path: str, monkeypatch):
+    spec = importlib.util.spec_from_file_location("script", ROOT / path)
     script = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "script", script)
     spec.loader.exec_module(script)
-    if "benchmark" in words[1]:
-        assert words[2] in (*script.MEASURED, "all")
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-        monkeypatch.setattr(script, "picture", lambda *args: None)
-        row = {"way": "plain", "failed": "not measured here", "shape": [1], "dtype": "none"}
-        monkeypatch.setattr(script, "MEASURED", {name: lambda *args: [row] for name in script.MEASURED})
-        script.main([*words[2:], "--output", str(tmp_path)])
-    else:
-        monkeypatch.setattr(sys, "argv", [*words[1:], "vit_tiny_patch16_224"])
-        with pytest.raises(SystemExit) as end:
-            script.main()
-        assert not end.value.code
-        assert "1 / 1" in capsys.readouterr().out
+    return script
+
+
+def of(name: str) -> list[list[str]]:
+    return [words[2:] for words in SCRIPTS if words[1] == f"scripts/{name}.py"]
+
+
+def test_every_script_of_the_readme_is_run_here():
+    assert {words[1] for words in SCRIPTS} == {
+        f"scripts/{name}.py" for name in ("benchmark", "coverage", "reproduce", "search", "visualize")
+    }
+
+
+@pytest.mark.parametrize("words", of("benchmark"), ids=" ".join)
+def test_benchmark_takes_what_it_is_told(words, monkeypatch, tmp_path):
+    """What it then does: test_benchmark.py."""
+    script = load_script("scripts/benchmark.py", monkeypatch)
+    assert words[0] in (*script.MEASURED, "all")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(script, "picture", lambda *args: None)
+    row = {"way": "plain", "failed": "not measured here", "shape": [1], "dtype": "none"}
+    monkeypatch.setattr(script, "MEASURED", {name: lambda *args: [row] for name in script.MEASURED})
+    script.main([*words, "--output", str(tmp_path)])
+
+
+@pytest.mark.parametrize("words", of("coverage"), ids=" ".join)
+def test_coverage_takes_what_it_is_told(words, monkeypatch, capsys):
+    """What it then does: test_patching_timm.py."""
+    script = load_script("scripts/coverage.py", monkeypatch)
+    monkeypatch.setattr(sys, "argv", ["coverage.py", *words, "vit_tiny_patch16_224"])
+    with pytest.raises(SystemExit) as end:
+        script.main()
+    assert not end.value.code
+    assert "1 / 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", of("search"), ids=" ".join)
+def test_search_takes_what_it_is_told(words, monkeypatch, tmp_path):
+    """What it then does: test_sweeps.py."""
+    script = load_script("scripts/search.py", monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(script, "train", lambda *args: (1, "not trained here"))
+    words = words[: words.index("--trials")] if "--trials" in words else words
+    assert script.main([*words, "--trials", "1"]) == 1
+
+
+@pytest.mark.parametrize("words", of("visualize"), ids=" ".join)
+def test_pictures_are_drawn(words, run, monkeypatch, capsys, tmp_path):
+    script = load_script("scripts/visualize.py", monkeypatch)
+    words = [word.replace("runs/*-digits-*", str(run.path)) for word in named(words, run)]
+    script.main([*words, f"output={tmp_path}/picture.png"])
+    assert "picture " in capsys.readouterr().out
+    assert (tmp_path / "picture.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("words", of("reproduce"), ids=" ".join)
+def test_tables_are_planned(words, monkeypatch, tmp_path, tables):
+    """What the words say can be done; that it then is: test_reproduce.py."""
+    from dropkey.reproduction.slots import slots
+    from dropkey.reproduction.tasks import tasks_of
+
+    script = load_script("scripts/reproduce.py", monkeypatch)
+    shutil.copy(ROOT / "configs" / "table" / "schedule.yaml", tmp_path / "mine.yaml")
+    _, options = script.read([word.replace("mine.yaml", str(tmp_path / "mine.yaml")) for word in words])
+    table = script.load(options)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7")
+    assert slots(options.jobs or None, options.gpus, options.per_gpu, options.gpus_per_run)
+    assert len(tasks_of(table, str(tables))) == len(table.rows) * len(table.columns) * len(table.seeds)
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    """Where compositions are remembered."""
+    return tmp_path_factory.mktemp("tables")
+
+
+def test_make_table_reproduces_a_table():
+    from dropkey.reproduction import tables
+
+    lines = [words for words in COMMANDS if words[:2] == ["make", "table"]]
+    for words in lines:
+        name, scale = (word.split("=")[1] for word in words[2:])
+        assert tables.load(name, scale)
+    made = subprocess.run(["make", "-n", *lines[0][1:]], cwd=ROOT, capture_output=True, text=True).stdout
+    assert "scripts/reproduce.py run table=schedule scale=smoke" in made
+
+
+@pytest.mark.parametrize("words", [words for words in COMMANDS if words[:2] == ["wandb", "sweep"]], ids=" ".join)
+def test_sweep_definitions_exist(words):
+    """What an agent makes of them: test_sweeps.py."""
+    assert (ROOT / words[2]).exists()
 
 
 @pytest.mark.parametrize("code", PYTHON, ids=lambda code: code.strip().splitlines()[-1][:40])

@@ -89,7 +89,7 @@ def test_durations_in_steps_and_epochs():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_first_20_losses_are_those_on_record(tmp_path, kind, monkeypatch):
-    """tests/golden/losses.json; make it again with: python tests/golden/make.py"""
+    """tests/golden/losses.json; make it again with: python tests/golden/make.py losses"""
     from golden import make
 
     monkeypatch.setattr(curves, "draw", lambda *args: None)

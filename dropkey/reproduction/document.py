@@ -144,7 +144,15 @@ def overview_caption(comparison: Comparison) -> str:
 
 
 def claims(findings: list[Finding], columns: int) -> Grid:
-    head = ["claim", *(["column"] if columns > 1 else []), "difference", "95 % interval", "seeds", "p", "verdict"]
+    head = [
+        "claim",
+        *(["column"] if columns > 1 else []),
+        "difference",
+        "95 % interval",
+        "seeds",
+        "t-test p, Holm",
+        "verdict",
+    ]
     rows = []
     for found in findings:
         one = found.difference
@@ -163,8 +171,8 @@ def rule(findings: list[Finding]) -> str:
 
 def differences(comparison: Comparison, column: str) -> Grid:
     entropy = any(cell.others["entropy"] for cell in comparison.column(column))
-    head = ["", "difference", "95 % interval", "sign-flip p", "Holm", "test loss", "calibration error (%)"]
-    head += ["training loss", *(["attention entropy"] if entropy else [])]
+    head = ["", "difference", "95 % interval", "sign-flip p", "Holm", "test loss", "ECE (%)"]
+    head += ["training loss", *(["entropy"] if entropy else [])]
     keys = ("loss", "ece", "train_loss", *(("entropy",) if entropy else ()))
     rows = []
     for cell in comparison.column(column):
@@ -195,7 +203,12 @@ def differences_caption(comparison: Comparison) -> str:
         needed = next(n for n in range(1, 30) if least_p(n) <= 1 - LEVEL)
         text += "" if pairs >= needed else f", and below {1 - LEVEL:.2f} only from {needed} seeds on"
     tests = sum(cell.to_baseline is not None for cell in comparison.cells.values())
-    return text + f". Holm: adjusted over the {tests} differences of this table."
+    text += f". Holm: adjusted over the {tests} differences of this table. ECE: expected calibration error."
+    if any(entry.get("entropy") is not None for entry in comparison.done):
+        text += (
+            " Entropy: of attention in evaluation, as a share of that of uniform attention, mean over heads and layers."
+        )
+    return text
 
 
 def curves_caption(comparison: Comparison) -> str:

@@ -11,6 +11,7 @@ from dropkey.errors import ConfigError
 from dropkey.reproduction.slots import Slot
 
 AT_ONCE = 100  # jobs in the queue, where jobs= does not say
+REQUEUES = 1000  # time limits that a training may outlive
 LEAD = 120  # seconds before the time limit at which Slurm warns, and the training saves
 
 
@@ -36,8 +37,8 @@ class Preemptible:
         """Called by submitit, on Slurm's warning, while `__call__` waits."""
         import submitit
 
-        self.process.send_signal(signal.SIGTERM)
-        self.process.wait()
+        os.kill(self.process.pid, signal.SIGTERM)
+        os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)  # `wait` would wait for itself: we interrupt it
         return submitit.helpers.DelayedSubmission(Preemptible(self.command, self.environment, self.log))
 
 
@@ -80,7 +81,7 @@ def starter(parameters: dict[str, str], output: Path, gpus: int):
         values.setdefault("signal_delay_s", LEAD)
     named = {key if key in SHARED else f"{cluster}_{key}": value for key, value in values.items()}
     try:
-        executor = submitit.AutoExecutor(output / ".slurm", cluster=cluster)
+        executor = submitit.AutoExecutor(output / ".slurm", cluster=cluster, slurm_max_num_timeout=REQUEUES)
         executor.update_parameters(name="dropkey", **named)
     except (RuntimeError, NameError, TypeError, ValueError) as error:
         raise ConfigError(f"launcher=slurm: {' '.join(str(error).split())}") from None
