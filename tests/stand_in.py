@@ -1,7 +1,7 @@
 """Stands in for train.py and eval.py where a test is about what launches them: same files, no training, no torch.
 
 It misbehaves as the environment variable BEHAVIOUR says: a JSON object from a part of the run's name to one of raise,
-exit, kill, diverge, sleep, once (fails at the first attempt only), wait once (sleeps at the first).
+exit, kill, diverge, stop, sleep, once (fails at the first attempt only), wait once (sleeps at the first).
 """
 
 import json
@@ -53,6 +53,9 @@ def act(run: RunDirectory) -> None:
     if how == "diverge":
         run.set_status("diverged", reason="loss nan")
         sys.exit(4)
+    if how == "stop":
+        run.set_status("interrupted", reason="SIGTERM")
+        sys.exit(143)
     if how == "once" and not (run.path / "tried").exists():
         (run.path / "tried").touch()
         sys.exit(9)

@@ -180,6 +180,13 @@ def tables(tmp_path_factory):
     return tmp_path_factory.mktemp("tables")
 
 
+def test_the_readme_shows_a_committed_table():
+    report = (ROOT / "results" / "controls-cpu" / "report.md").read_text()
+    overview = report.split("## ")[1].split("\n\n")[1]
+    assert overview in TEXT
+    assert "| DropKey > Dropout |" in report and report.count("| disagrees |") == 1
+
+
 def test_make_table_reproduces_a_table():
     from dropkey.reproduction import tables
 

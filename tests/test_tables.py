@@ -261,6 +261,15 @@ def test_what_depends_on_a_failed_run_says_so(mini, tmp_path, stand_in, monkeypa
     assert collections.Counter(job.state for job in jobs.values()) == {DONE: 1, FAILED: 3}
 
 
+def test_a_run_that_somebody_stops_is_left_to_be_resumed_and_so_is_what_needs_it(mini, tmp_path, stand_in, monkeypatch):
+    monkeypatch.setenv("BEHAVIOUR", '{"dropkey-digits": "stop"}')
+    table = tables.load(str(mini), "smoke", (0,))
+    jobs = launched(table, tmp_path / "runs")
+    assert collections.Counter(job.state for job in jobs.values()) == {DONE: 1, INTERRUPTED: 3}
+    monkeypatch.delenv("BEHAVIOUR")
+    assert {job.state for job in launched(table, tmp_path / "runs").values()} == {DONE}
+
+
 LAUNCH = """
 import json, sys
 from pathlib import Path

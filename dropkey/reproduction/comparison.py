@@ -40,12 +40,7 @@ class Comparison:
     cells: dict[tuple[str, str], Cell]  # (row, column)
     findings: list[Finding]
     mixed: list[str]  # what should be the same in all runs and is not
-    seeds: tuple[int, ...]
-    extra: tuple[str, ...]
-
-    @property
-    def columns(self) -> list[str]:
-        return list(self.table.columns)
+    extra: tuple[str, ...]  # overrides laid over every run
 
     def column(self, name: str) -> list[Cell]:
         return [self.cells[row, name] for row in self.table.rows]
@@ -80,8 +75,7 @@ def compare(table: Table, head: dict, records: list[dict], mixed: list[str]) -> 
     for place, p in zip(compared, adjusted, strict=True):
         difference = dataclasses.replace(cells[place].to_baseline, adjusted=p)
         cells[place] = dataclasses.replace(cells[place], to_baseline=difference)
-    seeds, extra = tuple(head["seeds"]), tuple(head["extra"])
-    return Comparison(table, records, cells, judge(table, cells), mixed, seeds, extra)
+    return Comparison(table, records, cells, judge(table, cells), mixed, tuple(head["extra"]))
 
 
 def cell(row: str, column: str, records: list[dict]) -> Cell:

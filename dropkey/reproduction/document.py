@@ -162,10 +162,12 @@ def claims(findings: list[Finding], columns: int) -> Grid:
 
 
 def rule(findings: list[Finding]) -> str:
+    tested = sum(found.difference is not None and found.difference.adjusted is not None for found in findings)
     return (
         f"The verdict is *{AGREES}* where the difference is positive and its paired t-test, adjusted by Holm over the "
-        f"{len(findings)} claims tested here, has p ≤ {1 - LEVEL:.2f}; *{DISAGREES}* where it is negative with such a "
-        "p; otherwise the runs *cannot tell yet*. It speaks of these runs, not of the paper's models and data."
+        f"{tested} claims tested here, has p ≤ {1 - LEVEL:.2f}; *{DISAGREES}* where it is negative with such a "
+        "p; otherwise the runs *cannot tell yet*. With a few seeds a t-test leans on differences being normally "
+        "distributed. The verdict speaks of these runs, not of the paper's models and data."
     )
 
 
@@ -222,7 +224,7 @@ def unfinished(comparison: Comparison) -> list[str]:
     for (row, column), cell in comparison.cells.items():
         for state, reason in dict.fromkeys(cell.unfinished.values()):
             seeds = ", ".join(str(seed) for seed, how in cell.unfinished.items() if how == (state, reason))
-            place = f"{row}, {column}" if len(comparison.columns) > 1 else row
+            place = f"{row}, {column}" if len(comparison.table.columns) > 1 else row
             found.append(f"{place}, seed {seeds}: {state}{': ' + reason if reason else ''}")
     return found
 

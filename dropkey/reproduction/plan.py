@@ -63,7 +63,7 @@ def estimate(tasks: list[Task], slot: Slot, output: Path, probe: bool, say=print
             if cost is None:
                 return None
             known[kind(base)] = [cost]
-        costs = known[kind(base)]
+        costs = sorted(known[kind(base)], key=lambda cost: cost.seconds)
         cost = costs[len(costs) // 2]
         if task.script == "eval.py":
             seconds += cost.evaluation(passes(task))

@@ -93,8 +93,9 @@ class Launcher:
         if job.task.needs is None:
             return True
         base = next((other for other in self.jobs if other.task == job.task.needs), None)
-        if base is not None and base.state in (FAILED, DIVERGED):
-            job.state, job.reason = FAILED, f"it needs {base.task.name}, which {base.state}"
+        if base is not None and base.over and base.state != DONE:
+            job.state = INTERRUPTED if base.state == INTERRUPTED else FAILED
+            job.reason = f"it needs {base.task.name}, which is {base.state}"
         return base is None or base.state == DONE
 
     def launch(self, job: Job, slot: Slot) -> bool:
