@@ -25,6 +25,7 @@ from dropkey.errors import ConfigError, Interrupted, RunError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SCHEMAS = {"train": TrainConfig, "eval": EvalConfig}
+TABLE = "table"  # a directory of configs that are not of one run, see dropkey/reproduction/tables.py
 OPTIONAL = {"train": ("experiment", "debug"), "eval": ("data",)}  # groups that may be null
 
 
@@ -95,6 +96,8 @@ def groups() -> dict[str, list[str]]:
     """Config groups and their options: {'model': ['deit_base', ...], ...}."""
     found = {}
     for file in CONFIGS.glob("*/*.yaml"):
+        if file.parent.name == TABLE:
+            continue
         found.setdefault(file.parent.name, []).append(file.stem)
     return found
 
@@ -115,6 +118,8 @@ def explain(error: BaseException, overrides: list[str], config_name: str) -> str
         except HydraException:
             return f"cannot read '{text}'; overrides look like key=value or group=name (quote special characters)"
         key = override.key_or_group
+        if key == TABLE:
+            return f"a table is many runs: python scripts/reproduce.py run {text} scale=smoke"
         if key in options:
             sweep = override.is_sweep_override()
             for value in override.sweep_string_iterator() if sweep else [override.get_value_element_as_str()]:
