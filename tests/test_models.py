@@ -34,6 +34,7 @@ DEPTH = {
     "t2t_vit_t_24": 24,
     "t2t_vit_small_image": 12,
     "vit_4x64": 4,
+    "vit_6x64": 6,
     "vit_6x128": 6,
     "vit_7x256": 7,
     "vit_9x192": 9,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import optuna
 import pytest
+import wandb
 from wandb.sdk.launch.sweeps.utils import load_sweep_config
 from wandb.wandb_agent import Agent
 
@@ -147,6 +148,7 @@ def test_a_run_reports_the_sweeps_metric_to_the_agents_run(tmp_path, monkeypatch
     agent_command(monkeypatch, tmp_path, sweep, {"optim.lr": 0.01})  # sets the environment of the training
     trained = tmp_path / "trained"
     record = runs.train(trained, "trainer.max_steps=1").records("epoch")[-1]
+    wandb.teardown()  # an agent starts a process for each run; an earlier test of this one has read the environment
     tracker = tracking.start(LoggerConfig(mode="offline"), tmp_path, {}, "hash", "group", "name", print)
     try:
         tracker.log(record)
@@ -154,6 +156,7 @@ def test_a_run_reports_the_sweeps_metric_to_the_agents_run(tmp_path, monkeypatch
         assert tracker.run.summary[sweep["metric"]["name"]] == record["eval_top1"]
     finally:
         tracker.finish(None)
+        wandb.teardown()
 
 
 def test_sweeps_maximise_validation_and_never_test():

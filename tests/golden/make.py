@@ -26,13 +26,14 @@ TABLE = HERE / "table"
 FILE = TABLE / "records.jsonl"
 
 
-def losses() -> None:
-    def of(output: str, kind: str) -> list[float]:
-        words = (f"regularizer={kind}", "regularizer.ratio=0.3", "trainer.epochs=7", "trainer.max_steps=20")
-        return [record["loss"] for record in runs.train(Path(output), *words).records("step")]
+def losses(output: Path, kind: str) -> list[float]:
+    words = (f"regularizer={kind}", "regularizer.ratio=0.3", "trainer.epochs=7", "trainer.max_steps=20")
+    return [record["loss"] for record in runs.train(output, *words).records("step")]
 
+
+def all_losses() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        found = {kind: of(folder, kind) for kind in KINDS}
+        found = {kind: losses(Path(folder), kind) for kind in KINDS}
     (HERE / "losses.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
@@ -55,4 +56,4 @@ def report() -> None:
 
 
 if __name__ == "__main__":
-    {"losses": losses, "table": table, "report": report}[sys.argv[1]]()
+    {"losses": all_losses, "table": table, "report": report}[sys.argv[1]]()
