@@ -11,10 +11,11 @@ import sys
 import time
 from pathlib import Path
 
-from dropkey.config import check, compose, identity
 from dropkey.records import RunDirectory
+from dropkey.reproduction.tasks import Compositions
 
 FIGURES = {"top1": 50.0, "top5": 90.0, "loss": 1.0, "ece": 3.0}
+OWN = ("seed", "output", "init_from")  # of a task, not of its composition
 VERSIONS = {"torch": "0", "python": "0"}
 
 
@@ -25,16 +26,20 @@ def main(script: str, words: list[str]) -> None:
         text = json.dumps({**FIGURES, "count": 10, "monte_carlo": passes, "versions": VERSIONS, "hardware": "none"})
         (run.path / f"eval-test-mc{passes}.json").write_text(text)
         return
-    cfg = check.check(compose.compose(words))
-    run = RunDirectory(identity.run_directory(cfg))
-    with open(Path(cfg.output) / "starts.txt", "a") as file:
+    given = {key: value for key, _, value in (word.partition("=") for word in words) if key in OWN}
+    output, seed = Path(given["output"]), int(given["seed"])
+    rest = tuple(word for word in words if word.partition("=")[0] not in OWN)
+    composed = Compositions(output).get(rest)  # remembered: composing anew takes longer than all the rest
+    start = Path(given["init_from"]).name if "init_from" in given else None
+    run = RunDirectory(output / composed.run_name(seed, start))
+    with open(output / "starts.txt", "a") as file:
         file.write(run.path.name + "\n")
     with run.lock():
         run.set_status("running")
         act(run)
         time.sleep(float(os.environ.get("PAUSE", "0")))
         run.append({"kind": "epoch", "step": 1, "epoch": 1, "train_loss": 0.5, "eval_top1": 40.0, "eval_loss": 1.0})
-        top1 = 50 + 10 * cfg.regularizer.ratio + cfg.seed
+        top1 = 50 + 10 * composed.keys.get("regularizer.ratio", 0) + seed
         rest = {"images": 10, "epochs": 1, "seconds": 1.0, "best_split": "val", "code": "c", "data": "d", "commit": "e"}
         run.write_summary({**FIGURES, "top1": top1, **rest, "versions": VERSIONS, "hardware": "none"})
         run.set_status("done")
