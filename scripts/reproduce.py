@@ -155,7 +155,7 @@ def run(table, options: Options) -> int:
     from rich.console import Console
 
     from dropkey.reproduction import display
-    from dropkey.reproduction.runner import Launcher
+    from dropkey.reproduction.runner import WAITING, Launcher
     from dropkey.reproduction.tasks import DONE
 
     require(options.launcher in ("local", "slurm"), f"launcher={options.launcher}; choices: local, slurm")
@@ -173,6 +173,8 @@ def run(table, options: Options) -> int:
         jobs = launcher.run(watch)
     lacking = [job for job in jobs if job.state != DONE]
     for job in lacking:
+        if job.state == WAITING:  # stopped before its turn
+            continue
         console.print(display.describe(job), markup=False)
     if launcher.stopped:
         again = f"python scripts/reproduce.py {' '.join(sys.argv[1:])}"
