@@ -1,6 +1,7 @@
 """One thread per test process: tests run in parallel, and sums come out the same on any number of cores."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # its key knows nothing 
 from data_samples import image_folder
 from dropkey import regularizers
 from dropkey.patching import layer
+from dropkey.reproduction import runner, slots
 
 torch.set_num_threads(1)
 
@@ -36,6 +38,20 @@ def own_cache(tmp_path, monkeypatch):
 def folder(tmp_path_factory):
     """48 images of 15 x 20 pixels in 3 classes, not to be changed."""
     return image_folder(tmp_path_factory.mktemp("folder") / "images", size=(20, 15))
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """Tasks of tables start stand_in.py instead of train.py and eval.py; returns the directory of the scripts."""
+    scripts = tmp_path / "scripts"
+    scripts.mkdir()
+    tests = Path(__file__).parent
+    for name in ("train.py", "eval.py"):
+        call = f"import sys; sys.path[:0] = {[str(tests.parent), str(tests)]}\nimport stand_in\n"
+        (scripts / name).write_text(f"{call}stand_in.main({name!r}, sys.argv[1:])\n")
+    monkeypatch.setattr(slots, "SCRIPTS", scripts)
+    monkeypatch.setattr(runner, "POLL", 0.02)
+    return scripts
 
 
 @pytest.fixture

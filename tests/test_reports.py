@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 
 from dropkey.errors import ConfigError
+from dropkey.records import RunDirectory
 from dropkey.reproduction import document, records, tables, writers
 from dropkey.reproduction.comparison import compare
 from dropkey.reproduction.statistics import AGREES, UNDECIDED
+from dropkey.reproduction.tasks import Composed, Task
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden" / "table"  # regenerate: python tests/golden/make.py table
@@ -75,7 +77,7 @@ def test_records_of_another_table_are_refused():
         records.read(GOLDEN / "records.jsonl", "schedule", "cpu")
 
 
-def test_the_report_imports_no_torch_and_takes_a_blink():
+def test_plan_and_report_import_no_torch():
     program = (
         "import sys; sys.argv = ['x']; import runpy; module = runpy.run_path('scripts/reproduce.py');"
         "from dropkey.reproduction import comparison, display, document, plan, records, runner, tasks, writers;"
@@ -132,9 +134,17 @@ def test_a_clear_difference_agrees_and_noise_does_not():
     assert {f.verdict for f in compare(table, head, found, []).findings} == {UNDECIDED}
 
 
-def test_the_last_epoch_counts_not_the_best():
-    source = Path(records.__file__).read_text() + Path(document.__file__).read_text()
-    assert "best_top1" not in source
+def test_the_last_epoch_counts_not_the_best(tmp_path):
+    task = Task("train.py", (), tmp_path / "run", "summary.json", Composed("", {}, "m", "d", 8, None, 2, None, 32, 1))
+    run = RunDirectory(task.run)
+    run.set_status("done")
+    for epoch, top1 in ((1, 99.0), (2, 40.0)):
+        run.append({"kind": "epoch", "epoch": epoch, "train_loss": 1.0 / epoch, "eval_top1": top1, "eval_loss": 1.0})
+    keys = dict.fromkeys(("top5", "loss", "ece", "images", "epochs", "seconds", "best_split", "commit", "hardware"), 1)
+    run.write_summary({**keys, "top1": 41.0, "best_top1": 99.0, "best_epoch": 1, "versions": {"torch": "t"}})
+    entry = records.record(("row", "column", 0), task)
+    assert (entry["top1"], entry["train_loss"]) == (41.0, 0.5)
+    assert 99.0 not in [value for value in entry.values() if isinstance(value, float)]
 
 
 def test_runs_of_different_versions_are_not_mixed_unasked():

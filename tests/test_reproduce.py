@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dropkey.errors import ConfigError
-from dropkey.reproduction import plan, records, slots, slurm, tables, tasks
+from dropkey.reproduction import plan, records, slurm, tables, tasks
 from dropkey.reproduction.runner import Launcher
 from dropkey.reproduction.tasks import DONE
 
@@ -158,14 +158,6 @@ def test_a_probe_counts_all_epochs_and_evaluations():
 
 
 # ----------------------------------------------------------------------------------------------------------- Slurm
-
-
-@pytest.fixture
-def stand_in(tmp_path, monkeypatch):
-    call = f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}\nimport stand_in\n"
-    for name in ("train.py", "eval.py"):
-        (tmp_path / name).write_text(f"{call}stand_in.main({name!r}, sys.argv[1:])\n")
-    monkeypatch.setattr(slots, "SCRIPTS", tmp_path)
 
 
 def test_tasks_run_as_jobs_of_a_cluster(place, stand_in, tmp_path):

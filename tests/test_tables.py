@@ -46,19 +46,6 @@ def mini(tmp_path):
     return file
 
 
-@pytest.fixture
-def stand_in(tmp_path, monkeypatch):
-    """Tasks start tests/stand_in.py instead of train.py and eval.py."""
-    scripts = tmp_path / "scripts"
-    scripts.mkdir()
-    for name in ("train.py", "eval.py"):
-        call = f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}\nimport stand_in\n"
-        (scripts / name).write_text(f"{call}stand_in.main({name!r}, sys.argv[1:])\n")
-    monkeypatch.setattr(slots, "SCRIPTS", scripts)
-    monkeypatch.setattr(runner, "POLL", 0.02)
-    return scripts
-
-
 def launched(table, output: Path, jobs: int = 2, **options) -> dict[str, runner.Job]:
     """Run directory's name -> job, after a launch of the whole table."""
     todo = distinct(tasks.tasks_of(table, str(output)).values())
@@ -215,9 +202,6 @@ def test_everything_runs_once_and_a_second_launch_has_nothing_to_do(mini, tmp_pa
     launched(table, output)
     assert set(started(output).values()) == {1}
     assert len(started(output)) == 3 * len(table.seeds)
-
-
-BEHAVIOUR = {"dropkey-digits-s0": "raise", "dropkey-digits-s1": "exit", "none-digits-s0": "kill"}
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from dropkey.reproduction.statistics import estimate
 matplotlib.use("svg")
 import matplotlib.pyplot as plt  # after the choice of what draws
 
-STEADY = {"svg.hashsalt": "dropkey", "svg.fonttype": "path", "font.size": 9, "axes.spines.top": False}
+STEADY = {"svg.hashsalt": "dropkey", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False}
 STEADY |= {"axes.spines.right": False, "axes.titlesize": 9.5, "axes.titlelocation": "left"}
 # Tol's "bright" and "muted" schemes, told apart with any kind of colour vision; the baseline is grey
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#332288", "#dd7733", "#117733", "#882255")

@@ -1,5 +1,6 @@
 """What a table still needs: runs, time and disk, from finished runs or from a short probe."""
 
+import dataclasses
 import shutil
 import subprocess
 import tempfile
@@ -116,10 +117,9 @@ def probed(task: Task, slot: Slot, output: Path, say) -> Cost:
     say(f"trying {task.composed.model} on {task.composed.data} for {PROBE_STEPS} steps (probe=false leaves that out)")
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output, prefix=".probe-") as place:
-        words = [w for w in task.words if not w.startswith(("output=", "init_from="))]
-        short = Task(
-            task.script, (*words, f"output={place}", f"trainer.max_steps={PROBE_STEPS}", "logger=none"), *[None] * 3
-        )
+        words = [word for word in task.words if not word.startswith(("output=", "init_from="))]
+        words += [f"output={place}", f"trainer.max_steps={PROBE_STEPS}", "logger=none"]
+        short = dataclasses.replace(task, words=tuple(words))
         log = Path(place) / "log"
         began = time.perf_counter()
         with open(log, "w") as stream:

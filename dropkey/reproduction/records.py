@@ -17,10 +17,10 @@ FIGURES = ("top1", "top5", "loss", "ece")
 
 def gather(table: Table, tasks: dict[tuple[str, str, int], Task]) -> list[dict]:
     """A record for each (row, column, seed) of the table, done or not, from the run directories."""
-    return [record(place, task, table.baseline == place[0]) for place, task in tasks.items()]
+    return [record(place, task) for place, task in tasks.items()]
 
 
-def record(place: tuple[str, str, int], task: Task, is_baseline: bool) -> dict:
+def record(place: tuple[str, str, int], task: Task) -> dict:
     row, column, seed = place
     found, reason = state(task)
     run = RunDirectory(task.run)

@@ -15,14 +15,8 @@ from dropkey.errors import ConfigError
 from dropkey.records import RunDirectory, write_json
 from dropkey.reproduction.tables import Table
 
-DONE, RUNNING, INTERRUPTED, FAILED, DIVERGED, MISSING = (
-    "done",
-    "running",
-    "interrupted",
-    "failed",
-    "diverged",
-    "missing",
-)
+DONE, RUNNING, INTERRUPTED = "done", "running", "interrupted"
+FAILED, DIVERGED, MISSING = "failed", "diverged", "missing"
 CHECKED = Path(__file__).parents[1] / "config"  # the source that turns overrides into a config
 
 
@@ -100,14 +94,14 @@ def tasks_of(table: Table, output: str) -> dict[tuple[str, str, int], Task]:
                 before = found.get((row.of, column, seed))
                 if before is None:
                     run = Path(output) / composed.run_name(seed)
-                    task = Task("train.py", (*words, f"seed={seed}", place), run, "summary.json", composed)
+                    task = Task("train.py", (*words, f"seed={seed}", place), run, result, composed)
                 elif row.evaluate:
                     whole = (f"run={before.run}", *row.evaluate)
                     task = Task("eval.py", whole, before.run, result, composed, before)
                 else:
                     run = Path(output) / composed.run_name(seed, before.run.name)
                     start = (f"init_from={before.run}", f"seed={seed}", place)
-                    task = Task("train.py", (*words, *row.words, *start), run, "summary.json", composed, before)
+                    task = Task("train.py", (*words, *row.words, *start), run, result, composed, before)
                 found[row.label, column, seed] = task
     cache.save()
     order = {label: number for number, label in enumerate(table.rows)}

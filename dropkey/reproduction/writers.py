@@ -66,12 +66,12 @@ def markdown_block(block: document.Block) -> str:
 
 STYLE = """
 :root { color-scheme: light; --ink: #1a1c1f; --soft: #5c636e; --line: #d9dde3; --band: #f5f7f9; }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: #fff; max-width: 64rem; margin: 2rem auto;
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: #fff; max-width: 70rem; margin: 2rem auto;
   padding: 0 1rem; }
 h1 { font-size: 1.7rem; margin: 0 0 .5rem; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; } h3 { font-size: 1rem; }
 p { max-width: 46rem; } code { font-size: .9em; background: var(--band); padding: .1em .3em; border-radius: 3px; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .8rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th, td { padding: .35rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: .2rem; }
 thead th { border-bottom: 2px solid var(--ink); }
 tbody tr:hover { background: var(--band); } figure { margin: 1rem 0; } figure svg { max-width: 100%; height: auto; }
