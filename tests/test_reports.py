@@ -111,6 +111,13 @@ def test_ours_is_named_for_what_it_is(written):
     assert "ours: ViT 2 x 32" in text and "digits, 8 px, 480 training images" in text
 
 
+def test_a_row_that_is_trained_in_another_way_is_named_beside_the_baselines_training():
+    table, head, found = changed(facts=lambda entry: "digits, 9 epochs" if entry["row"] == "Dropout" else "digits")
+    rows = {**table.rows, "Dropout": tables.Row("Dropout", of="DropKey")}
+    text = document.what_was_run(compare(dataclasses.replace(table, rows=rows), head, found, []))
+    assert "ViT 2 x 32: digits; 'Dropout': digits, 9 epochs, starting from the runs of 'DropKey'." in text
+
+
 def test_no_p_is_shown_without_the_least_that_its_seeds_can_reach(written):
     text = (written / "report.md").read_text()
     assert "(least 0.25)" in text and "(least 0.5)" in text
@@ -217,6 +224,16 @@ def test_latex_is_balanced_and_escaped(written):
     assert text.count("{") - text.count("\\{") == text.count("}") - text.count("\\}")
     assert not re.search(r"(?<!\\)[%_#]", text.split("\n", 1)[1].replace("tab:mini-smoke", ""))
     assert all(ord(char) < 128 for char in text)
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no LaTeX")
+def test_latex_compiles_without_a_complaint(written, tmp_path):
+    lines = [r"\documentclass{article}\usepackage{booktabs}\begin{document}", r"\input{report}\end{document}"]
+    (tmp_path / "main.tex").write_text("\n".join(lines))
+    shutil.copy(written / "report.tex", tmp_path)
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "main.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "Overfull" not in done.stdout, done.stdout[-2000:]
 
 
 def test_special_characters_do_not_break_a_format():

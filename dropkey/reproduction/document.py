@@ -112,10 +112,21 @@ def top1(cell: Cell) -> str:
 
 def what_was_run(comparison: Comparison) -> str:
     table = comparison.table
-    facts = {entry["column"]: entry["facts"] for entry in comparison.records}
-    runs = "; ".join(f"{column}: {facts[column]}" for column in table.columns)
+    runs = "; ".join(f"{column}: {trainings(comparison, column)}" for column in table.columns)
     extra = f" Laid over every run: `{' '.join(comparison.extra)}`." if comparison.extra else ""
     return f"Scale `{table.scale}`: {table.about}. Ours is {runs}.{extra}"
+
+
+def trainings(comparison: Comparison, column: str) -> str:
+    """Data, resolution and length of the baseline's training, and the rows that were trained in another way."""
+    facts = {entry["row"]: entry["facts"] for entry in comparison.records if entry["column"] == column}
+    usual = facts[comparison.table.baseline]
+    others: dict[str, list[str]] = {}
+    for name, row in comparison.table.rows.items():
+        if facts[name] != usual:
+            start = f", starting from the runs of '{row.of}'" if row.of else ""
+            others.setdefault(facts[name] + start, []).append(f"'{name}'")
+    return "; ".join([usual, *(f"{' and '.join(names)}: {how}" for how, names in others.items())])
 
 
 def overview(comparison: Comparison) -> Grid:

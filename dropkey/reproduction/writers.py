@@ -137,11 +137,12 @@ def escape(text: str) -> str:
 
 
 def latex(comparison: Comparison) -> str:
-    """A booktabs table: per column of ours the mean and deviation, and the paired difference with its interval."""
+    """A booktabs table: per column of ours the mean and deviation, and the paired difference with its interval; the
+    paper's columns have their names in two lines, as they are wider than their numbers."""
     table = comparison.table
     ours = [f"\\multicolumn{{2}}{{c}}{{{escape(column)}}}" for column in table.columns]
-    theirs = [escape(f"paper: {column}") for column in table.paper]
-    under = [word for _ in table.columns for word in ("top-1 (\\%)", "difference")] + [""] * len(theirs)
+    theirs = [[escape(part.strip()) for part in column.partition(",")[::2]] for column in table.paper]
+    under = ["top-1 (\\%)", "difference"] * len(ours)
     lines = []
     for row in table.rows:
         parts = [escape(row)]
@@ -154,20 +155,21 @@ def latex(comparison: Comparison) -> str:
             value = table.paper[column].get(row)
             parts.append(document.UNKNOWN if value is None else document.number(value))
         lines.append(" & ".join(parts) + r" \\")
-    caption = f"{table.title} ({document.what_was_run(comparison)}) {document.overview_caption(comparison)}"
+    caption = f"{table.title}. {document.what_was_run(comparison)} {document.overview_caption(comparison)}"
     rules = [f"\\cmidrule(lr){{{2 + 2 * i}-{3 + 2 * i}}}" for i in range(len(ours))]
     return "\n".join(
         [
             "% needs \\usepackage{booktabs}",
             r"\begin{table}",
-            r"\centering",
+            r"\centering\small",
+            r"\setlength{\belowcaptionskip}{6pt}\setlength{\tabcolsep}{4pt}",
             f"\\caption{{{escape(caption.replace('`', ''))}}}",
             f"\\label{{tab:{table.slug}}}",
             f"\\begin{{tabular}}{{l{'rr' * len(ours)}{'r' * len(theirs)}}}",
             r"\toprule",
-            " & ".join(["", *ours, *theirs]) + r" \\",
+            " & ".join(["", *ours, *(f"paper: {name}" for name, _ in theirs)]) + r" \\",
             " ".join(rules),
-            " & ".join(["", *under]) + r" \\",
+            " & ".join(["", *under, *(rest for _, rest in theirs)]) + r" \\",
             r"\midrule",
             *lines,
             r"\bottomrule",
