@@ -18,6 +18,7 @@ Exit codes: 0 all done, 1 something failed, 2 config, 130 and 143 interrupted an
 import dataclasses
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -183,7 +184,7 @@ def run(table, options: Options) -> int:
     trained = [job.task.run for job in jobs if job.state == DONE and job.task.script == "train.py"]
     if trained:
         if options.entropy:
-            measure_entropy(trained, Path(options.results) / table.slug / "entropy.png", console)
+            measure_entropy([run for run in trained if not (run / "entropy.json").exists()], console)
         report(table, options)
     failed = [job for job in lacking if job.state in (display.FAILED, display.DIVERGED)]
     if failed:
@@ -191,15 +192,15 @@ def run(table, options: Options) -> int:
     return 1 if lacking else 0
 
 
-def measure_entropy(runs: list[Path], picture: Path, console) -> None:
-    """Of the finished runs that lack it, in one process: it imports torch, this program does not."""
-    if picture.exists() and all((run / "entropy.json").exists() for run in runs):
+def measure_entropy(runs: list[Path], console) -> None:
+    """In one process of its own: it imports torch, this program does not."""
+    if not runs:
         return
     console.print("measuring the entropy of attention (entropy=false leaves that out)")
-    picture.parent.mkdir(parents=True, exist_ok=True)
     script = str(Path(__file__).with_name("visualize.py"))
-    words = ["entropy", f"run={','.join(map(str, runs))}", f"output={picture}"]
-    done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True)
+    with tempfile.TemporaryDirectory() as place:  # the records are wanted, the report draws them itself
+        words = ["entropy", f"run={','.join(map(str, runs))}", f"output={place}/entropy.png"]
+        done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True)
     if done.returncode != 0:  # a report without it is better than none
         console.print(f"no entropy: {done.stderr.strip()[-300:]}", markup=False)
 
@@ -224,7 +225,7 @@ def report(table, options: Options) -> int:
     write(comparison, directory)
     for block in build(comparison)[:6]:
         print(markdown_block(block), end="\n\n")
-    print(f"report {directory}/report.html (also .md, .tex, .csv, .json, forest.svg, curves.svg, records.jsonl)")
+    print(f"report {directory}/report.html (also .md, .tex, .csv, .json, records.jsonl and the pictures)")
     return 0
 
 

@@ -22,8 +22,17 @@ from dropkey.reproduction.tasks import Composed, Task
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden" / "table"  # regenerate: python tests/golden/make.py table
-FORMATS = ("report.md", "report.tex", "report.csv", "report.json", "report.html", "forest.svg", "curves.svg")
-NO_PICTURES = {"forest.svg": "<svg/>", "curves.svg": "<svg/>"}
+FORMATS = (
+    "report.md",
+    "report.tex",
+    "report.csv",
+    "report.json",
+    "report.html",
+    "forest.svg",
+    "curves.svg",
+    "entropy.svg",
+)
+NO_PICTURES = {"forest.svg": "<svg/>", "curves.svg": "<svg/>", "entropy.svg": "<svg/>"}
 RESULTS = sorted((ROOT / "results").glob("*/records.jsonl"))
 
 
@@ -188,6 +197,11 @@ def test_a_table_without_runs_can_be_shown():
 # --------------------------------------------------------------------------------------------------- formats
 
 
+def test_without_measurements_there_is_no_picture_of_entropy():
+    table, head, found = changed(heads=lambda entry: None, entropy=lambda entry: None)
+    assert "ntropy" not in writers.markdown(document.build(compare(table, head, found, [])))
+
+
 def test_csv_and_json_hold_every_seed(written):
     rows = list(csv.DictReader(io.StringIO((written / "report.csv").read_text())))
     runs = json.loads((written / "report.json").read_text())["runs"]
@@ -198,7 +212,7 @@ def test_csv_and_json_hold_every_seed(written):
 
 def test_the_page_needs_nothing_from_elsewhere(written):
     page = (written / "report.html").read_text()
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 3
     assert not re.search(r'(src|href)="(?!#)', page.replace("http://www.w3.org", ""))
     assert "<script" not in page
 
@@ -209,7 +223,7 @@ def test_the_page_is_well_formed(written):
     ElementTree.fromstring(re.sub(r"xlink:href", "href", body))
 
 
-@pytest.mark.parametrize("name", ["forest.svg", "curves.svg"])
+@pytest.mark.parametrize("name", ["forest.svg", "curves.svg", "entropy.svg"])
 def test_pictures_are_well_formed_and_tell_no_date(name, written):
     text = (written / name).read_text()
     ElementTree.fromstring(text)

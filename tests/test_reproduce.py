@@ -95,7 +95,7 @@ def test_run_trains_evaluates_tunes_and_reports(finished, place):
     assert finished.returncode == 0, finished.stdout + finished.stderr
     names = {path.name for path in (place / "results" / "mini-smoke").iterdir()}
     expected = {"report.md", "report.html", "report.tex", "report.csv", "report.json", "forest.svg", "curves.svg"}
-    assert expected | {"records.jsonl", "entropy.png"} == names
+    assert expected | {"records.jsonl", "entropy.svg"} == names
 
 
 def test_the_report_has_the_entropy_of_attention(finished, place):

@@ -15,8 +15,8 @@ from dropkey import regularizers, schedules
 from dropkey.analysis.maps import Maps
 from dropkey.errors import ConfigError, StorageError
 
-COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb")
-MARKERS = "osD^vPX"
+COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#332288", "#dd7733", "#222222", "#44aa99")
+MARKERS = "osD^vPX"  # of another number than the colours, so that 70 lines differ
 INK, KEPT = "#222222", "#dde5ee"
 MASKS = (("dropkey", None), ("dropkey_block", 3), ("dropkey_cross", 5), ("dropkey_cross", "full"))  # figure 3
 DRAWS = 4096  # masks over which a mean ratio is taken

@@ -9,6 +9,10 @@ from dropkey.reproduction.comparison import Cell, Comparison, Finding
 from dropkey.reproduction.statistics import AGREES, DISAGREES, LEVEL, Difference, least_p
 
 UNKNOWN = "not known"
+ENTROPY = (
+    "Entropy of attention over depth in evaluation, as a share of that of uniform attention; mean over heads and "
+    "seeds, bars are ± one sample standard deviation over seeds."
+)
 NONE = "–"
 
 
@@ -66,6 +70,8 @@ def build(comparison: Comparison) -> list[Block]:
     blocks.append(Paragraph(differences_caption(comparison)))
     blocks.append(Heading("Training"))
     blocks.append(Picture("curves.svg", curves_caption(comparison)))
+    if any(entry.get("heads") for entry in comparison.done):
+        blocks += [Heading("Attention"), Picture("entropy.svg", ENTROPY)]
     lacking = unfinished(comparison)
     if lacking:
         blocks += [Heading("Not there yet"), Items(lacking)]

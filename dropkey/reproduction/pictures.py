@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt  # after the choice of what draws
 STEADY = {"svg.hashsalt": "dropkey", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False}
 STEADY |= {"axes.spines.right": False, "axes.titlesize": 9.5, "axes.titlelocation": "left"}
 # Tol's "bright" and "muted" schemes, told apart with any kind of colour vision; the baseline is grey
-COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#332288", "#dd7733", "#117733", "#882255")
+COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#332288", "#dd7733", "#222222", "#44aa99")
 GREY = "#666666"
 DASHES = ("-", "--", ":")
 
@@ -86,6 +86,46 @@ def curves(comparison: Comparison) -> str:
         handles, labels = axes[0][0].get_legend_handles_labels()
         if handles:
             figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+        return save(figure)
+
+
+def entropy(comparison: Comparison) -> str:
+    """Normalised entropy of attention over depth: means over heads and seeds, bars of one sample deviation over
+    seeds."""
+    table = comparison.table
+    trained = [row.label for row in table.rows.values() if not row.evaluate]
+    with matplotlib.rc_context(STEADY):
+        count = len(table.columns)
+        size = (3 + 4.2 * count, 3.2 + 0.18 * math.ceil(len(trained) / (1 + count)))
+        figure, axes = plt.subplots(1, count, figsize=size, sharey=True, squeeze=False, layout="constrained")
+        for axis, column in zip(axes[0], table.columns, strict=True):
+            for number, row in enumerate(trained):
+                runs = [
+                    entry["heads"]
+                    for entry in comparison.done
+                    if (entry["row"], entry["column"]) == (row, column) and entry.get("heads")
+                ]
+                layers = [
+                    estimate([sum(run[i]) / len(run[i]) for run in runs]) for i in range(len(runs[0]) if runs else 0)
+                ]
+                shift = 0.4 * ((number + 0.5) / len(trained) - 0.5)  # bars side by side
+                axis.errorbar(
+                    [layer + shift for layer in range(1, len(layers) + 1)],
+                    [one.mean for one in layers],
+                    [one.deviation or 0 for one in layers],
+                    **look(number, row == table.baseline),
+                    label=row,
+                    linewidth=1.5,
+                    elinewidth=0.8,
+                    marker="o",
+                    markersize=3,
+                )
+            axis.set(xlabel="attention layer", title=column if count > 1 else "")
+            axis.xaxis.get_major_locator().set_params(integer=True)
+            axis.grid(alpha=0.25)
+        axes[0][0].set_ylabel("entropy of attention / log K")
+        handles, labels = axes[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=1 + count, frameon=False)
         return save(figure)
 
 

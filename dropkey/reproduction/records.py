@@ -31,6 +31,7 @@ def record(place: tuple[str, str, int], task: Task) -> dict:
     summary = run.summary()
     result = summary if task.script == "train.py" else run.read_json(task.result)
     epochs = run.records("epoch")
+    entropy = run.read_json("entropy.json")
     entry |= {key: result[key] for key in FIGURES}
     entry |= {
         "images": result.get("images", result.get("count")),
@@ -44,9 +45,12 @@ def record(place: tuple[str, str, int], task: Task) -> dict:
         "commit": summary["commit"],
         "torch": result["versions"]["torch"],
         "hardware": result["hardware"],
-        "entropy": run.read_json("entropy.json").get("mean"),
+        "entropy": entropy.get("mean"),
     }
     if task.script == "train.py":
+        if entropy:
+            layers = [site["normalised"] for site in entropy["sites"]]
+            entry["heads"] = [[round(head, 4) for head in layer] for layer in layers]
         keys = ("epoch", "train_loss", "eval_top1", "eval_loss")
         entry["curve"] = [[line.get(key) for key in keys] for line in epochs]
     return entry

@@ -25,7 +25,9 @@ CSV_KEYS = (
 def write(comparison: Comparison, directory: Path) -> list[Path]:
     """report.md, .tex, .csv, .json, .html and the pictures in `directory`; returns their paths."""
     blocks = document.build(comparison)
-    drawn = {"forest.svg": pictures.forest(comparison), "curves.svg": pictures.curves(comparison)}
+    drawings = {"forest.svg": pictures.forest, "curves.svg": pictures.curves, "entropy.svg": pictures.entropy}
+    wanted = [block.file for block in blocks if isinstance(block, Picture)]
+    drawn = {name: drawings[name](comparison) for name in wanted}
     files = {
         "report.md": markdown(blocks),
         "report.html": page(blocks, drawn),
@@ -192,7 +194,7 @@ def comma_separated(records: list[dict]) -> str:
 
 
 def as_json(comparison: Comparison) -> str:
-    """Everything in the report as numbers, and every seed's record but for its curve."""
+    """Everything in the report as numbers, and every seed's record but for its curves."""
     table = comparison.table
     content = {
         "table": table.name,
@@ -207,6 +209,6 @@ def as_json(comparison: Comparison) -> str:
             for found in comparison.findings
         ],
         "mixed": comparison.mixed,
-        "runs": [{k: v for k, v in entry.items() if k != "curve"} for entry in comparison.records],
+        "runs": [{k: v for k, v in entry.items() if k not in ("curve", "heads")} for entry in comparison.records],
     }
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"

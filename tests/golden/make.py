@@ -6,15 +6,18 @@ report   table/report.* and pictures, from table/records.jsonl
 """
 
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
+os.environ["OMP_NUM_THREADS"] = "1"  # as the tests have it: sums come out the same
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
 
 import runs  # noqa: E402
 from dropkey import session  # noqa: E402
+from dropkey.analysis import entropy  # noqa: E402
 from dropkey.config.check import check  # noqa: E402
 from dropkey.config.compose import compose  # noqa: E402
 from dropkey.config.schema import KINDS  # noqa: E402
@@ -43,6 +46,7 @@ def table() -> None:
         todo = tasks.tasks_of(mini, folder)
         for task in todo.values():
             session.train(check(compose(list(task.words))), RunDirectory(task.run))
+            entropy.record(task.run)
         last = RunDirectory(todo["DropKey, constant", "ViT 2 x 32", 2].run)
         last.set_status("diverged", reason="loss nan")  # made up: no run of this size does
         records.write(FILE, mini, records.gather(mini, todo))
