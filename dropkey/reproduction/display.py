@@ -74,6 +74,8 @@ class Watch:
     def __call__(self, launcher: Launcher, event: str, job: Job | None) -> None:
         if event == "start" and not self.live:
             self.say(f"start       {job.task.name}  ({job.slot})")
+        if event == "stop":
+            self.say(f"stopping    {job.task.name}")
         if event == "end":
             done = sum(one.over for one in launcher.jobs)
             if job.state == DONE and job.began:

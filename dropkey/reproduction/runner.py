@@ -58,7 +58,7 @@ class Launcher:
         """All jobs, each done, failed or diverged; or, after a signal, as they were left.
 
         Args:
-            watch: called with ("tick", None) a few times a second and with ("start" or "end", job).
+            watch: called with ("tick", None) a few times a second and with ("start", "end" or "stop", job).
         """
         self.jobs = [self.job(task) for task in self.tasks]
         free = list(self.slots)
@@ -160,6 +160,7 @@ class Launcher:
         running = [job for job in self.jobs if job.process is not None]
         for job in running:
             job.process.terminate()
+            watch(self, "stop", job)
         for job in running:
             while job.process.poll() is None:
                 watch(self, "tick", None)
