@@ -1,6 +1,7 @@
 """Jobs of two processes under torchrun, on gloo (faults 1, 8, 15-17, 20, 21)."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,9 +17,9 @@ pytestmark = pytest.mark.slow
 DRIVER = Path(__file__).parent / "distributed_run.py"
 
 
-def launch(output: Path, *words: str, processes: int = 2, event: str = "0:0:0", restarts: int = 0):
+def launch(output: Path, *words: str, event: str = "0:0:0", restarts: int = 0):
     """(the finished torchrun process, its run directory, seconds it took)"""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*torchrun, f"--max-restarts={restarts}", str(DRIVER), str(output), event, *words]
     began = time.monotonic()
     done = subprocess.run(
@@ -39,6 +40,18 @@ def two(tmp_path_factory) -> RunDirectory:
     done, run, _ = launch(tmp_path_factory.mktemp("two"))
     assert done.returncode == 0, done.stderr
     return run
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """(torchrun's process, run directory) of the same job after SIGTERM to its second process at step 4."""
+    done, run, seconds = launch(tmp_path_factory.mktemp("stopped"), event=f"{int(signal.SIGTERM)}:4:1")
+    print(f"ended {seconds:.0f} s after its start, imports included")
+    return done, run
+
+
+def copied(run: RunDirectory, output: Path) -> RunDirectory:
+    return RunDirectory(Path(shutil.copytree(run.path, output / run.path.name)))
 
 
 def test_two_processes_give_the_result_of_one_with_the_same_global_batch(tmp_path):
@@ -63,12 +76,12 @@ def test_masks_differ_between_processes(two, tmp_path):
     assert losses(two) != pytest.approx(losses(runs.train(tmp_path)), rel=1e-5)
 
 
-def test_sigterm_to_one_rank_saves_once_and_resumes_to_the_same_bits(two, tmp_path):
-    done, run, seconds = launch(tmp_path, event=f"{int(signal.SIGTERM)}:4:1")
-    print(f"ended {seconds:.0f} s after its start, imports included")
+def test_sigterm_to_one_rank_saves_once_and_resumes_to_the_same_bits(two, stopped, tmp_path):
+    done, run = stopped
     assert done.returncode != 0
     assert run.status()["state"] == "interrupted"
     assert runs.state(run)["position"]["update"] == 4
+    copied(run, tmp_path)
     done, run, _ = launch(tmp_path)
     assert done.returncode == 0, done.stderr
     assert runs.unequal(runs.state(two), runs.state(run)) is None
@@ -100,10 +113,9 @@ def test_an_error_in_one_process_ends_the_job_and_is_told_once(tmp_path):
     assert run.status()["state"] == "failed"
 
 
-def test_another_number_of_processes_is_noticed_aloud(tmp_path):
-    launch(tmp_path, event=f"{int(signal.SIGTERM)}:4:0")
-    done, run, _ = launch(tmp_path, processes=1)
-    assert done.returncode == 0, done.stderr
+def test_another_number_of_processes_is_noticed_aloud(stopped, tmp_path):
+    run = copied(stopped[1], tmp_path)
+    assert runs.train(tmp_path).path == run.path
     assert "resuming with 1 processes x 1 chunks, before 2 x 1: same global batch" in (run.path / "log.txt").read_text()
 
 
