@@ -6,8 +6,8 @@ report   writes results/<table>-<scale>/ from the runs, at once
 
 Options: seeds=3 or seeds=0,1,2 · output=runs · results=results · mixed=true (compare different versions)
 plan:    probe=false (no trial of a few steps)
-run:     jobs=2 (at once) · gpus=auto|none|0,1 · per_gpu=2 · gpus_per_run=4 · retry=true (what failed before)
-         retries=1 (of what fails now) · entropy=false (of attention, not measured)
+run:     jobs=2 (at once; else one per GPU, or per core up to 4) · gpus=auto|none|0,1 · per_gpu=2 · gpus_per_run=4
+         retry=true (what failed before) · retries=1 (of what fails now) · entropy=false (of attention, not measured)
          launcher=slurm, with slurm.partition=... and other parameters of submitit
 report:  records=results/schedule-cpu/records.jsonl (instead of runs)
 Every other word is an override of train.py for all runs: data.root=/data trainer.device=cuda

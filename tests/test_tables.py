@@ -170,6 +170,13 @@ def test_compositions_are_kept_until_a_config_changes(mini, tmp_path, monkeypatc
 def test_runs_at_once_share_the_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     assert [slot.threads for slot in slots.slots(4, "none", 1, 1)] == [2, 2, 2, 2]
+    assert [slot.threads for slot in slots.slots(1, "none", 1, 1)] == [8]
+
+
+@pytest.mark.parametrize("cores, jobs", [(1, 1), (2, 2), (64, 4)])
+def test_without_a_gpu_there_is_a_run_per_core_up_to_four(cores, jobs, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    assert [slot.threads for slot in slots.slots(None, "none", 1, 1)] == [cores // jobs] * jobs
 
 
 def test_several_runs_share_a_gpu():
