@@ -184,8 +184,12 @@ def test_the_readme_shows_a_committed_table():
     report = (ROOT / "results" / "controls-cpu" / "report.md").read_text()
     overview = report.split("## ")[1].split("\n\n")[1]
     assert overview in TEXT
-    (claim,) = [line for line in report.splitlines() if line.startswith("| DropKey > Dropout |")]
-    assert "| −1.95 | [−3.11, −0.79] |" in claim and claim.endswith("| disagrees |")
+    caption = TEXT.split("results/controls-cpu/forest.svg)")[1].split("A row of your own")[0]
+    for claim in re.findall(r"\| DropKey > .* \|", report):
+        _, difference, interval, _, _, verdict = claim.strip("| ").split(" | ")
+        for figure in (difference, *interval.strip("[]").split(", ")):
+            assert figure.lstrip("−+") in caption
+        assert f"*{verdict}*" in caption
 
 
 def test_make_table_reproduces_a_table():
