@@ -12,6 +12,7 @@ from dropkey.config.check import check
 from dropkey.config.compose import launch
 from dropkey.config.identity import run_directory
 from dropkey.config.schema import TrainConfig
+from dropkey.engine import tracking
 from dropkey.errors import Diverged, Interrupted
 from dropkey.records import RunDirectory, headline
 
@@ -24,6 +25,8 @@ def main(cfg: TrainConfig) -> None:
         if first:
             print(f"done already: {run.path} (fresh=true trains it again)")
             say_result(run.summary())
+            if "WANDB_SWEEP_ID" in os.environ:  # a sweep counts a run that it hears nothing of as crashed
+                tracking.replay(cfg, run, print)
         return
     if run.status().get("state") == "diverged" and not cfg.fresh:
         raise Diverged(f"{run.path} diverged before and would again: {run.status()['reason']}; fresh=true tries anew")

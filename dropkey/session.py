@@ -254,17 +254,7 @@ def introduce(cfg, run, dataset, model, report, world, progress) -> None:
 
 
 def start_tracker(cfg: TrainConfig, run: RunDirectory, world: World, progress: Progress):
-    if not world.main:
-        return tracking.Silent()
-    return tracking.start(
-        cfg.logger,
-        run.path,
-        dataclasses.asdict(cfg),
-        run_id=identity.run_hash(cfg),
-        group=identity.group_hash(cfg),
-        name=run.path.name,
-        say=progress.say,
-    )
+    return tracking.start(cfg, run.path, progress.say) if world.main else tracking.Silent()
 
 
 def summarise(cfg, run, position, result: dict, watched: str, model, world: World) -> dict:

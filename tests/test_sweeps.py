@@ -22,7 +22,6 @@ import train
 from dropkey.config.check import check
 from dropkey.config.compose import compose, launch
 from dropkey.config.identity import run_directory
-from dropkey.config.schema import LoggerConfig
 from dropkey.engine import tracking
 from dropkey.records import RunDirectory
 from scripts import search
@@ -149,7 +148,7 @@ def test_a_run_reports_the_sweeps_metric_to_the_agents_run(tmp_path, monkeypatch
     trained = tmp_path / "trained"
     record = runs.train(trained, "trainer.max_steps=1").records("epoch")[-1]
     wandb.teardown()  # an agent starts a process for each run; an earlier test of this one has read the environment
-    tracker = tracking.start(LoggerConfig(mode="offline"), tmp_path, {}, "hash", "group", "name", print)
+    tracker = tracking.start(runs.config(tmp_path, "logger=wandb"), tmp_path, print)
     try:
         tracker.log(record)
         assert (tracker.run.id, tracker.run.sweep_id) == ("agentsrun", "swe3pabc")
@@ -157,6 +156,20 @@ def test_a_run_reports_the_sweeps_metric_to_the_agents_run(tmp_path, monkeypatch
     finally:
         tracker.finish(None)
         wandb.teardown()
+
+
+def test_a_run_that_was_finished_before_reports_to_the_agents_run_too(tmp_path, monkeypatch):
+    agent_command(monkeypatch, tmp_path, load_sweep_config(str(SWEEPS[0])), {"optim.lr": 0.01})
+    run = runs.train(tmp_path / "trained", "trainer.max_steps=2")
+    told, finished = [], []
+    monkeypatch.setattr(tracking.Wandb, "log", lambda self, record: told.append(record))
+    monkeypatch.setattr(tracking.Wandb, "finish", lambda self, summary, picture: finished.append(summary))
+    wandb.teardown()
+    try:
+        train.main(runs.config(tmp_path / "trained", "trainer.max_steps=2", "logger=wandb"))
+    finally:
+        wandb.teardown()
+    assert told == run.records() and finished == [run.summary()]
 
 
 def test_sweeps_maximise_validation_and_never_test():

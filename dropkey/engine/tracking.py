@@ -1,6 +1,7 @@
 """Weights & Biases beside the records on disk. It mirrors them; nothing waits for it and nothing fails with it."""
 
 import contextlib
+import dataclasses
 import logging
 import os
 import socket
@@ -9,7 +10,9 @@ from pathlib import Path
 from typing import Callable, Optional
 from urllib.parse import urlparse
 
-from dropkey.config.schema import LoggerConfig
+from dropkey.config import identity
+from dropkey.config.schema import TrainConfig
+from dropkey.records import RunDirectory
 
 PATIENCE = 5  # seconds to reach the server before going offline
 FINISH = 60  # seconds to let the last uploads through; after an interruption much less, the process is to end
@@ -61,10 +64,9 @@ def within(seconds: float, task: Callable) -> bool:
     return not thread.is_alive()
 
 
-def start(
-    logger: LoggerConfig, directory: Path, config: dict, run_id: str, group: str, name: str, say: Callable[[str], None]
-):
-    """A tracker for this run; offline or silent, with one line saying so, where W&B cannot be had."""
+def start(cfg: TrainConfig, directory: Path, say: Callable[[str], None]):
+    """A tracker for the run in `directory`; offline or silent, with one line saying so, where W&B cannot be had."""
+    logger = cfg.logger
     if logger.kind == "none":
         return Silent()
     try:
@@ -81,33 +83,41 @@ def start(
                 say(f"W&B stays offline: {obstacle}; later: wandb sync {directory}/wandb/offline-run-*")
                 mode = "offline"
         try:
-            return Wandb(wandb, logger, mode, directory, config, run_id, group, name)
+            return Wandb(wandb, cfg, mode, directory)
         except Exception as error:
             if mode == "offline":
                 raise
             say(f"W&B stays offline: {str(error).splitlines()[0]}; later: wandb sync {directory}/wandb/offline-run-*")
-            return Wandb(wandb, logger, "offline", directory, config, run_id, group, name)
+            return Wandb(wandb, cfg, "offline", directory)
     except Exception as error:  # whatever it is, the training matters more
         say(f"W&B is off for this run: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
         return Silent()
 
 
+def replay(cfg: TrainConfig, run: RunDirectory, say: Callable[[str], None]) -> None:
+    """Tells W&B of a finished run as if it were trained now."""
+    tracker = start(cfg, run.path, say)
+    for record in run.records():
+        tracker.log(record)
+    tracker.finish(run.summary(), run.path / "curves.png")
+
+
 class Wandb:
     """One W&B run per run directory, under the run's hash, however often the run is resumed."""
 
-    def __init__(self, wandb, logger: LoggerConfig, mode: str, directory: Path, config: dict, run_id, group, name):
+    def __init__(self, wandb, cfg: TrainConfig, mode: str, directory: Path):
         logging.getLogger("wandb").setLevel(logging.ERROR)
         self.wandb = wandb
         settings = wandb.Settings(init_timeout=30, console="off", x_disable_stats=False, silent=True)
         self.run = wandb.init(
-            project=logger.project,
-            entity=logger.entity,
-            tags=logger.tags or None,
+            project=cfg.logger.project,
+            entity=cfg.logger.entity,
+            tags=cfg.logger.tags or None,
             dir=str(directory),
-            id=run_id,
-            group=group,
-            name=name,
-            config=config,
+            id=identity.run_hash(cfg),
+            group=identity.group_hash(cfg),
+            name=directory.name,
+            config=dataclasses.asdict(cfg),
             mode=mode,
             resume="allow" if mode == "online" else None,
             settings=settings,
