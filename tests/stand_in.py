@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+from dropkey.errors import Busy
 from dropkey.records import RunDirectory
 from dropkey.reproduction.tasks import Compositions
 
@@ -34,15 +35,23 @@ def main(script: str, words: list[str]) -> None:
     run = RunDirectory(output / composed.run_name(seed, start))
     with open(output / "starts.txt", "a") as file:
         file.write(run.path.name + "\n")
-    with run.lock():
-        run.set_status("running")
-        act(run)
-        time.sleep(float(os.environ.get("PAUSE", "0")))
-        run.append({"kind": "epoch", "step": 1, "epoch": 1, "train_loss": 0.5, "eval_top1": 40.0, "eval_loss": 1.0})
-        top1 = 50 + 10 * composed.keys.get("regularizer.ratio", 0) + seed
-        rest = {"images": 10, "epochs": 1, "seconds": 1.0, "best_split": "val", "code": "c", "data": "d", "commit": "e"}
-        run.write_summary({**FIGURES, "top1": top1, **rest, "versions": VERSIONS, "hardware": "none"})
-        run.set_status("done")
+    if run.finished:
+        return
+    try:
+        with run.lock():
+            train(run, top1=50 + 10 * composed.keys.get("regularizer.ratio", 0) + seed)
+    except Busy as error:
+        sys.exit(error.exit_code)
+
+
+def train(run: RunDirectory, top1: float) -> None:
+    run.set_status("running")
+    act(run)
+    time.sleep(float(os.environ.get("PAUSE", "0")))
+    run.append({"kind": "epoch", "step": 1, "epoch": 1, "train_loss": 0.5, "eval_top1": 40.0, "eval_loss": 1.0})
+    rest = {"images": 10, "epochs": 1, "seconds": 1.0, "best_split": "val", "code": "c", "data": "d", "commit": "e"}
+    run.write_summary({**FIGURES, "top1": top1, **rest, "versions": VERSIONS, "hardware": "none"})
+    run.set_status("done")
 
 
 def act(run: RunDirectory) -> None:
