@@ -17,7 +17,7 @@ def main(cfg: EvalConfig) -> None:
     if not (directory / "config.yaml").exists():
         raise ConfigError(f"{directory} is no run directory: it has no config.yaml")
     trained = compose.load(directory / "config.yaml")
-    if cfg.eval.monte_carlo and trained.regularizer.kind == "none":
+    if cfg.eval.monte_carlo and trained.regularizer.name == "none":
         raise ConfigError(f"eval.monte_carlo: {directory} has no regularizer that could be left on")
 
     from dropkey import evaluation  # imports torch and timm: seconds, so after the checks

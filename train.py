@@ -21,15 +21,17 @@ def main(cfg: TrainConfig) -> None:
     cfg = check(cfg)
     run = RunDirectory(run_directory(cfg))
     first = int(os.environ.get("RANK", 0)) == 0
-    if run.finished and not cfg.fresh:
+    if run.finished and not cfg.overwrite:
         if first:
-            print(f"done already: {run.path} (fresh=true trains it again)")
+            print(f"done already: {run.path} (overwrite=true trains it again)")
             say_result(run.summary())
             if "WANDB_SWEEP_ID" in os.environ:  # a sweep counts a run that it hears nothing of as crashed
                 tracking.replay(cfg, run, print)
         return
-    if run.status().get("state") == "diverged" and not cfg.fresh:
-        raise Diverged(f"{run.path} diverged before and would again: {run.status()['reason']}; fresh=true tries anew")
+    if run.status().get("state") == "diverged" and not cfg.overwrite:
+        raise Diverged(
+            f"{run.path} diverged before and would again: {run.status()['reason']}; overwrite=true tries anew"
+        )
 
     from dropkey import session  # imports torch and timm: seconds, so after the checks
 
@@ -46,12 +48,12 @@ def this_command() -> str:
     """The command line that continues this run: as it was given, but not starting over."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
     start = ["torchrun", f"--nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', processes)}"]
-    words = [word for word in sys.argv if not word.lstrip("+").lower().startswith("fresh=")]
+    words = [word for word in sys.argv if not word.lstrip("+").lower().startswith("overwrite=")]
     return shlex.join([*(start if processes > 1 else ["python"]), *words])
 
 
 def monte_carlo(cfg: TrainConfig) -> str:
-    return "" if cfg.regularizer.kind == "none" else " eval.monte_carlo=16"
+    return "" if cfg.regularizer.name == "none" else " eval.monte_carlo=16"
 
 
 def say_result(summary: dict) -> None:

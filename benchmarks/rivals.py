@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dropkey
-from dropkey import flips
-from dropkey.operator import triton
+from dropkey import bernoulli
+from dropkey.operator import triton_attention
 
 RATIO = 0.1
 PLAIN = "scaled_dot_product_attention"
@@ -44,12 +44,14 @@ def flex(q: Tensor, k: Tensor, v: Tensor, seed: Optional[Tensor] = None) -> Tens
     """FlexAttention with the coin flips of this project in its score_mod."""
     heads, queries = q.shape[1:3]
     rows = torch.arange(q.shape[:-1].numel(), device=q.device)
-    keys = flips.row_keys(flips.as_seed(seed, q.device), rows)[..., 0]
-    limit = flips.as_limit(flips.as_threshold(RATIO, q.device))
+    keys = bernoulli.row_keys(bernoulli.as_seed(seed, q.device), rows)[..., 0]
+    limit = bernoulli.as_limit(bernoulli.as_threshold(RATIO, q.device))
 
     def drop(score, b, h, m, n):
         row = (b * heads + h) * queries + m
-        column = (n.to(torch.int64) * (flips.COLUMN % 2**32)).to(torch.int32)  # int32 from the start is traced wrongly
+        column = (n.to(torch.int64) * (bernoulli.COLUMN % 2**32)).to(
+            torch.int32
+        )  # int32 from the start is traced wrongly
         hits = (keys[0, row] + column) * (keys[1, row] ^ column) < limit
         return torch.where(hits, -float("inf"), score)
 
@@ -64,8 +66,8 @@ def compiled_flex() -> Callable:
 
 
 def same_kernel_without(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    nothing = flips.as_threshold(0.0, q.device)
-    return triton.attention(q, k, v, None, nothing, scale=q.shape[-1] ** -0.5)
+    nothing = bernoulli.as_threshold(0.0, q.device)
+    return triton_attention.attention(q, k, v, None, nothing, scale=q.shape[-1] ** -0.5)
 
 
 def ways_for(q: Tensor) -> dict[str, Callable]:

@@ -55,20 +55,20 @@ def regularize(model: nn.Module, regularizer: RegularizerConfig, schedule: Sched
     try:
         report = patching.apply(
             model,
-            regularizer.kind,
+            regularizer.name,
             regularizer.ratio,
-            schedule.kind,
+            schedule.name,
             end=schedule.end,
             window=regularizer.window,
-            sites=tuple(regularizer.sites),
+            layers=tuple(regularizer.layers),
             impl=regularizer.impl,
         )
-        if any(site.way == "fused" for site in report.sites):
+        if any(site.mechanism == "fused" for site in report.layers):
             example = torch.empty(1, 1, 1, 64, device=next(model.parameters()).device)
-            choose(regularizer.impl, regularizer.kind, example, example, example)  # refused now, not while training
+            choose(regularizer.impl, regularizer.name, example, example, example)  # refused now, not while training
         return report
     except ValueError as error:
-        raise ConfigError(f"regularizer={regularizer.kind}: {error}") from None
+        raise ConfigError(f"regularizer={regularizer.name}: {error}") from None
 
 
 def try_grids(model: nn.Module, images: Tensor) -> None:

@@ -9,7 +9,7 @@ import torch
 from dropkey import build, data, patching, session
 from dropkey.config import identity
 from dropkey.config.schema import DataConfig, EvalConfig, TrainConfig
-from dropkey.engine.distributed import World
+from dropkey.engine.distributed import DistContext
 from dropkey.engine.evaluate import average, evaluate
 from dropkey.engine.optim import build_autocast
 from dropkey.errors import ConfigError
@@ -28,7 +28,7 @@ def evaluate_run(cfg: EvalConfig, trained: TrainConfig, directory: Path) -> tupl
         ConfigError, DataError, StorageError: see dropkey.errors.
     """
     options = cfg.eval
-    world = World.start(options.device)
+    dist = DistContext.start(options.device)
     try:
         settings = copy.deepcopy(trained)
         settings.regularizer.impl = "auto"  # what computed attention there may not exist here
@@ -37,7 +37,7 @@ def evaluate_run(cfg: EvalConfig, trained: TrainConfig, directory: Path) -> tupl
         if cfg.data is not None:
             settings.data = match_data(cfg.data, trained, options.split)
         dataset = data.load(settings.data)
-        model, _ = session.prepare_model(settings, dataset, world)
+        model, _ = session.prepare_model(settings, dataset, dist)
         file = Path(cfg.checkpoint) if cfg.checkpoint else build.find_checkpoint(directory, options.weights)
         fresh = build.load_weights(model, file)
         if fresh:
@@ -46,9 +46,9 @@ def evaluate_run(cfg: EvalConfig, trained: TrainConfig, directory: Path) -> tupl
                 "evaluation needs the classes of training (init_from=... fine-tunes to others)"
             )
         model.eval()
-        loader = session.loader_of(dataset, options.split, settings, world, options.batch_size)
-        autocast = build_autocast(trained.trainer.amp, world.device)
-        result = evaluate_with(model, options.monte_carlo, trained, loader, world, dataset.num_classes, autocast)
+        loader = session.loader_of(dataset, options.split, settings, dist, options.batch_size)
+        autocast = build_autocast(trained.trainer.amp, dist.device)
+        result = evaluate_with(model, options.monte_carlo, trained, loader, dist, dataset.num_classes, autocast)
         result |= {
             "split": options.split,
             "data": settings.data.name,
@@ -56,30 +56,30 @@ def evaluate_run(cfg: EvalConfig, trained: TrainConfig, directory: Path) -> tupl
             "monte_carlo": options.monte_carlo,
             "checkpoint": str(file),
             "run": str(directory),
-            "hardware": f"{world.size} x {device_name(world)}",
+            "hardware": f"{dist.world_size} x {device_name(dist)}",
             "versions": versions(),
             "code": code_version(),
         }
         name = evaluation_name(cfg, settings)
-        if world.main:
+        if dist.is_main:
             write_json(directory / name, result)
         return result, directory / name
     finally:
-        world.close()
+        dist.close()
 
 
-def evaluate_with(model, passes: int, trained: TrainConfig, loader, world: World, classes: int, autocast) -> dict:
+def evaluate_with(model, passes: int, trained: TrainConfig, loader, dist: DistContext, classes: int, autocast) -> dict:
     """One plain pass, or the average of `passes` with the regularizer on."""
     if passes == 0:
-        return evaluate(model, loader, world, classes, autocast=autocast)
-    if trained.regularizer.kind == "none" or trained.regularizer.ratio == 0:
+        return evaluate(model, loader, dist, classes, autocast=autocast)
+    if trained.regularizer.name == "none" or trained.regularizer.ratio == 0:
         raise ConfigError(f"eval.monte_carlo={passes}: this run has no regularizer that could be left on")
 
     def reseed(batch: int, index: int) -> None:
-        torch.manual_seed(derive_seed(trained.seed, "monte carlo", batch, index, world.rank))
+        torch.manual_seed(derive_seed(trained.seed, "monte carlo", batch, index, dist.rank))
 
     with patching.always_on(model):
-        return evaluate(average(model, passes, reseed), loader, world, classes, autocast=autocast)
+        return evaluate(average(model, passes, reseed), loader, dist, classes, autocast=autocast)
 
 
 def match_data(other: DataConfig, trained: TrainConfig, split: str) -> DataConfig:

@@ -10,23 +10,23 @@ from typing import Optional
 
 import torch
 
-from dropkey.engine.distributed import World
+from dropkey.engine.distributed import DistContext
 from dropkey.records import hardware
 
 BLAMELESS = ("analysis", "reproduction", "curves.py", "config")  # parts that change no run but through its config
 PACKAGES = ("torch", "torchvision", "timm", "hydra-core", "omegaconf", "wandb")
 
 
-def peak_memory_mib(world: World) -> int:
+def peak_memory_mib(dist: DistContext) -> int:
     """Of the GPU, or of the process where there is none."""
-    if world.device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(world.device) / 2**20)
+    if dist.device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(dist.device) / 2**20)
     unit = 1 if sys.platform == "darwin" else 1024
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20)
 
 
-def device_name(world: World) -> str:
-    return torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else hardware()
+def device_name(dist: DistContext) -> str:
+    return torch.cuda.get_device_name(dist.device) if dist.device.type == "cuda" else hardware()
 
 
 def versions() -> dict[str, str]:

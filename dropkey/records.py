@@ -103,7 +103,7 @@ class RunDirectory:
             return {}
         except json.JSONDecodeError as error:
             raise StorageError(
-                f"{self.path / name} is no JSON ({error}); delete it, or start over with fresh=true"
+                f"{self.path / name} is no JSON ({error}); delete it, or start over with overwrite=true"
             ) from None
 
     # ---------------------------------------------------------------------------------------------------- metrics
@@ -138,7 +138,7 @@ class RunDirectory:
     # ------------------------------------------------------------------------------------------------------- life
 
     def clear(self) -> None:
-        """Removes the run's files, for fresh=true; the lock stays with its holder."""
+        """Removes the run's files, for overwrite=true; the lock stays with its holder."""
         for child in self.path.iterdir() if self.path.exists() else ():
             if child.name != ".lock":
                 shutil.rmtree(child) if child.is_dir() else child.unlink()

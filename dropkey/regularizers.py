@@ -1,7 +1,7 @@
-"""What is dropped: for each kind a mask, and what the mask does to the attention weights.
+"""What is dropped: for each regularizer a mask, and what the mask does to the attention weights.
 
-A new regularizer is one line in `KINDS` (and a function that draws its mask, unless an existing one serves), plus its
-name in `dropkey.config.schema.KINDS`. Shapes: B batch, H heads, Q queries, K keys, K = prefix + h * w.
+A new regularizer is one line in `REGULARIZERS` (and a function that draws its mask, unless an existing one serves), plus its
+name in `dropkey.config.schema.REGULARIZER_NAMES`. Shapes: B batch, H heads, Q queries, K keys, K = prefix + h * w.
 Masks are boolean, True where something is dropped.
 """
 
@@ -14,7 +14,7 @@ from typing import Callable, Optional, Union
 import torch
 from torch import Tensor
 
-from dropkey.flips import CACHED, as_ratio, as_seed, as_threshold, flips
+from dropkey.bernoulli import CACHED, as_ratio, as_seed, as_threshold, bernoulli
 
 Grid = tuple[int, int]
 Window = Optional[Union[int, str]]
@@ -27,7 +27,7 @@ FULL = 0  # window="full" as a number
 
 def independent(seed: Tensor, threshold: Tensor, shape: list[int], **_) -> Tensor:
     """One draw for each element: DropKey's and Dropout's mask."""
-    return flips(seed, threshold, math.prod(shape[:-1]), shape[-1]).view(shape)
+    return bernoulli(seed, threshold, math.prod(shape[:-1]), shape[-1]).view(shape)
 
 
 def block(points: Tensor, grid: Grid, window: int) -> Tensor:
@@ -55,9 +55,9 @@ def structured(
     step = max(1, CACHED // cells) if seed.device.type == "cpu" else max(1, rows)
     for first in range(0, rows, step):
         part = mask[first : first + step]
-        points = flips(seed, at, len(part), cells, first_row=first)
+        points = bernoulli(seed, at, len(part), cells, first_row=first)
         part[:, num_prefix:] = (block if is_block else cross)(points, grid, window)
-        part[:, :num_prefix] = flips(seed, threshold, len(part), num_prefix, first_column=cells, first_row=first)
+        part[:, :num_prefix] = bernoulli(seed, threshold, len(part), num_prefix, first_column=cells, first_row=first)
     return mask.view(shape)
 
 
@@ -148,42 +148,42 @@ def renormalise_detached(weights: Tensor, drop: Tensor, ratio: Tensor) -> Tensor
 
 
 @dataclass(frozen=True)
-class Kind:
-    """`mask` draws what is dropped; `reweigh` applies it to softmaxed weights; `on_logits` says that dropping is
+class Regularizer:
+    """`mask` draws what is dropped; `reweigh` applies it to softmaxed weights; `masks_logits` says that dropping is
     the same as -inf in the logits, so that any attention that takes a mask can do it; along the axes `shared` one
     draw is for all."""
 
     mask: Callable[..., Tensor]
     reweigh: Callable[[Tensor, Tensor, Tensor], Tensor]
-    on_logits: bool
+    masks_logits: bool
     shared: tuple[str, ...] = ()
 
     def shape(self, full: list[int]) -> list[int]:
         return [1 if axis in self.shared else size for axis, size in zip(AXES[-len(full) :], full, strict=True)]
 
 
-KINDS = {
-    "dropout": Kind(independent, scale, on_logits=False),
-    "dropkey": Kind(independent, renormalise, on_logits=True),
-    "dropkey_block": Kind(partial(structured, is_block=True), renormalise, on_logits=True),
-    "dropkey_cross": Kind(partial(structured, is_block=False), renormalise, on_logits=True),
-    "dropkey_column": Kind(independent, renormalise, on_logits=True, shared=("query",)),
-    "dropattention": Kind(independent, renormalise_detached, on_logits=False),
+REGULARIZERS = {
+    "dropout": Regularizer(independent, scale, masks_logits=False),
+    "dropkey": Regularizer(independent, renormalise, masks_logits=True),
+    "dropkey_block": Regularizer(partial(structured, is_block=True), renormalise, masks_logits=True),
+    "dropkey_cross": Regularizer(partial(structured, is_block=False), renormalise, masks_logits=True),
+    "dropkey_column": Regularizer(independent, renormalise, masks_logits=True, shared=("query",)),
+    "dropattention": Regularizer(independent, renormalise_detached, masks_logits=False),
 }
 STRUCTURED = ("dropkey_block", "dropkey_cross")  # the kinds that must know the grid of the keys
 
 
-def check_window(kind: str, window: Window) -> None:
+def check_window(regularizer: str, window: Window) -> None:
     """Raises ValueError if Block or Cross cannot have that window; the other kinds have none."""
-    if kind not in STRUCTURED or (window == "full" and kind == "dropkey_cross"):
+    if regularizer not in STRUCTURED or (window == "full" and regularizer == "dropkey_cross"):
         return
     if not isinstance(window, int) or window < 1 or window % 2 == 0:
-        also = ' or "full"' if kind == "dropkey_cross" else ""
-        raise ValueError(f"{kind} takes an odd window in cells{also}, not {window}")
+        also = ' or "full"' if regularizer == "dropkey_cross" else ""
+        raise ValueError(f"{regularizer} takes an odd window in cells{also}, not {window}")
 
 
 def draw(
-    kind: str,
+    regularizer: str,
     shape: tuple[int, int, int, int],
     ratio: Union[float, Tensor],
     *,
@@ -193,7 +193,7 @@ def draw(
     num_prefix: int = 0,
     window: Window = None,
 ) -> Tensor:
-    """A mask of what `kind` drops.
+    """A mask of what `regularizer` drops.
 
     Args:
         shape: B H Q K.
@@ -208,11 +208,11 @@ def draw(
         ValueError: Block or Cross without a grid and window that fit the keys.
     """
     device = torch.device(device)
-    return mask(kind, shape, as_threshold(ratio, device), as_seed(seed, device), grid, num_prefix, window)
+    return mask(regularizer, shape, as_threshold(ratio, device), as_seed(seed, device), grid, num_prefix, window)
 
 
 def mask(
-    kind: str,
+    regularizer: str,
     shape: tuple[int, int, int, int],
     threshold: Tensor,
     seed: Tensor,
@@ -220,21 +220,21 @@ def mask(
     num_prefix: int = 0,
     window: Window = None,
 ) -> Tensor:
-    """`draw`, with ratio and seed as the tensors that `flips` takes."""
-    where = [*grid, num_prefix, FULL if window == "full" else window] if kind in STRUCTURED and grid else []
-    if kind in STRUCTURED:
-        check_window(kind, window)
+    """`draw`, with ratio and seed as the tensors that `bernoulli` takes."""
+    where = [*grid, num_prefix, FULL if window == "full" else window] if regularizer in STRUCTURED and grid else []
+    if regularizer in STRUCTURED:
+        check_window(regularizer, window)
         if grid is None:
-            raise ValueError(f"{kind} needs grid=(height, width) of the keys")
+            raise ValueError(f"{regularizer} needs grid=(height, width) of the keys")
         if num_prefix + grid[0] * grid[1] != shape[-1]:
             raise ValueError(f"{shape[-1]} keys are not {num_prefix} prefix tokens and a grid of {grid[0]} x {grid[1]}")
     compute = mask_op if torch.compiler.is_compiling() else compute_mask
-    return compute(seed, threshold, kind, list(shape), where)
+    return compute(seed, threshold, regularizer, list(shape), where)
 
 
-def compute_mask(seed: Tensor, threshold: Tensor, kind: str, shape: list[int], where: list[int]) -> Tensor:
+def compute_mask(seed: Tensor, threshold: Tensor, regularizer: str, shape: list[int], where: list[int]) -> Tensor:
     places = {"grid": tuple(where[:2]), "num_prefix": where[2], "window": where[3]} if where else {}
-    return KINDS[kind].mask(seed, threshold, KINDS[kind].shape(shape), **places)
+    return REGULARIZERS[regularizer].mask(seed, threshold, REGULARIZERS[regularizer].shape(shape), **places)
 
 
 # Opaque to compilers, which thereby draw the same mask as eager code.
@@ -242,10 +242,10 @@ mask_op = torch.library.custom_op(
     "dropkey::mask",
     compute_mask,
     mutates_args=(),
-    schema="(Tensor seed, Tensor threshold, str kind, SymInt[] shape, SymInt[] where) -> Tensor",
+    schema="(Tensor seed, Tensor threshold, str regularizer, SymInt[] shape, SymInt[] where) -> Tensor",
 )
 
 
 @mask_op.register_fake
-def _(seed, threshold, kind, shape, where):
-    return torch.empty(KINDS[kind].shape(shape), dtype=torch.bool, device=seed.device)
+def _(seed, threshold, regularizer, shape, where):
+    return torch.empty(REGULARIZERS[regularizer].shape(shape), dtype=torch.bool, device=seed.device)

@@ -1,7 +1,7 @@
 """Drop ratio over depth (paper, section 'how to set the drop ratio'; figure 6)."""
 
 
-def ratios(kind: str, peak: float, end: float, layers: int) -> list[float]:
+def ratios(schedule: str, peak: float, end: float, layers: int) -> list[float]:
     """One drop ratio per attention layer, in forward order.
 
     The paper says that the ratio decreases with depth but not where the ramp ends; ours is linear,
@@ -9,16 +9,16 @@ def ratios(kind: str, peak: float, end: float, layers: int) -> list[float]:
     image. A single layer takes the peak.
 
     Raises:
-        ValueError: an unknown kind, or ratios outside [0, 1).
+        ValueError: an unknown schedule, or ratios outside [0, 1).
     """
     if not (0 <= peak < 1 and 0 <= end < 1):
         raise ValueError(f"ratios lie in [0, 1): peak={peak}, end={end}")
-    if kind == "constant":
+    if schedule == "constant":
         return [peak] * layers
     depths = [layer / max(layers - 1, 1) for layer in range(layers)]
     falling = [peak * (1 - depth) + end * depth for depth in depths]
-    if kind == "decreasing":
+    if schedule == "decreasing":
         return falling
-    if kind == "increasing":
+    if schedule == "increasing":
         return falling[::-1]
-    raise ValueError(f"no schedule '{kind}'; there are constant, decreasing, increasing")
+    raise ValueError(f"no schedule '{schedule}'; there are constant, decreasing, increasing")

@@ -14,9 +14,9 @@ from dropkey import build, curves, data
 from dropkey.config import compose, identity
 from dropkey.config.schema import TrainConfig
 from dropkey.engine import checkpoint, tracking
-from dropkey.engine.distributed import StopSignal, World, is_loss_of_a_peer
+from dropkey.engine.distributed import DistContext, StopSignal, is_loss_of_a_peer
 from dropkey.engine.evaluate import evaluate
-from dropkey.engine.fit import Job, fit
+from dropkey.engine.loop import Setup, fit
 from dropkey.engine.optim import build_autocast, duration
 from dropkey.engine.progress import Progress
 from dropkey.engine.state import State
@@ -35,15 +35,15 @@ def train(cfg: TrainConfig, run: RunDirectory) -> dict:
     """
     stop = StopSignal()
     with stop:
-        world = World.start(cfg.trainer.device)
+        dist = DistContext.start(cfg.trainer.device)
         try:
-            if not world.main:
-                return train_in(world, cfg, run, stop)
+            if not dist.is_main:
+                return train_in(dist, cfg, run, stop)
             with run.lock():
-                return train_recording_status(world, cfg, run, stop)
+                return train_recording_status(dist, cfg, run, stop)
         except torch.OutOfMemoryError as error:
             raise RunError(
-                f"{str(error).splitlines()[0]}; trainer.accumulate={2 * cfg.trainer.accumulate} takes half the memory"
+                f"{str(error).splitlines()[0]}; trainer.grad_accum_steps={2 * cfg.trainer.grad_accum_steps} takes half the memory"
             ) from None
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
@@ -52,20 +52,20 @@ def train(cfg: TrainConfig, run: RunDirectory) -> dict:
         except RuntimeError as error:
             if not is_loss_of_a_peer(error):
                 raise
-            raise RunError("another process of this job ended, for the reason it gives; this one stops too") from None
+            raise RunError("another process of this setup ended, for the reason it gives; this one stops too") from None
         finally:
-            world.close()
+            dist.close()
 
 
-def train_recording_status(world: World, cfg: TrainConfig, run: RunDirectory, stop: StopSignal) -> dict:
+def train_recording_status(dist: DistContext, cfg: TrainConfig, run: RunDirectory, stop: StopSignal) -> dict:
     """`train_in` in the first process, which keeps status.json."""
     restarts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")  # with the same arguments, but not to start over
-    if cfg.fresh and not any(int(os.environ.get(name, 0)) for name in restarts):
+    if cfg.overwrite and not any(int(os.environ.get(name, 0)) for name in restarts):
         run.clear()
     refuse_other_config(cfg, run)
     run.set_status("running")
     try:
-        summary = train_in(world, cfg, run, stop)
+        summary = train_in(dist, cfg, run, stop)
     except (Interrupted, KeyboardInterrupt) as error:
         run.set_status("interrupted", reason=str(error) or "Ctrl-C twice")
         raise
@@ -80,7 +80,7 @@ def train_recording_status(world: World, cfg: TrainConfig, run: RunDirectory, st
 
 
 def record_failure(run: RunDirectory, reason: str) -> None:
-    """The failure itself matters more than that it could not be written down (a full disk, say)."""
+    """The failure itself matters more than that it could not be written down (a full disk, info)."""
     try:
         run.set_status("failed", reason=reason)
     except RunError as error:
@@ -92,26 +92,26 @@ def refuse_other_config(cfg: TrainConfig, run: RunDirectory) -> None:
         before = compose.load(run.config)
         if identity.canonical(before) != identity.canonical(cfg):
             changes = "; ".join(identity.differences(before, cfg))
-            raise ConfigError(f"{run.config} was changed ({changes}); restore it, or start over with fresh=true")
+            raise ConfigError(f"{run.config} was changed ({changes}); restore it, or start over with overwrite=true")
     else:
         run.path.mkdir(parents=True, exist_ok=True)
     compose.save(cfg, run.config)
 
 
-def train_in(world: World, cfg: TrainConfig, run: RunDirectory, stop: StopSignal) -> dict:
+def train_in(dist: DistContext, cfg: TrainConfig, run: RunDirectory, stop: StopSignal) -> dict:
     """Data, model, training, final evaluation, summary: the same in every process."""
-    world.any(False)  # nobody looks for checkpoints before the first process has prepared the directory
-    resumed = world.broadcast((run.checkpoints / "last.pt").exists())
-    if world.device.type == "cuda":
+    dist.any(False)  # nobody looks for checkpoints before the first process has prepared the directory
+    resumed = dist.broadcast((run.checkpoints / "last.pt").exists())
+    if dist.device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-    progress = Progress(cfg.trainer.epochs, run.log, show=world.main)
-    if world.main:
+    progress = Progress(cfg.trainer.epochs, run.log, show=dist.is_main)
+    if dist.is_main:
         checkpoint.remove_temporaries(run.checkpoints)
         logging.basicConfig(format="%(message)s")
         logging.getLogger("dropkey").setLevel(logging.INFO)  # decoding a folder takes a while, and says so
     dataset = data.load(cfg.data)
-    model, report = prepare_model(cfg, dataset, world, pretrained=cfg.model.pretrained and not resumed)
-    if world.any(stop.number != 0)[0]:
+    model, report = prepare_model(cfg, dataset, dist, pretrained=cfg.model.pretrained and not resumed)
+    if dist.any(stop.number != 0)[0]:
         raise stop.interrupted(f"interrupted before the first step of {run.path}, nothing is lost")
     trainer = cfg.trainer
     train_loader = data.train_loader(
@@ -119,52 +119,52 @@ def train_in(world: World, cfg: TrainConfig, run: RunDirectory, stop: StopSignal
         cfg.data,
         cfg.augment,
         batch_size=trainer.batch_size,
-        accumulate=trainer.accumulate,
+        grad_accum_steps=trainer.grad_accum_steps,
         seed=cfg.seed,
-        rank=world.rank,
-        world=world.size,
-        device=world.device,
+        rank=dist.rank,
+        world_size=dist.world_size,
+        device=dist.device,
     )
     if trainer.overfit:
-        train_loader = data.FirstBatch(train_loader, trainer.accumulate)
+        train_loader = data.FirstBatch(train_loader, trainer.grad_accum_steps)
     watched = "test" if dataset.val is None else "val"
     _, progress.epochs = duration(trainer.epochs, trainer.max_steps, len(train_loader))
     load_start(cfg, model, resumed, progress)
-    introduce(cfg, run, dataset, model, report, world, progress)
-    tracker = start_tracker(cfg, run, world, progress)
+    introduce(cfg, run, dataset, model, report, dist, progress)
+    tracker = start_tracker(cfg, run, dist, progress)
 
-    job = Job(
+    setup = Setup(
         model=model,
         loss=torch.nn.CrossEntropyLoss(),  # of class ids, or of mixed and smoothed targets
         train=train_loader,
-        evaluation=loader_of(dataset, watched, cfg, world),
+        evaluation=loader_of(dataset, watched, cfg, dist),
         num_classes=dataset.num_classes,
         trainer=trainer,
         optim=cfg.optim,
         seed=cfg.seed,
         run=run,
-        world=world,
+        dist=dist,
         stop=stop,
         tracker=tracker,
         progress=progress,
     )
     summary = None
     try:
-        state = fit_or_speak_up(job)
-        test = loader_of(dataset, "test", cfg, world)
-        autocast = build_autocast(trainer.amp, world.device)
-        result = evaluate(state.evaluated.eval(), test, world, dataset.num_classes, stop, autocast)
+        state = fit_or_speak_up(setup)
+        test = loader_of(dataset, "test", cfg, dist)
+        autocast = build_autocast(trainer.amp, dist.device)
+        result = evaluate(state.evaluated.eval(), test, dist, dataset.num_classes, stop, autocast)
         if result is None:
             raise stop.interrupted(f"interrupted in the final evaluation, all saved in {run.path}")
-        summary = summarise(cfg, run, state.position, result, watched, model, world)
+        summary = summarise(cfg, run, state.position, result, watched, model, dist)
         summary |= {"steps_per_epoch": len(train_loader), "data": dataset.fingerprint()}
-        if world.main:
+        if dist.is_main:
             run.write_summary(summary)
     finally:
         progress.close()
         train_loader.close()
-        if world.main:
-            title = f"{identity.model_label(cfg)}, {cfg.regularizer.kind}, {identity.data_label(cfg)}"
+        if dist.is_main:
+            title = f"{identity.model_label(cfg)}, {cfg.regularizer.name}, {identity.data_label(cfg)}"
             with warn_only(progress):
                 if run.records("epoch"):
                     curves.draw(run.records(), title, run.path / "curves.png", split_name(watched))
@@ -178,17 +178,17 @@ def warn_only(progress: Progress):
     try:
         yield
     except Exception as error:
-        progress.say(f"no curves.png: {type(error).__name__}: {error}")
+        progress.info(f"no curves.png: {type(error).__name__}: {error}")
 
 
-def fit_or_speak_up(job: Job) -> State:
+def fit_or_speak_up(setup: Setup) -> State:
     """`fit`; an error that the other processes do not share, such as an unreadable image, is marked as such."""
     try:
-        return fit(job)
+        return fit(setup)
     except (Interrupted, Diverged):  # agreed on by all
         raise
     except RunError as error:
-        error.one_process = job.world.size > 1
+        error.one_process = setup.dist.world_size > 1
         raise
 
 
@@ -196,7 +196,7 @@ def split_name(split: str) -> str:
     return {"val": "validation"}.get(split, split)
 
 
-def prepare_model(cfg: TrainConfig, dataset, world: World, pretrained: bool = False):
+def prepare_model(cfg: TrainConfig, dataset, dist: DistContext, pretrained: bool = False):
     """The model, initialised from the seed alone (so the same under every regularizer), and what was patched."""
     torch.manual_seed(derive_seed(cfg.seed, "initialisation"))
     model = build.build_model(
@@ -204,25 +204,25 @@ def prepare_model(cfg: TrainConfig, dataset, world: World, pretrained: bool = Fa
         image_size=dataset.image_size,
         channels=dataset.channels,
         classes=dataset.num_classes,
-        fused=not (world.device.type == "cpu" and cfg.trainer.amp == "bf16"),
+        fused=not (dist.device.type == "cpu" and cfg.trainer.amp == "bf16"),
     )
-    model.to(world.device)  # first, because what computes attention depends on it
+    model.to(dist.device)  # first, because what computes attention depends on it
     report = build.regularize(model, cfg.regularizer, cfg.schedule)
-    if cfg.regularizer.kind in STRUCTURED:
+    if cfg.regularizer.name in STRUCTURED:
         shape = (1, dataset.channels, dataset.image_size, dataset.image_size)
-        build.try_grids(model, torch.zeros(shape, device=world.device))
+        build.try_grids(model, torch.zeros(shape, device=dist.device))
     return model, report
 
 
-def loader_of(dataset, split: str, cfg: TrainConfig, world: World, batch_size: Optional[int] = None):
+def loader_of(dataset, split: str, cfg: TrainConfig, dist: DistContext, batch_size: Optional[int] = None):
     return data.eval_loader(
         dataset,
         split,
         cfg.data,
         batch_size=batch_size or cfg.trainer.eval_batch_size,
-        rank=world.rank,
-        world=world.size,
-        device=world.device,
+        rank=dist.rank,
+        world_size=dist.world_size,
+        device=dist.device,
     )
 
 
@@ -232,32 +232,32 @@ def load_start(cfg: TrainConfig, model: torch.nn.Module, resumed: bool, progress
     file = build.find_checkpoint(cfg.init_from)
     fresh = build.load_weights(model, file)
     extra = f"; new: {', '.join(fresh)}" if fresh else ""
-    progress.say(f"weights from {file}{extra}")
+    progress.info(f"weights from {file}{extra}")
 
 
-def introduce(cfg, run, dataset, model, report, world, progress) -> None:
-    """The first lines of a run: where, what, on what, and which attention sites are regularized."""
+def introduce(cfg, run, dataset, model, report, dist, progress) -> None:
+    """The first lines of a run: where, what, on what, and which attention layers are regularized."""
     sizes = ", ".join(
         f"{len(images):,} {name}"
         for name, images in (("training", dataset.train), ("validation", dataset.val), ("test", dataset.test))
         if images is not None
     )
-    processes = f"{world.size} processes, " if world.size > 1 else ""
-    progress.say(f"run    {run.path}")
-    progress.say(
+    processes = f"{dist.world_size} processes, " if dist.world_size > 1 else ""
+    progress.info(f"run    {run.path}")
+    progress.info(
         f"model  {cfg.model.name}, {build.parameter_count(model):,} parameters, {dataset.image_size} px"
         + (f", patch {cfg.model.patch_size}" if cfg.model.patch_size else "")
     )
-    progress.say(f"data   {cfg.data.name}: {sizes} images of {dataset.num_classes} classes")
-    progress.say(f"device {processes}{world.device.type}, amp {cfg.trainer.amp}")
-    progress.say(str(report))
+    progress.info(f"data   {cfg.data.name}: {sizes} images of {dataset.num_classes} classes")
+    progress.info(f"device {processes}{dist.device.type}, amp {cfg.trainer.amp}")
+    progress.info(str(report))
 
 
-def start_tracker(cfg: TrainConfig, run: RunDirectory, world: World, progress: Progress):
-    return tracking.start(cfg, run.path, progress.say) if world.main else tracking.Silent()
+def start_tracker(cfg: TrainConfig, run: RunDirectory, dist: DistContext, progress: Progress):
+    return tracking.start(cfg, run.path, progress.info) if dist.is_main else tracking.NoOpTracker()
 
 
-def summarise(cfg, run, position, result: dict, watched: str, model, world: World) -> dict:
+def summarise(cfg, run, position, result: dict, watched: str, model, dist: DistContext) -> dict:
     """summary.json: figures of the last epoch's weights on the test split, and what they were measured on."""
     return {
         "top1": round(result["top1"], 4),
@@ -269,16 +269,16 @@ def summarise(cfg, run, position, result: dict, watched: str, model, world: Worl
         "best_epoch": position.best_epoch,
         "best_split": watched,
         "epochs": position.epoch,
-        "steps": position.update,
+        "steps": position.global_step,
         "seconds": round(position.seconds, 2),
         "images_per_second": round(position.images / max(position.training_seconds, 1e-9), 1),
         "parameters": build.parameter_count(model),
-        "peak_memory_mib": peak_memory_mib(world),
+        "peak_memory_mib": peak_memory_mib(dist),
         "run": str(run.path),
         "hash": identity.run_hash(cfg),
         "group": identity.group_hash(cfg),
         "seed": cfg.seed,
-        "hardware": f"{world.size} x {device_name(world)}",
+        "hardware": f"{dist.world_size} x {device_name(dist)}",
         "versions": versions(),
         "commit": git_commit(),
         "code": code_version(),

@@ -5,7 +5,7 @@
 
 1. Every architecture is built without memory (device meta). One of each family and set of attention classes runs
    forward there, watched for softmax and scaled_dot_product_attention: what calls them is attention, whatever
-   `dropkey.apply` believes. It must be a site, or stand among the exceptions with a reason; sites must be listed in
+   `dropkey.apply` believes. It must be a site, or stand among the exceptions with a reason; layers must be listed in
    the order in which they run.
 2. The smallest of each such family and set is built for real and computes, see `check`.
 """
@@ -36,8 +36,8 @@ from torch.utils._pytree import tree_leaves
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from dropkey import patching, regularizers
-from dropkey.patching.sites import OBSTACLES, find, listed
-from dropkey.patching.ways import SOFTMAX
+from dropkey.patching.find import UNSUPPORTED, find, listed
+from dropkey.patching.mechanisms import SOFTMAX
 
 SITES = ("self", "class", "cross", "outlook", "token")
 NAMES = {"softmax", "scaled_dot_product_attention", "multi_head_attention_forward"}
@@ -155,19 +155,19 @@ def judge(name: str, observed: dict) -> Verdict:
         model = timm.create_model(name, device="meta")
     family = model_entrypoint(name).__module__.rsplit(".")[-1]
     candidates = family, frozenset(type(module) for module in model.modules() if may_attend(type(module)))
-    sites = [found.name for found in find(model) if not found.obstacle]
+    layers = [found.name for found in find(model) if not found.unsupported_reason]
     faults = []
     if candidates not in observed:
         called = forward_on_meta(model, (2, *image_size(model)))
         observed[candidates] = frozenset(type(model.get_submodule(name)) for name in called)
-        order = [name for name in dict.fromkeys(called) if name in sites]
-        if order != [site for site in sites if site in order]:
-            faults.append("sites are not listed in the order in which they run")
+        order = [name for name in dict.fromkeys(called) if name in layers]
+        if order != [site for site in layers if site in order]:
+            faults.append("layers are not listed in the order in which they run")
     attending = observed[candidates]
-    reasons = {cls.__name__: listed(cls, OBSTACLES) or NOT_ATTENTION.get(cls.__name__) for cls in attending}
+    reasons = {cls.__name__: listed(cls, UNSUPPORTED) or NOT_ATTENTION.get(cls.__name__) for cls in attending}
     exceptions = {cls: reason for cls, reason in reasons.items() if reason}
     for called, module in model.named_modules():
-        if type(module) in attending and type(module).__name__ not in exceptions and called not in sites:
+        if type(module) in attending and type(module).__name__ not in exceptions and called not in layers:
             faults.append(f"{called} ({type(module).__name__}) attends and is no site")
     size = sum(parameter.numel() for parameter in model.parameters())
     return Verdict((family, attending), size, exceptions, len(exceptions) < len(reasons), faults)
@@ -219,16 +219,16 @@ def check(model: nn.Module, images: Tensor, ratio: float = 0.3) -> Iterator[str]
     plain, keys = copy.deepcopy(model), list(model.state_dict())
     with torch.no_grad():
         evaluated = run(model.eval(), images)
-        report = patching.apply(model, "dropkey", ratio, "constant", sites=SITES, impl="reference")
+        report = patching.apply(model, "dropkey", ratio, "constant", layers=SITES, impl="reference")
         if not torch.equal(run(model, images), evaluated):
             yield "evaluation changed"
         if list(model.state_dict()) != keys:
             yield "state_dict changed"
-        names = [site.name for site in report.sites]
+        names = [site.name for site in report.layers]
         with Watch(model) as watch:
             run(model, images)
         if [called for called in dict.fromkeys(watch.called) if called in names] != names:
-            yield "sites are not listed in the order in which they run"
+            yield "layers are not listed in the order in which they run"
         model.train(), plain.train()
         if torch.equal(run(model, images, seed=1), run(model, images, seed=2)):
             yield "two training passes are equal"

@@ -68,7 +68,7 @@ def read(words: list[str]) -> tuple[str, Options]:
             setattr(options, key, typed(key, value, kinds[key]))
         elif equals and key.startswith("slurm."):
             options.slurm[key.removeprefix("slurm.")] = value
-        elif equals and bare in ("seed", "fresh", "init_from"):
+        elif equals and bare in ("seed", "overwrite", "init_from"):
             raise ConfigError(f"{word}: a table sets {bare} itself" + ("; take seeds=" if bare == "seed" else ""))
         elif equals and ("." in bare or bare in groups() or hasattr(TrainConfig(), bare)):
             options.extra.append(word)
@@ -112,12 +112,12 @@ def load(options: Options):
 
 def prepare(table, options: Options):
     from dropkey.reproduction import plan as planning
+    from dropkey.reproduction.jobs import jobs_of
     from dropkey.reproduction.slots import slots
-    from dropkey.reproduction.tasks import tasks_of
 
     places = slots(options.jobs or None, options.gpus, options.per_gpu, options.gpus_per_run)
-    tasks = tasks_of(table, options.output)
-    return tasks, planning.distinct(tasks.values()), places
+    jobs = jobs_of(table, options.output)
+    return jobs, planning.distinct(jobs.values()), places
 
 
 def plan(table, options: Options) -> int:
@@ -125,21 +125,21 @@ def plan(table, options: Options) -> int:
 
     from dropkey.reproduction import display
     from dropkey.reproduction import plan as planning
-    from dropkey.reproduction.runner import Job
+    from dropkey.reproduction.runner import JobState
 
     console = Console(highlight=False, soft_wrap=True)
-    tasks, distinct, places = prepare(table, options)
+    jobs, distinct, places = prepare(table, options)
     console.print(f"{table.title}: {table.about}", markup=False)
-    console.print(display.overview(table, tasks))
+    console.print(display.overview(table, jobs))
     console.print(display.legend(), style="dim")
     counts = planning.states(distinct)
-    trainings = sum(task.script == "train.py" for task in distinct)
+    trainings = sum(job.script == "train.py" for job in distinct)
     listed = ", ".join(f"{count} {name}" for name, count in counts.items())
     console.print(f"{trainings} trainings, {len(distinct) - trainings} evaluations: {listed}")
-    for task in distinct:
-        found, reason = display.state(task)
+    for job in distinct:
+        found, reason = display.state(job)
         if reason and found in (display.FAILED, display.DIVERGED):
-            console.print(display.describe(Job(task, found, reason)), markup=False)
+            console.print(display.describe(JobState(job, found, reason)), markup=False)
     cost = planning.estimate(distinct, places[0], Path(options.output), options.probe, console.print)
     if cost is not None:
         seconds, size = cost
@@ -156,8 +156,8 @@ def run(table, options: Options) -> int:
     from rich.console import Console
 
     from dropkey.reproduction import display
+    from dropkey.reproduction.jobs import DONE
     from dropkey.reproduction.runner import WAITING, Launcher
-    from dropkey.reproduction.tasks import DONE
 
     require(options.launcher in ("local", "slurm"), f"launcher={options.launcher}; choices: local, slurm")
     here = dataclasses.replace(options, gpus_per_run=1) if options.launcher == "slurm" else options
@@ -171,22 +171,21 @@ def run(table, options: Options) -> int:
         launcher.slots = slurm.slots(options.jobs, options.gpus_per_run, int(options.slurm.get("cpus_per_task", 1)))
     console = Console(highlight=False, soft_wrap=True)
     with display.Watch(console, f"{table.name}, {table.scale}") as watch:
-        jobs = launcher.run(watch)
-    lacking = [job for job in jobs if job.state != DONE]
-    for job in lacking:
-        if job.state == WAITING:  # stopped before its turn
-            continue
-        console.print(display.describe(job), markup=False)
+        items = launcher.run(watch)
+    lacking = [item for item in items if item.state != DONE]
+    for item in lacking:
+        if item.state != WAITING:  # stopped before its turn
+            console.print(display.describe(item), markup=False)
     if launcher.stopped:
         again = f"python scripts/reproduce.py {' '.join(sys.argv[1:])}"
         console.print(f"interrupted, all saved; go on with: {again}", markup=False)
         return 128 + launcher.stopped
-    trained = [job.task.run for job in jobs if job.state == DONE and job.task.script == "train.py"]
+    trained = [item.job.run for item in items if item.state == DONE and item.job.script == "train.py"]
     if trained:
         if options.entropy:
             measure_entropy([run for run in trained if not (run / "entropy.json").exists()], console)
         report(table, options)
-    failed = [job for job in lacking if job.state in (display.FAILED, display.DIVERGED)]
+    failed = [item for item in lacking if item.state in (display.FAILED, display.DIVERGED)]
     if failed:
         console.print(f"{len(failed)} failed; the same command with retry=true tries them again")
     return 1 if lacking else 0
@@ -206,22 +205,22 @@ def measure_entropy(runs: list[Path], console) -> None:
 
 
 def report(table, options: Options) -> int:
-    from dropkey.reproduction import records
+    from dropkey.reproduction import results
     from dropkey.reproduction.comparison import compare
     from dropkey.reproduction.document import build
-    from dropkey.reproduction.tasks import tasks_of
+    from dropkey.reproduction.jobs import jobs_of
     from dropkey.reproduction.writers import markdown_block, write
 
     directory = Path(options.results) / table.slug
     if options.records:
-        head, found = records.read(Path(options.records), table.name, table.scale)
+        head, found = results.read(Path(options.records), table.name, table.scale)
         directory = Path(options.records).parent
     else:
-        head, found = records.header(table), records.gather(table, tasks_of(table, options.output))
+        head, found = results.header(table), results.gather(table, jobs_of(table, options.output))
     require(any(e["state"] == "done" for e in found), f"no run of table={table.name} scale={table.scale} is done yet")
-    comparison = compare(table, head, found, records.require_one_version(found, options.mixed))
+    comparison = compare(table, head, found, results.require_one_version(found, options.mixed))
     if not options.records:
-        records.write(directory / records.FILE, table, found)
+        results.write(directory / results.FILE, table, found)
     write(comparison, directory)
     for block in build(comparison)[:6]:
         print(markdown_block(block), end="\n\n")

@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from dropkey.config.check import check, require
 from dropkey.config.compose import compose, one_line
-from dropkey.config.identity import digest, flatten, harmless, run_directory
+from dropkey.config.identity import digest, flatten, has_no_effect, run_directory
 from dropkey.config.schema import TrainConfig
 from dropkey.errors import Busy, ConfigError, DataError, Diverged, Interrupted, RunError, StorageError
 from dropkey.records import RunDirectory
@@ -74,7 +74,7 @@ class Space:
 
 def checked(words: list[str]) -> TrainConfig:
     cfg = check(compose(words))
-    require(not cfg.fresh, "fresh=true would train anew what a search resumes; leave it out")
+    require(not cfg.overwrite, "overwrite=true would train anew what a search resumes; leave it out")
     require(cfg.data.val_fraction > 0, "data.val_fraction=0 would search on the test split; take 0.1")
     return cfg
 
@@ -130,7 +130,9 @@ class Search:
         self.locks = space.output / ".search"
         self.locks.mkdir(parents=True, exist_ok=True)
         keys = {word: word.partition("=")[0] for word in sorted(words)}  # a folder's path is part of its identity
-        self.name = digest({"words": [word for word, key in keys.items() if key == "data.root" or not harmless(key)]})
+        self.name = digest(
+            {"words": [word for word, key in keys.items() if key == "data.root" or not has_no_effect(key)]}
+        )
         self.turn = FileLock(self.locks / "turn.lock")  # one process at a time draws, and files what came of it
         with self.turn:
             url = f"sqlite:///{space.output.resolve() / 'search.db'}"

@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
-    """Tasks of tables start stand_in.py instead of train.py and eval.py; returns the directory of the scripts."""
+    """Jobs of tables start stand_in.py instead of train.py and eval.py; returns the directory of the scripts."""
     scripts = tmp_path / "scripts"
     scripts.mkdir()
     tests = Path(__file__).parent

@@ -9,9 +9,9 @@ from PIL import Image
 from dropkey.config.schema import AugmentConfig, DataConfig
 from dropkey.data import load, train_loader
 
-LIGHT = AugmentConfig(flip=True, crop_padding=2, erasing=0.5)
-HEAVY = AugmentConfig(flip=True, crop_scale=[0.3, 1.0], rand_augment="rand-m9-mstd0.5-inc1", erasing=0.25)
-MIXED = AugmentConfig(flip=True, crop_padding=1, mixup=0.8, cutmix=1.0, smoothing=0.1)
+LIGHT = AugmentConfig(hflip=True, crop_padding=2, random_erasing=0.5)
+HEAVY = AugmentConfig(hflip=True, crop_scale=[0.3, 1.0], rand_augment="rand-m9-mstd0.5-inc1", random_erasing=0.25)
+MIXED = AugmentConfig(hflip=True, crop_padding=1, mixup=0.8, cutmix=1.0, label_smoothing=0.1)
 
 
 def write_images(folder: Path, count: int, size=(12, 12), seed: int = 0, suffix: str = ".png") -> None:
@@ -32,12 +32,12 @@ def image_folder(root: Path, splits=("train", "test"), counts=(8, 10, 6), size=(
 
 
 def folder_config(root: Path, **changes) -> DataConfig:
-    given = {"name": "folder", "root": str(root), "image_size": 12, "val_fraction": 0.0, "workers": 0}
+    given = {"name": "folder", "root": str(root), "image_size": 12, "val_fraction": 0.0, "num_workers": 0}
     return DataConfig(**{**given, **changes})
 
 
 def digits_config(**changes) -> DataConfig:
-    return DataConfig(**{"name": "digits", "channels": 1, "workers": 0, **changes})
+    return DataConfig(**{"name": "digits", "channels": 1, "num_workers": 0, **changes})
 
 
 def batches(data, augment, *, batch_size=8, epoch=1, start=0, seed=5, **named):

@@ -15,7 +15,7 @@ import runs
 import train
 from dropkey import curves
 from dropkey.config import compose
-from dropkey.engine import fit
+from dropkey.engine import loop as training_loop
 from dropkey.errors import DataError
 
 
@@ -23,16 +23,16 @@ def main() -> None:
     output, event, *words = sys.argv[1:]
     number, step, rank = (int(part) for part in event.split(":"))
     first_life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    original = fit.Loop.count
+    original = training_loop.Loop.count
 
     def count(self, loss, seconds):
         original(self, loss, seconds)
-        if number and first_life and self.job.world.rank == rank and self.state.position.update == step:
+        if number and first_life and self.setup.dist.rank == rank and self.state.position.global_step == step:
             if number == -1:
                 raise DataError("images/broken.png cannot be read")
             os.kill(os.getpid(), number)
 
-    fit.Loop.count = count
+    training_loop.Loop.count = count
     curves.draw = lambda *args: None
     sys.argv = ["train.py", *runs.SMALL, f"output={output}", *words]
     compose.launch("train", train.main)

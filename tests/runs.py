@@ -14,14 +14,14 @@ from dropkey import session
 from dropkey.config.check import check
 from dropkey.config.compose import compose
 from dropkey.config.identity import run_directory
-from dropkey.engine.fit import Loop
+from dropkey.engine.loop import Loop
 from dropkey.records import RunDirectory
 
 SMALL = (
     "model.depth=2",
     "model.embed_dim=32",
     "model.num_heads=2",
-    "data.train_limit=48",
+    "data.max_train_samples=48",
     "data.test_fraction=0.05",
     "trainer.batch_size=16",
     "trainer.epochs=3",
@@ -56,7 +56,7 @@ def on_step(monkeypatch, number: int, action: Callable[[Loop], None], times: int
 
     def count(self, loss, seconds):
         original(self, loss, seconds)
-        if self.state.position.update == number and left[0]:
+        if self.state.position.global_step == number and left[0]:
             left[0] -= 1
             action(self)
 

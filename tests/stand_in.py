@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dropkey.errors import Busy
 from dropkey.records import RunDirectory
-from dropkey.reproduction.tasks import Compositions
+from dropkey.reproduction.jobs import Compositions
 
 FIGURES = {"top1": 50.0, "top5": 90.0, "loss": 1.0, "ece": 3.0}
 OWN = ("seed", "output", "init_from")  # of a task, not of its composition

@@ -84,7 +84,7 @@ def test_weights_of_t2t_include_the_token_transformer_with_its_own_scale():
     module = model.tokens_to_token.attention1.attn
     (x,) = inputs_of(model, [module], images)
     equal(seen[0].weights, by_hand(x, module.qkv, 1, scale=x.shape[-1] ** -0.5))
-    assert [layer.site for layer in seen] == ["token", "self", "self", "self"]
+    assert [layer.kind for layer in seen] == ["token", "self", "self", "self"]
 
 
 def test_weights_of_volo_are_those_of_its_self_and_class_attention():
@@ -93,12 +93,12 @@ def test_weights_of_volo_are_those_of_its_self_and_class_attention():
     seen = {layer.name: layer for layer in attention(model, images)}
     own = {name: module for name, module in model.named_modules() if name in seen}
     tokens = dict(zip(own, inputs_of(model, list(own.values()), images), strict=True))
-    kinds = [layer.site for layer in seen.values()]
+    kinds = [layer.kind for layer in seen.values()]
     assert kinds == ["outlook", "self", "self", "self", "class", "class"]
     for name, module in own.items():
-        if seen[name].site == "self":
+        if seen[name].kind == "self":
             equal(seen[name].weights, by_hand(tokens[name].flatten(1, 2), module.qkv, 2))
-        elif seen[name].site == "class":
+        elif seen[name].kind == "class":
             q = module.q(tokens[name][:, :1]).unflatten(-1, (2, -1)).transpose(1, 2)
             k = module.kv(tokens[name]).chunk(2, -1)[0].unflatten(-1, (2, -1)).transpose(1, 2)
             equal(seen[name].weights, (q @ k.transpose(-2, -1) / k.shape[-1] ** 0.5).double().softmax(-1).detach())
@@ -173,7 +173,7 @@ def test_a_regularized_model_shows_the_same_weights_as_the_plain_one(family):
     model = tiny_models.FAMILIES[family]()
     images = tiny_models.pictures(model)
     plain = attention(model, images)
-    patching.apply(model, "dropkey", 0.5, "constant", sites=("self", "class", "outlook", "token"))
+    patching.apply(model, "dropkey", 0.5, "constant", layers=("self", "class", "outlook", "token"))
     model.train()
     for a, b in zip(plain, attention(model, images), strict=True):
         assert a.name == b.name and torch.equal(a.weights, b.weights)
@@ -333,7 +333,7 @@ def test_entropy_is_recorded_drawn_and_not_computed_again(two, script, capsys, t
     assert is_png(picture) and lines[-1] == f"picture {picture}"
     records = [json.loads((Path(run) / "entropy.json").read_text()) for run in two]
     assert [line.split()[-1] for line in lines[1:3]] == [f"{record['mean']:.4f}" for record in records]
-    assert all(len(record["sites"]) == 2 and record["epoch"] == 1 for record in records)
+    assert all(len(record["layers"]) == 2 and record["epoch"] == 1 for record in records)
     monkeypatch.setattr(entropies, "open_run", lambda *_: pytest.fail("computed again"))
     assert said(capsys, script, "entropy", f"run={','.join(two)}", f"output={picture}") == lines
 

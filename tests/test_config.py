@@ -45,14 +45,14 @@ def test_models_regularizers_schedules_and_data_combine(regularizer, model):
     schedule = groups()["schedule"][turn % 3]
     data = ("cifar10", "cifar100", "cifar10_jpeg")[turn // 3 % 3]
     cfg = check(compose([f"regularizer={regularizer}", f"schedule={schedule}", f"model={model}", f"data={data}"]))
-    assert (cfg.regularizer.kind, cfg.schedule.kind) == (regularizer, schedule)
+    assert (cfg.regularizer.name, cfg.schedule.name) == (regularizer, schedule)
 
 
 def test_the_command_of_the_readme_composes_to_what_it_says():
     words = "model=volo_d1 regularizer=dropkey regularizer.ratio=0.1 schedule=decreasing data=cifar100 seed=3"
     cfg = check(compose(words.split()))
-    assert (cfg.model.name, cfg.model.patch_size, cfg.data.classes) == ("volo_d1_224", 4, 100)
-    assert (cfg.regularizer.ratio, cfg.schedule.kind, cfg.seed) == (0.1, "decreasing", 3)
+    assert (cfg.model.name, cfg.model.patch_size, cfg.data.num_classes) == ("volo_d1_224", 4, 100)
+    assert (cfg.regularizer.ratio, cfg.schedule.name, cfg.seed) == (0.1, "decreasing", 3)
 
 
 def test_every_line_of_a_group_file_says_what_its_key_is_for():
@@ -101,11 +101,11 @@ WRONG = {
     "regularizer.ratio=1.0": "outside [0, 1)",
     "regularizer.ratio=-0.1": "outside [0, 1)",
     "schedule.end=0.5": "exceeds regularizer.ratio",
-    "regularizer.kind=dropkey_block": "takes an odd number of cells",
+    "regularizer.name=dropkey_block": "takes an odd number of cells",
     "regularizer=dropkey_block regularizer.window=4": "takes an odd number of cells",
     "regularizer=dropkey_block regularizer.window=full": "takes an odd number of cells",
     "regularizer.window=3": "only dropkey_block and dropkey_cross",
-    "regularizer.sites=[self,clas]": "did you mean class?",
+    "regularizer.layers=[self,clas]": "did you mean class?",
     "data.image_size=9 model.patch_size=2": "is not divisible by model.patch_size",
     "data.image_size=31": "too few; take data.image_size=32",
     "data.image_size=62": "too few; take data.image_size=64",
@@ -115,13 +115,13 @@ WRONG = {
     "model=volo_d1 data=cifar10 model.patch_size=6": "VOLO knows 4, 8 and 16",
     "model.name=vit_tinny_patch16_224": "did you mean vit_tiny_patch16_224?",
     "model.num_heads=5": "not divisible by model.num_heads",
-    "trainer.batch_size=10 trainer.accumulate=4": "not divisible by processes x trainer.accumulate",
+    "trainer.batch_size=10 trainer.grad_accum_steps=4": "not divisible by processes x trainer.grad_accum_steps",
     "trainer.amp=fp8": "trainer.amp=fp8 does not exist",
     "optim.lr=0": "must be above 0",
     "table=schedule": "a table is many runs: python scripts/reproduce.py run table=schedule",
     "init_from=/nowhere": "init_from=/nowhere does not exist",
     "seed=-1": "must be 0 or more",
-    "data=folder data.in_memory=true": "data.crop",
+    "data=folder data.in_memory=true": "data.crop_pct",
     "model.name=vit_small_patch16_224": "take model=timm model.name=vit_small_patch16_224",
     "model=null": "model=null does not exist",
     "data.std=[0]": "must be above 0",
@@ -189,7 +189,7 @@ def test_cfg_job_prints_the_composed_config(monkeypatch, capsys):
 def test_multirun_goes_through_the_product(monkeypatch, capsys, tmp_path):
     seen = []
     words = ("-m", "regularizer=none,dropout,dropkey", "seed=0,1", f"output={tmp_path}")
-    code, _, _ = command_line(monkeypatch, capsys, *words, task=lambda c: seen.append((c.regularizer.kind, c.seed)))
+    code, _, _ = command_line(monkeypatch, capsys, *words, task=lambda c: seen.append((c.regularizer.name, c.seed)))
     assert code == 0
     assert seen == [(kind, seed) for kind in ("none", "dropout", "dropkey") for seed in (0, 1)]
 
@@ -260,7 +260,14 @@ def test_a_failing_job_of_a_multirun_leaves_the_others_going(monkeypatch, capsys
 
 @pytest.mark.parametrize(
     "words",
-    ["data.workers=7", "logger=none", "output=elsewhere", "trainer.device=cpu", "trainer.log_every=3", "fresh=true"],
+    [
+        "data.num_workers=7",
+        "logger=none",
+        "output=elsewhere",
+        "trainer.device=cpu",
+        "trainer.log_every=3",
+        "overwrite=true",
+    ],
 )
 def test_harmless_keys_leave_the_run_the_same(words):
     assert identity.run_hash(compose([words])) == identity.run_hash(compose())
@@ -308,7 +315,7 @@ def test_a_saved_config_loads_to_the_same_run(tmp_path):
 
 
 def test_differences_name_key_old_and_new():
-    a, b = compose(), compose(["optim.lr=0.5", "data.workers=0"])
+    a, b = compose(), compose(["optim.lr=0.5", "data.num_workers=0"])
     assert identity.differences(a, b) == ["optim.lr: 0.002 -> 0.5"]
 
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import dropkey
-from dropkey import flips
+from dropkey import bernoulli
 from tiny_models import FAMILIES, pictures
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
@@ -53,7 +53,10 @@ def test_a_trained_bias_takes_its_gradient(shape):
 
 def test_masks_are_those_of_the_cpu():
     devices = [torch.device(name) for name in ("cpu", "cuda")]
-    masks = [flips.flips(flips.as_seed(9, at), flips.as_threshold(0.3, at), 1000, 197).cpu() for at in devices]
+    masks = [
+        bernoulli.bernoulli(bernoulli.as_seed(9, at), bernoulli.as_threshold(0.3, at), 1000, 197).cpu()
+        for at in devices
+    ]
     assert torch.equal(*masks)
 
 

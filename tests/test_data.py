@@ -75,22 +75,22 @@ def test_splits_are_disjoint_cover_everything_and_are_stratified():
 
 def test_splits_are_the_same_in_every_run():
     torch.manual_seed(1)
-    first = load(digits_config(train_limit=100))
+    first = load(digits_config(max_train_samples=100))
     torch.manual_seed(2)
-    second = load(digits_config(train_limit=100))
+    second = load(digits_config(max_train_samples=100))
     for name in ("train", "val", "test"):
         assert torch.equal(getattr(first, name).rows, getattr(second, name).rows)
 
 
 def test_train_limit_takes_equally_many_of_each_class_and_grows_by_adding():
-    small, large = load(digits_config(train_limit=203)), load(digits_config(train_limit=400))
+    small, large = load(digits_config(max_train_samples=203)), load(digits_config(max_train_samples=400))
     assert sorted(torch.bincount(small.train.targets).tolist()) == [20] * 7 + [21] * 3
     assert set(small.train.rows.tolist()) <= set(large.train.rows.tolist())
     assert torch.equal(small.test.rows, large.test.rows)
 
 
 def test_train_limit_fills_up_from_larger_classes(tmp_path):
-    dataset = load(folder_config(image_folder(tmp_path / "images", counts=(2, 10, 6)), train_limit=13))
+    dataset = load(folder_config(image_folder(tmp_path / "images", counts=(2, 10, 6)), max_train_samples=13))
     assert torch.bincount(dataset.train.targets).tolist() == [2, 6, 5]
 
 
@@ -162,19 +162,22 @@ def test_class_folders_that_differ_between_splits_are_named(tmp_path):
 
 
 def test_class_count_unlike_the_config_names_both_numbers_and_the_fix(tmp_path):
-    fails(["data.classes=4", "3 classes", "data.classes=3"], folder_config(image_folder(tmp_path / "x"), classes=4))
-    fails(["data.classes=7", "10 classes", "data.classes=10"], digits_config(classes=7))
+    fails(
+        ["data.num_classes=4", "3 classes", "data.num_classes=3"],
+        folder_config(image_folder(tmp_path / "x"), num_classes=4),
+    )
+    fails(["data.num_classes=7", "10 classes", "data.num_classes=10"], digits_config(num_classes=7))
 
 
 def test_empty_held_out_splits_and_too_large_limits_are_refused(tmp_path):
     root = image_folder(tmp_path / "images", ("train",), counts=(2, 2, 2))
     fails(["val split is empty", "val_fraction=0.1"], folder_config(root, val_fraction=0.1, test_fraction=0.5))
     fails(["test split is empty", "test_fraction=0.0"], folder_config(root, test_fraction=0.0))
-    fails(["train_limit=99999", "1293 images"], digits_config(train_limit=99999))
+    fails(["max_train_samples=99999", "1293 images"], digits_config(max_train_samples=99999))
 
 
 def test_centre_crop_with_images_in_memory_is_refused():
-    fails(["data.crop=0.9", "data.in_memory=false", "data.crop=1"], digits_config(crop=0.9), ConfigError)
+    fails(["data.crop_pct=0.9", "data.in_memory=false", "data.crop_pct=1"], digits_config(crop_pct=0.9), ConfigError)
 
 
 def test_too_many_pixels_for_memory_are_refused(tmp_path, monkeypatch):
@@ -191,7 +194,7 @@ def test_decoding_names_an_unreadable_image(tmp_path, workers, damage):
     path = root / "train" / "b" / "003.png"
     content = {"truncated": path.read_bytes()[:200], "text": b"<html>404</html>", "empty": b""}[damage]
     path.write_bytes(content)
-    fails([path, "cannot read image"], folder_config(root, workers=workers))
+    fails([path, "cannot read image"], folder_config(root, num_workers=workers))
 
 
 # ------------------------------------------------------------------------------------- digits and CIFAR
@@ -262,7 +265,7 @@ def test_imagenet_photographs_pass_through_the_whole_pipeline(tmp_path):
         tar.extractall(tmp_path, wanted, filter="data")
     root = tmp_path / "imagenet-sample"
     (root / "val").symlink_to("train")
-    data = DataConfig(name="imagenet", root=str(root), image_size=64, val_fraction=0.0, in_memory=False, crop=0.9)
+    data = DataConfig(name="imagenet", root=str(root), image_size=64, val_fraction=0.0, in_memory=False, crop_pct=0.9)
     dataset = load(data)
     loader = train_loader(dataset, data, HEAVY, batch_size=8, seed=0)
     batch = next(loader.epoch(0))

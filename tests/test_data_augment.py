@@ -16,7 +16,7 @@ from dropkey.data.augment import BatchAugment, Normalize
 def test_flip_and_padded_crop_equal_a_loop_over_single_images(flip, padding):
     data = digits_config(image_size=12, channels=3)
     images = torch.randint(0, 256, (40, 3, 12, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    augment = BatchAugment(data, AugmentConfig(flip=flip, crop_padding=padding), 0, torch.device("cpu"))
+    augment = BatchAugment(data, AugmentConfig(hflip=flip, crop_padding=padding), 0, torch.device("cpu"))
     draws = augment.draw(0, 0, 40)
     expected = []
     for image, (mirror, down, right) in zip(images.numpy(), draws[:, :3].tolist(), strict=True):
@@ -38,7 +38,7 @@ def test_flips_and_shifts_are_uniform():
 def test_erasing_puts_noise_into_one_rectangle_of_so_many_images(channels):
     data = digits_config(image_size=32, channels=channels)
     images = torch.full((2000, channels, 32, 32), 128, dtype=torch.uint8)
-    augment = BatchAugment(data, AugmentConfig(erasing=0.25), 0, torch.device("cpu"))
+    augment = BatchAugment(data, AugmentConfig(random_erasing=0.25), 0, torch.device("cpu"))
     result = augment(images, augment.draw(0, 0, 2000))
     changed = (result != result.new_tensor(128 / 127.5 - 1)).all(1) & ((result - 128 / 127.5 + 1).abs() > 1e-5).all(1)
     erased = changed.flatten(1).any(1)
@@ -57,7 +57,7 @@ def test_erasing_puts_noise_into_one_rectangle_of_so_many_images(channels):
 
 def test_mixed_targets_sum_to_one_and_are_those_of_the_mixed_images():
     data = digits_config()
-    soft = batches(data, replace(MIXED, flip=False, crop_padding=0, cutmix=0.0))
+    soft = batches(data, replace(MIXED, hflip=False, crop_padding=0, cutmix=0.0))
     plain = batches(data, AugmentConfig())
     assert len({batch.targets.max(1).values[0].item() for batch in soft}) > len(soft) // 2  # a lambda per batch
     for mixed, batch in zip(soft, plain, strict=True):
@@ -73,7 +73,7 @@ def test_mixed_targets_sum_to_one_and_are_those_of_the_mixed_images():
 
 def test_smoothing_alone_gives_soft_targets_and_nothing_gives_class_ids():
     data = digits_config()
-    smooth, plain = batches(data, AugmentConfig(smoothing=0.1)), batches(data, AugmentConfig())
+    smooth, plain = batches(data, AugmentConfig(label_smoothing=0.1)), batches(data, AugmentConfig())
     assert plain[0].targets.dtype == torch.int64
     assert torch.equal(smooth[0].targets, mixup_target(plain[0].targets, 10, smoothing=0.1))
     assert torch.equal(smooth[0].images, plain[0].images)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from data_samples import folder_config, image_folder, write_images
 from dropkey.data import cache, load
-from dropkey.data.images import Files, Pixels, fit, open_image, to_tensor
+from dropkey.data.images import Files, Pixels, open_image, resize_center_crop, to_tensor
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -43,12 +43,15 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
 
 def test_fit_leaves_exact_sizes_untouched_and_cuts_the_centre():
     exact = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8))
-    assert fit(exact, 12) is exact
+    assert resize_center_crop(exact, 12) is exact
     stripes = np.zeros((10, 30), dtype=np.uint8)
     stripes[:, 10:20] = 200
-    assert set(np.asarray(fit(Image.fromarray(stripes), 10)).flatten()) == {200}
-    assert fit(Image.fromarray(stripes), 8, crop=0.8).size == (8, 8)  # out of 10 x 30, nothing is resized
-    assert set(np.asarray(fit(Image.fromarray(stripes), 8, crop=0.8)).flatten()) == {200}
+    assert set(np.asarray(resize_center_crop(Image.fromarray(stripes), 10)).flatten()) == {200}
+    assert resize_center_crop(Image.fromarray(stripes), 8, crop=0.8).size == (
+        8,
+        8,
+    )  # out of 10 x 30, nothing is resized
+    assert set(np.asarray(resize_center_crop(Image.fromarray(stripes), 8, crop=0.8)).flatten()) == {200}
 
 
 # ------------------------------------------------------------------------------------------------- cache
@@ -77,9 +80,9 @@ def test_second_load_reads_the_cache_instead_of_the_files(tmp_path, own_cache, m
 
 def test_cached_pixels_equal_decoded_ones(tmp_path):
     root = image_folder(tmp_path / "images", ("train",), size=(20, 15))
-    split = load(only_train(root, workers=2)).train
+    split = load(only_train(root, num_workers=2)).train
     files = load(only_train(root, in_memory=False)).train.images
-    expected = torch.stack([to_tensor(fit(files.picture(row), 12)) for row in range(len(files))])
+    expected = torch.stack([to_tensor(resize_center_crop(files.picture(row), 12)) for row in range(len(files))])
     assert torch.equal(split.images.images, expected)
 
 

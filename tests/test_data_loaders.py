@@ -1,4 +1,4 @@
-"""Loaders: order, augmentation and evaluation are exact, whatever the processes, workers, chunks or interruptions."""
+"""Loaders: order, augmentation and evaluation are exact, whatever the processes, workers, microbatches or interruptions."""
 
 import random
 from collections import Counter
@@ -23,7 +23,7 @@ from data_samples import (
 )
 from dropkey.config.schema import AugmentConfig
 from dropkey.data import Dataset, Split, epoch_order, eval_loader, load, train_loader
-from dropkey.data.images import Pixels, fit, to_tensor
+from dropkey.data.images import Pixels, resize_center_crop, to_tensor
 from dropkey.errors import ConfigError, DataError
 
 # ------------------------------------------------------------------------------------------------- order
@@ -48,7 +48,7 @@ def test_repeats_keep_the_epoch_length_and_show_fewer_images_more_often(images, 
 
 
 def test_repeats_are_augmented_differently():
-    batch = batches(digits_config(), replace(LIGHT, repeats=2))[0]
+    batch = batches(digits_config(), replace(LIGHT, aug_repeats=2))[0]
     assert torch.equal(batch.ids[0::2], batch.ids[1::2])
     assert (batch.images[0::2] != batch.images[1::2]).flatten(1).any(1).all()
 
@@ -56,7 +56,7 @@ def test_repeats_are_augmented_differently():
 def test_length_is_whole_batches_and_batches_follow_the_order():
     data = digits_config()
     dataset = load(data)
-    loader = train_loader(dataset, data, AugmentConfig(), batch_size=100, accumulate=2, seed=3)
+    loader = train_loader(dataset, data, AugmentConfig(), batch_size=100, grad_accum_steps=2, seed=3)
     found = list(loader.epoch(4))
     assert len(loader) == len(dataset.train) // 100 == 12
     assert [len(batch) for batch in found] == [50] * 24
@@ -71,18 +71,20 @@ def test_length_is_whole_batches_and_batches_follow_the_order():
 
 
 @pytest.mark.parametrize("augment", [LIGHT, HEAVY], ids=["light", "heavy"])
-@pytest.mark.parametrize(("world", "accumulate"), [(2, 1), (1, 4), (4, 1), (2, 2)])
-def test_batches_do_not_depend_on_processes_and_chunks(folder, augment, world, accumulate):
+@pytest.mark.parametrize(("world", "grad_accum_steps"), [(2, 1), (1, 4), (4, 1), (2, 2)])
+def test_batches_do_not_depend_on_processes_and_chunks(folder, augment, world, grad_accum_steps):
     data = folder_config(folder)
     whole = batches(data, augment)
-    ranks = [batches(data, augment, world=world, rank=rank, accumulate=accumulate) for rank in range(world)]
-    assert_equal(merged(ranks, accumulate), whole)
+    ranks = [
+        batches(data, augment, world_size=world, rank=rank, grad_accum_steps=grad_accum_steps) for rank in range(world)
+    ]
+    assert_equal(merged(ranks, grad_accum_steps), whole)
 
 
 def test_two_processes_mix_what_one_process_mixes_in_two_chunks():
     data = digits_config()
-    ranks = [batches(data, MIXED, world=2, rank=rank) for rank in range(2)]
-    assert_equal(merged(ranks, 1), batches(data, MIXED, accumulate=2))
+    ranks = [batches(data, MIXED, world_size=2, rank=rank) for rank in range(2)]
+    assert_equal(merged(ranks, 1), batches(data, MIXED, grad_accum_steps=2))
 
 
 @pytest.mark.parametrize("augment", [LIGHT, HEAVY, MIXED], ids=["light", "heavy", "mixed"])
@@ -90,7 +92,7 @@ def test_batches_do_not_depend_on_workers(folder, augment):
     data = folder_config(folder, in_memory=False)
     expected = batches(data, augment)
     for workers in (1, 2):
-        assert_equal(batches(replace(data, workers=workers), augment), expected)
+        assert_equal(batches(replace(data, num_workers=workers), augment), expected)
 
 
 @pytest.mark.parametrize("augment", [LIGHT, MIXED, replace(LIGHT, rand_augment="rand-m9-mstd0.5-inc1")])
@@ -100,12 +102,12 @@ def test_batches_do_not_depend_on_keeping_images_in_memory(folder, augment):
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
-@pytest.mark.parametrize("augment", [LIGHT, HEAVY, replace(MIXED, repeats=3)], ids=["light", "heavy", "mixed"])
+@pytest.mark.parametrize("augment", [LIGHT, HEAVY, replace(MIXED, aug_repeats=3)], ids=["light", "heavy", "mixed"])
 def test_resuming_within_an_epoch_continues_it(folder, augment, in_memory):
     data = folder_config(folder, in_memory=in_memory)
-    whole = batches(data, augment, batch_size=4, accumulate=2)
+    whole = batches(data, augment, batch_size=4, grad_accum_steps=2)
     for start in (1, 4, 6):
-        rest = batches(data, augment, batch_size=4, accumulate=2, start=start)
+        rest = batches(data, augment, batch_size=4, grad_accum_steps=2, start=start)
         assert len(rest) == 2 * (6 - start)
         if rest:
             assert_equal(rest, whole[2 * start :])
@@ -113,7 +115,7 @@ def test_resuming_within_an_epoch_continues_it(folder, augment, in_memory):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_abandoned_epoch_leaves_no_trace_in_the_next(folder, workers):
-    data = folder_config(folder, in_memory=False, workers=workers)
+    data = folder_config(folder, in_memory=False, num_workers=workers)
     loader = train_loader(load(data), data, HEAVY, batch_size=4, seed=5)
     abandoned = loader.epoch(0)
     next(abandoned)
@@ -141,7 +143,7 @@ def test_epochs_seeds_and_positions_are_augmented_differently(folder, augment):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("augment", [MIXED, replace(HEAVY, mixup=0.5)], ids=["mixed", "heavy"])
 def test_random_state_of_the_main_process_is_left_as_found(folder, augment, workers):
-    data = folder_config(folder, in_memory=False, workers=workers)
+    data = folder_config(folder, in_memory=False, num_workers=workers)
 
     def state():
         return random.getstate(), [str(part) for part in np.random.get_state()], torch.get_rng_state().tolist()
@@ -166,7 +168,9 @@ def counted(size, in_memory=True):
 def evaluated(size, batch_size, world, in_memory=True):
     """All ranks' batches, per rank."""
     dataset, data = counted(size, in_memory)
-    loaders = [eval_loader(dataset, "test", data, batch_size=batch_size, rank=r, world=world) for r in range(world)]
+    loaders = [
+        eval_loader(dataset, "test", data, batch_size=batch_size, rank=r, world_size=world) for r in range(world)
+    ]
     found = [list(loader) for loader in loaders]
     assert {len(loader) for loader in loaders} == {len(part) for part in found} == {-(-size // batch_size)}
     return found
@@ -189,10 +193,12 @@ def test_evaluation_meets_every_image_once_on_any_number_of_processes(world, in_
 
 
 def test_evaluation_resizes_the_shorter_side_and_cuts_the_centre(folder):
-    data = folder_config(folder, in_memory=False, image_size=8, crop=0.8, mean=[0.4, 0.5, 0.6], std=[0.2, 0.25, 0.3])
+    data = folder_config(
+        folder, in_memory=False, image_size=8, crop_pct=0.8, mean=[0.4, 0.5, 0.6], std=[0.2, 0.25, 0.3]
+    )
     dataset = load(data)
     (batch,) = eval_loader(dataset, "test", data, batch_size=100)
-    pixels = torch.stack([to_tensor(fit(dataset.test.images.picture(row), 8, 0.8)) for row in range(24)])
+    pixels = torch.stack([to_tensor(resize_center_crop(dataset.test.images.picture(row), 8, 0.8)) for row in range(24)])
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
     assert torch.allclose(batch.images, (pixels / 255 - mean) / std, atol=1e-5)
     one = replace(data, mean=[0.5], std=[0.25])
@@ -201,7 +207,7 @@ def test_evaluation_resizes_the_shorter_side_and_cuts_the_centre(folder):
 
 
 def test_an_evaluation_can_be_repeated_and_broken_off(folder):
-    data = folder_config(folder, in_memory=False, workers=2)
+    data = folder_config(folder, in_memory=False, num_workers=2)
     loader = eval_loader(load(data), "test", data, batch_size=5)
     first = list(loader)
     next(iter(loader))
@@ -221,11 +227,11 @@ def refused(error, words, data, augment, **named):
 
 def test_a_batch_that_cannot_be_cut_is_refused_with_its_numbers():
     data = digits_config()
-    words = ["trainer.batch_size=10", "2 process", "trainer.accumulate=3", "multiple of 6"]
-    refused(ConfigError, words, data, LIGHT, batch_size=10, world=2, accumulate=3)
-    words = ["trainer.batch_size=6", "chunks of 3", "mixup", "multiple of 4"]
-    refused(ConfigError, words, data, MIXED, batch_size=6, world=2)
-    assert batches(data, replace(MIXED, mix_prob=0.0), batch_size=6, world=2)
+    words = ["trainer.batch_size=10", "2 process", "trainer.grad_accum_steps=3", "multiple of 6"]
+    refused(ConfigError, words, data, LIGHT, batch_size=10, world_size=2, grad_accum_steps=3)
+    words = ["trainer.batch_size=6", "microbatches of 3", "mixup", "multiple of 4"]
+    refused(ConfigError, words, data, MIXED, batch_size=6, world_size=2)
+    assert batches(data, replace(MIXED, mixup_prob=0.0), batch_size=6, world_size=2)
     refused(ConfigError, ["rand_augment=random"], data, AugmentConfig(rand_augment="random"))
 
 
@@ -243,7 +249,7 @@ def test_an_unreadable_image_ends_training_and_evaluation_with_its_name(tmp_path
     broken = [root / split / "b" / "004.png" for split in ("train", "test")]
     for path in broken:
         path.write_bytes(path.read_bytes()[:100])
-    data = folder_config(root, in_memory=False, workers=workers)
+    data = folder_config(root, in_memory=False, num_workers=workers)
     refused(DataError, [f"cannot read image {broken[0]}"], data, HEAVY)
     with pytest.raises(DataError) as caught:
         list(eval_loader(load(data), "test", data, batch_size=5))

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_workers_outlive_signals_and_end_on_close(folder):
-    data = folder_config(folder, in_memory=False, workers=2)
+    data = folder_config(folder, in_memory=False, num_workers=2)
     loader = train_loader(load(data), data, LIGHT, batch_size=2, seed=5)
     others = set(multiprocessing.active_children())
     epoch = loader.epoch(1)
@@ -36,7 +36,7 @@ import os, signal, sys
 sys.path[:0] = {paths}
 from data_samples import LIGHT, folder_config
 from dropkey.data import load, train_loader
-data = folder_config({root!r}, in_memory=False, workers=2)
+data = folder_config({root!r}, in_memory=False, num_workers=2)
 loader = train_loader(load(data), data, LIGHT, batch_size=2, seed=0)
 for batch in loader.epoch(0):
     {event}

@@ -65,7 +65,7 @@ def test_two_processes_give_the_result_of_one_with_the_same_global_batch(tmp_pat
 
 
 def test_masks_belong_to_chunks_so_two_processes_equal_two_accumulated_chunks(two, tmp_path):
-    one = runs.train(tmp_path, "trainer.accumulate=2")
+    one = runs.train(tmp_path, "trainer.grad_accum_steps=2")
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)
     assert two.summary()["loss"] == pytest.approx(one.summary()["loss"], rel=1e-5)
 

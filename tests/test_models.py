@@ -14,7 +14,7 @@ from dropkey.config.compose import CONFIGS, compose
 from dropkey.config.schema import ModelConfig
 from dropkey.errors import ConfigError
 from dropkey.regularizers import STRUCTURED
-from tiny_models import EVERY_SITE, FAMILIES, KINDS_AND_NONE, pictures, window_of
+from tiny_models import EVERY_LAYER, FAMILIES, KINDS_AND_NONE, pictures, window_of
 
 MODELS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
 REGULARIZERS = sorted(path.stem for path in (CONFIGS / "regularizer").glob("*.yaml"))
@@ -61,7 +61,7 @@ def composed(*overrides):
 
 def built(cfg):
     data = cfg.data
-    return build_model(cfg.model, image_size=data.image_size, channels=data.channels, classes=data.classes)
+    return build_model(cfg.model, image_size=data.image_size, channels=data.channels, classes=data.num_classes)
 
 
 # ---- configs
@@ -73,8 +73,8 @@ def test_every_model_config_is_built_and_patched_at_imagenet_size(name):
     with torch.device("meta"):
         model = built(cfg)
     report = regularize(model, cfg.regularizer, cfg.schedule)
-    assert len(report.sites) == DEPTH[name]
-    assert (report.sites[0].ratio, report.sites[-1].ratio) == (cfg.regularizer.ratio, 0.0)
+    assert len(report.layers) == DEPTH[name]
+    assert (report.layers[0].ratio, report.layers[-1].ratio) == (cfg.regularizer.ratio, 0.0)
 
 
 @pytest.mark.parametrize("name", REGULARIZERS)
@@ -82,8 +82,8 @@ def test_every_regularizer_config_patches_every_family(name):
     cfg = composed(f"regularizer={name}")
     for build in FAMILIES.values():
         report = regularize(build(), cfg.regularizer, cfg.schedule)
-        assert report.regularizer == cfg.regularizer.kind == name
-        assert bool(report.sites) == (name != "none")
+        assert report.regularizer == cfg.regularizer.name == name
+        assert bool(report.layers) == (name != "none")
 
 
 def test_there_is_a_config_for_every_regularizer():
@@ -118,7 +118,7 @@ def test_patching_leaves_the_parameter_count(name, kind):
     model = timm_model(name)
     patching.undo(model)
     before = [parameter.requires_grad for parameter in model.parameters()]
-    patching.apply(model, kind, sites=EVERY_SITE, window=window_of(kind))
+    patching.apply(model, kind, layers=EVERY_LAYER, window=window_of(kind))
     assert [parameter.requires_grad for parameter in model.parameters()] == before
 
 
@@ -206,7 +206,7 @@ def test_plain_attention_is_fused_on_request_and_the_process_wide_switch_stays(f
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_trains_a_step_with_every_regularizer(family, kind):
     model = FAMILIES[family]()
-    patching.apply(model, kind, 0.3, "constant", sites=EVERY_SITE, window=window_of(kind))
+    patching.apply(model, kind, 0.3, "constant", layers=EVERY_LAYER, window=window_of(kind))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-3)
     logits = model(pictures(model, 4))
@@ -226,6 +226,6 @@ def test_every_family_trains_a_step_with_every_regularizer(family, kind):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_high_ratios_train_without_nan(family, ratio, kind):
     model = FAMILIES[family]()
-    patching.apply(model, kind, ratio, "constant", sites=EVERY_SITE, window=window_of(kind))
+    patching.apply(model, kind, ratio, "constant", layers=EVERY_LAYER, window=window_of(kind))
     model(pictures(model)).square().sum().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)

@@ -4,17 +4,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dropkey import flips, regularizers
+from dropkey import bernoulli, regularizers
 from dropkey.config import schema
 from dropkey.operator import attention, choose, cpu
 from dropkey.operator.api import IMPLS
-from dropkey.regularizers import KINDS, STRUCTURED, draw
+from dropkey.regularizers import REGULARIZERS, STRUCTURED, draw
 
 HERE = tuple(impl for impl in IMPLS if impl != "triton")  # that one: tests/test_triton.py
-IMPLS_OF = {kind: HERE if KINDS[kind].on_logits else ("reference",) for kind in KINDS}
-EVERY = pytest.mark.parametrize(("kind", "impl"), [(kind, impl) for kind in KINDS for impl in IMPLS_OF[kind]])
+IMPLS_OF = {kind: HERE if REGULARIZERS[kind].masks_logits else ("reference",) for kind in REGULARIZERS}
+EVERY = pytest.mark.parametrize(("kind", "impl"), [(kind, impl) for kind in REGULARIZERS for impl in IMPLS_OF[kind]])
 ON_LOGITS = pytest.mark.parametrize(
-    ("kind", "impl"), [(kind, impl) for kind in KINDS if KINDS[kind].on_logits for impl in HERE]
+    ("kind", "impl"), [(kind, impl) for kind in REGULARIZERS if REGULARIZERS[kind].masks_logits for impl in HERE]
 )
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
@@ -33,7 +33,7 @@ def inputs(queries, keys, dtype=torch.float64, width=8):
 def given(monkeypatch, drop):
     """Every implementation drops just this."""
     monkeypatch.setattr(regularizers, "mask", lambda *args, **kwargs: drop)
-    monkeypatch.setattr(flips, "fill", lambda out, *args: out.copy_(drop.view(out.shape)))  # in one piece
+    monkeypatch.setattr(bernoulli, "fill", lambda out, *args: out.copy_(drop.view(out.shape)))  # in one piece
     monkeypatch.setattr(cpu, "EMPTY_CHANCE", -1.0)
 
 
@@ -51,7 +51,7 @@ def paper(q, k, v, drop, *, kind="dropkey", ratio=RATIO, scale=None, bias=None, 
     logits = q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if bias is not None:
         logits = logits + (penalty * ~bias if bias.dtype == torch.bool else bias.double())
-    if KINDS[kind].on_logits:
+    if REGULARIZERS[kind].masks_logits:
         return (logits + penalty * drop).softmax(-1) @ v
     weights = logits.softmax(-1) * ~drop
     if kind == "dropout":
@@ -300,7 +300,7 @@ def test_an_unknown_impl_is_refused(arguments):
 
 
 @pytest.mark.parametrize("arguments", [{}, {"training": False}, {"ratio": 0.0}])
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if not KINDS[kind].on_logits])
+@pytest.mark.parametrize("kind", [kind for kind in REGULARIZERS if not REGULARIZERS[kind].masks_logits])
 def test_an_impl_asked_for_and_impossible_is_refused(kind, arguments):
     with pytest.raises(ValueError, match=f"impl=sdpa masks logits, and {kind}"):
         attention(*inputs(5, 5), **{"regularizer": kind, "impl": "sdpa", "ratio": 0.3} | arguments)
@@ -312,7 +312,7 @@ def test_structured_kinds_without_a_grid_are_refused(kind):
         attention(*inputs(5, 5), regularizer=kind, ratio=0.3, window=3)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", REGULARIZERS)
 def test_auto_stands_for_an_impl_that_can(kind):
     assert choose("auto", kind, *inputs(5, 5)) in IMPLS_OF[kind]
 

@@ -11,15 +11,15 @@ from torch import nn
 
 from dropkey import patching
 from dropkey.config import schema
+from dropkey.patching.find import KIND_OF_CLASS
 from dropkey.patching.layer import Regularize
 from dropkey.patching.patch import regularized_layers
-from dropkey.patching.sites import SITE_OF_CLASS
-from dropkey.regularizers import KINDS
+from dropkey.regularizers import REGULARIZERS
 from dropkey.schedules import ratios
-from tiny_models import EVERY_SITE, FAMILIES, KINDS_AND_NONE, deit, pictures, t2t, t2t_t, vit, volo, window_of
+from tiny_models import EVERY_LAYER, FAMILIES, KINDS_AND_NONE, deit, pictures, t2t, t2t_t, vit, volo, window_of
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
-KIND = pytest.mark.parametrize("kind", KINDS)
+KIND = pytest.mark.parametrize("kind", REGULARIZERS)
 KIND_OR_NONE = pytest.mark.parametrize("kind", KINDS_AND_NONE)
 
 
@@ -28,8 +28,8 @@ def _seed():
     torch.manual_seed(0)
 
 
-def patch(model, kind="dropkey", ratio=0.3, schedule="constant", sites=EVERY_SITE, **others):
-    return patching.apply(model, kind, ratio, schedule, sites=sites, window=window_of(kind), **others)
+def patch(model, kind="dropkey", ratio=0.3, schedule="constant", layers=EVERY_LAYER, **others):
+    return patching.apply(model, kind, ratio, schedule, layers=layers, window=window_of(kind), **others)
 
 
 def run(model, images, seed=1):
@@ -101,7 +101,7 @@ def test_every_site_draws_one_mask_in_training(drawn, family, kind):
     model = FAMILIES[family]()
     report = patch(model, kind, 0.3)
     model(pictures(model))
-    assert [name for name, *_ in drawn] == [kind] * len(report.sites)
+    assert [name for name, *_ in drawn] == [kind] * len(report.layers)
 
 
 @KIND
@@ -184,7 +184,7 @@ def test_none_takes_a_regularizer_out():
     model = volo()
     text = repr(model)
     patch(model)
-    assert patch(model, "none").sites == []
+    assert patch(model, "none").layers == []
     assert repr(model) == text
 
 
@@ -246,7 +246,7 @@ def test_weights_go_from_unpatched_to_patched_and_back():
     assert torch.equal(plain.eval()(images), patched.eval()(images))
 
 
-# ---- sites and ratios
+# ---- layers and ratios
 
 
 @pytest.mark.parametrize("schedule", schema.SCHEDULES)
@@ -258,9 +258,9 @@ def test_ratios_follow_the_order_in_which_layers_run(family, schedule):
         if isinstance(getattr(module, "attn_drop", None), Regularize):
             module.register_forward_pre_hook(lambda module, inputs, name=name: order.append(name))
     model(pictures(model))
-    assert [site.name for site in report.sites] == order
+    assert [site.name for site in report.layers] == order
     wanted = ratios(schedule, 0.3, 0.05, len(order))
-    assert [site.ratio for site in report.sites] == wanted
+    assert [site.ratio for site in report.layers] == wanted
     assert [model.get_submodule(name).attn_drop.ratio for name in order] == wanted
 
 
@@ -276,30 +276,30 @@ def test_ratios_follow_the_order_in_which_layers_run(family, schedule):
 )
 def test_by_default_self_and_class_attention_are_taken(build, kinds):
     report = patching.apply(build())
-    assert [site.kind for site in report.sites] == kinds
+    assert [site.kind for site in report.layers] == kinds
 
 
 @pytest.mark.parametrize(
     ("build", "kinds"), [(volo, ["outlook", *["self"] * 3, *["class"] * 2]), (t2t_t, ["token"] * 2 + ["self"] * 3)]
 )
 def test_outlook_and_token_attention_are_taken_on_request(build, kinds):
-    report = patching.apply(build(), sites=EVERY_SITE)
-    assert [site.kind for site in report.sites] == kinds
+    report = patching.apply(build(), layers=EVERY_LAYER)
+    assert [site.kind for site in report.layers] == kinds
     assert report.skipped == []
 
 
 @pytest.mark.parametrize(
-    ("build", "sites", "skipped"),
+    ("build", "layers", "skipped"),
     [
-        (volo, ("self", "class"), {"network.0.0.attn": "outlook attention is not among sites="}),
+        (volo, ("self", "class"), {"network.0.0.attn": "outlook attention is not among layers="}),
         (volo, ("self", "outlook"), {f"post_network.{i}.attn": "class attention is not among" for i in (0, 1)}),
         (t2t_t, ("self",), {f"tokens_to_token.attention{i}.attn": "token attention is not among" for i in (1, 2)}),
-        (t2t, EVERY_SITE, {f"tokens_to_token.attention{i}": "a performer has no softmax" for i in (1, 2)}),
-        (vit, EVERY_SITE, {}),
+        (t2t, EVERY_LAYER, {f"tokens_to_token.attention{i}": "a performer has no softmax" for i in (1, 2)}),
+        (vit, EVERY_LAYER, {}),
     ],
 )
-def test_what_is_skipped_is_reported_with_the_reason(build, sites, skipped):
-    report = patching.apply(build(), sites=sites)
+def test_what_is_skipped_is_reported_with_the_reason(build, layers, skipped):
+    report = patching.apply(build(), layers=layers)
     assert [name for name, _ in report.skipped] == list(skipped)
     for name, reason in report.skipped:
         assert reason.startswith(skipped[name])
@@ -317,26 +317,26 @@ def test_what_is_skipped_is_reported_with_the_reason(build, sites, skipped):
 def test_attention_without_a_distribution_over_keys_is_skipped(name, arguments, reason):
     with torch.device("meta"):
         found = list(patching.patch.find(timm.create_model(name, **arguments)))
-    assert any(reason in (each.obstacle or "") for each in found)
+    assert any(reason in (each.unsupported_reason or "") for each in found)
 
 
 def test_the_sites_are_those_of_the_config():
-    assert {"self", "cross", *SITE_OF_CLASS.values()} == set(schema.SITES)
+    assert {"self", "cross", *KIND_OF_CLASS.values()} == set(schema.LAYERS)
 
 
 @FAMILY
 def test_the_report_names_every_site_with_its_ratio(family):
     report = patch(FAMILIES[family](), "dropkey", 0.3, "decreasing")
     lines = str(report).splitlines()
-    assert lines[0].startswith(f"dropkey (decreasing) at {len(report.sites)} attention sites")
-    for line, site in zip(lines[1:], report.sites, strict=False):
-        assert line.split() == [site.name, site.kind, site.way, "ratio", f"{site.ratio:.4f}"]
+    assert lines[0].startswith(f"dropkey (decreasing) at {len(report.layers)} attention layers")
+    for line, site in zip(lines[1:], report.layers, strict=False):
+        assert line.split() == [site.name, site.kind, site.mechanism, "ratio", f"{site.ratio:.4f}"]
 
 
 def test_the_printed_model_shows_kind_and_ratio():
     model = vit()
     patch(model, "dropkey_block", 0.25)
-    assert repr(model).count("dropkey_block, ratio=0.25, window=3, site=self") == 3
+    assert repr(model).count("dropkey_block, ratio=0.25, window=3, layer=self") == 3
 
 
 @pytest.mark.parametrize("schedule", schema.SCHEDULES)
@@ -388,13 +388,13 @@ def test_always_on_leaves_training_as_it_is():
 @pytest.mark.parametrize("name", ["resnet18", "resnet26d", "mlp_mixer_toy"])
 def test_a_model_without_attention_is_refused(name):
     model = nn.Sequential(nn.Linear(4, 4)) if name == "mlp_mixer_toy" else timm.create_model(name, num_classes=5)
-    with pytest.raises(ValueError, match="has no attention layer of sites="):
+    with pytest.raises(ValueError, match="has no attention layer of layers="):
         patching.apply(model)
 
 
 def test_a_model_without_the_sites_asked_for_is_refused():
-    with pytest.raises(ValueError, match=r"VisionTransformer has no attention layer of sites=\['outlook'\]"):
-        patching.apply(vit(), sites=("outlook",))
+    with pytest.raises(ValueError, match=r"VisionTransformer has no attention layer of layers=\['outlook'\]"):
+        patching.apply(vit(), layers=("outlook",))
 
 
 @pytest.mark.parametrize(
@@ -429,7 +429,7 @@ def test_another_ratio_keeps_the_schedule(schedule, end):
     patching.set_ratio(model, 0.4)
     report = patching.apply(other, "dropkey", 0.4, schedule, end=end)
     layers = [layer for _, layer in regularized_layers(model)]
-    assert [layer.ratio for layer in layers] == [site.ratio for site in report.sites]
+    assert [layer.ratio for layer in layers] == [site.ratio for site in report.layers]
 
 
 def test_a_ratio_for_a_model_without_regularizer_is_refused():

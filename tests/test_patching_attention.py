@@ -10,13 +10,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dropkey import patching
-from dropkey.flips import as_ratio, as_threshold
+from dropkey.bernoulli import as_ratio, as_threshold
 from dropkey.models.t2t_vit import TokenTransformerAttention
-from dropkey.patching.sites import key_grid
-from dropkey.regularizers import KINDS, STRUCTURED
-from tiny_models import EVERY_SITE, FAMILIES, deit, pictures, t2t, t2t_small, t2t_t, vit, volo, window_of
+from dropkey.patching.find import key_grid
+from dropkey.regularizers import REGULARIZERS, STRUCTURED
+from tiny_models import EVERY_LAYER, FAMILIES, deit, pictures, t2t, t2t_small, t2t_t, vit, volo, window_of
 
-KIND = pytest.mark.parametrize("kind", KINDS)
+KIND = pytest.mark.parametrize("kind", REGULARIZERS)
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def _seed():
 
 
 def patch(module, kind="dropkey", ratio=0.3, **others):
-    others = {"sites": EVERY_SITE, "window": window_of(kind)} | others
+    others = {"layers": EVERY_LAYER, "window": window_of(kind)} | others
     return patching.apply(module, kind, ratio, "constant", **others)
 
 
@@ -34,7 +34,7 @@ def patch(module, kind="dropkey", ratio=0.3, **others):
 
 def weigh(logits, drop, kind, ratio=0.3):
     """Attention weights under the mask; a query without keys attends to nothing."""
-    if KINDS[kind].on_logits:
+    if REGULARIZERS[kind].masks_logits:
         return (logits - 1e12 * drop.double()).softmax(-1) * ~drop.all(-1, keepdim=True)
     weights = logits.softmax(-1) * ~drop
     if kind == "dropout":
@@ -113,7 +113,7 @@ def test_training_is_the_dense_recomputation_with_the_same_mask(drawn, layer, ki
     build, shape, dense, way = LAYERS[layer]
     model = nn.Sequential(build()).double()
     report = patch(model, kind, grid=(4, 4))
-    assert [site.way for site in report.sites] == [way]
+    assert [site.mechanism for site in report.layers] == [way]
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     out = model(x)
     ((_, drop, _),) = drawn
@@ -258,7 +258,7 @@ def training_step(function, x, module):
     return [out, *torch.autograd.grad(out.square().sum(), [x, *module.parameters()])]
 
 
-@pytest.mark.parametrize(("kind", "backend"), [("dropkey", "aot_eager"), *((kind, "eager") for kind in KINDS)])
+@pytest.mark.parametrize(("kind", "backend"), [("dropkey", "aot_eager"), *((kind, "eager") for kind in REGULARIZERS)])
 def test_a_patched_layer_compiles_without_graph_breaks(kind, backend):
     model = nn.Sequential(Attention(16, 2))
     patch(model, kind, grid=(4, 4))

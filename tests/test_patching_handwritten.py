@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dropkey
-from dropkey.patching import sites
+from dropkey.patching import layers
 
 WIDTH, HEADS = 16, 2
 
@@ -138,17 +138,17 @@ def run(model, x, seed=1):
 
 
 def apply(model, ratio=0.4, **others):
-    return dropkey.apply(model, "dropkey", ratio, "constant", sites=("self", "cross"), **others)
+    return dropkey.apply(model, "dropkey", ratio, "constant", layers=("self", "cross"), **others)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_handwritten_attention_is_regularized_in_training_only_and_can_be_taken_back(monkeypatch, name):
-    monkeypatch.setattr(sites, "BARE_SOFTMAX", sites.BARE_SOFTMAX | {"FloatDropout", "OtherNames"})
+    monkeypatch.setattr(layers, "SOFTMAX_CLASSES", layers.SOFTMAX_CLASSES | {"FloatDropout", "OtherNames"})
     build, wanted = MODELS[name]
     model, x = build(), torch.randn(2, 9, WIDTH)
     text, trained, evaluated = repr(model), run(model, x), run(model.eval(), x)
     report = apply(model.train())
-    assert [(site.kind, site.way) for site in report.sites] == wanted
+    assert [(site.kind, site.mechanism) for site in report.layers] == wanted
     assert not torch.equal(run(model, x, seed=1), run(model, x, seed=2))
     assert torch.equal(run(model.eval(), x), evaluated)
     with dropkey.always_on(model):
@@ -161,7 +161,7 @@ def test_handwritten_attention_is_regularized_in_training_only_and_can_be_taken_
 
 def test_a_module_used_twice_draws_two_masks(drawn):
     model = UsedTwice()
-    assert len(apply(model).sites) == 1
+    assert len(apply(model).layers) == 1
     model(torch.randn(2, 9, WIDTH))
     assert len(drawn) == 2 and not torch.equal(drawn[0][1], drawn[1][1])
 
@@ -195,7 +195,7 @@ def test_dropout_of_the_output_of_attention_is_no_dropout_of_weights():
             return x + self.attn_drop(super().forward(x))
 
     model = Block()
-    assert [site.name for site in apply(model).sites] == ["mha"]
+    assert [site.name for site in apply(model).layers] == ["mha"]
     assert isinstance(model.attn_drop, nn.Dropout)
 
 
@@ -204,11 +204,11 @@ def test_the_report_has_a_name_for_the_model_itself():
 
 
 def test_where_no_attention_is_found_the_message_tells_how_it_is_found():
-    with pytest.raises(ValueError, match=r"`attn_drop`, calls scaled_dot_product.*can be added to .*BARE_SOFTMAX$"):
+    with pytest.raises(ValueError, match=r"`attn_drop`, calls scaled_dot_product.*can be added to .*SOFTMAX_CLASSES$"):
         apply(nn.Sequential(OtherNames()))
 
 
 @pytest.mark.parametrize("wrong", ["self", ("self", "corss")])
 def test_unknown_sites_are_refused_even_beside_known_ones(wrong):
-    with pytest.raises(ValueError, match=r"sites=.* is no tuple of self, cross, outlook, token, class"):
-        dropkey.apply(Decoder(), sites=wrong)
+    with pytest.raises(ValueError, match=r"layers=.* is no tuple of self, cross, outlook, token, class"):
+        dropkey.apply(Decoder(), layers=wrong)

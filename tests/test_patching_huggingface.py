@@ -12,7 +12,7 @@ from dropkey import patching, regularizers
 
 transformers = pytest.importorskip("transformers")
 
-EVERY_SITE = ("self", "class", "cross")
+EVERY_LAYER = ("self", "class", "cross")
 WIDTHS = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
 BERT = WIDTHS | {"vocab_size": 20, "hidden_dropout_prob": 0.0}
 DETR = {
@@ -75,7 +75,7 @@ def detr(dropout=0.0):
 
 MODELS = {"ViT": (vit, pictures), "BERT": (bert, words), "Llama": (llama, words), "BART": (bart, words)}
 MODELS["DETR"] = (detr, pictures)
-KINDS = {
+REGULARIZERS = {
     "ViT": ["self"] * 2,
     "BERT": ["self"] * 2,
     "Llama": ["self"] * 2,
@@ -99,7 +99,7 @@ def build(name, implementation="sdpa", **arguments):
 
 
 def patched(model, ratio=0.3, **others):
-    patching.apply(model, "dropkey", ratio, "constant", sites=EVERY_SITE, impl="reference", **others)
+    patching.apply(model, "dropkey", ratio, "constant", layers=EVERY_LAYER, impl="reference", **others)
     return model
 
 
@@ -118,20 +118,20 @@ def gradients(model, inputs):
 @MODEL
 def test_sites_kinds_and_ways(name, implementation):
     model, _ = build(name, implementation)
-    report = patching.apply(model, sites=EVERY_SITE)
+    report = patching.apply(model, layers=EVERY_LAYER)
     way = {"sdpa": "fused", "eager": "softmax"}[implementation]
-    assert [(site.kind, site.way) for site in report.sites] == [(kind, way) for kind in KINDS[name]]
+    assert [(site.kind, site.mechanism) for site in report.layers] == [(kind, way) for kind in REGULARIZERS[name]]
 
 
 @MODEL
 def test_sites_are_listed_in_the_order_in_which_they_run(name):
     model, inputs = build(name)
-    order, sites = [], patching.apply(model, sites=EVERY_SITE).sites
-    for site in sites:
+    order, layers = [], patching.apply(model, layers=EVERY_LAYER).layers
+    for site in layers:
         module = model.get_submodule(site.name)
         module.register_forward_pre_hook(lambda *_, name=site.name: order.append(name))
     run(model, inputs)
-    assert order == [site.name for site in sites]
+    assert order == [site.name for site in layers]
 
 
 @IMPLEMENTATION
@@ -175,7 +175,7 @@ def test_training_is_dropkey(monkeypatch, drawn, name):
     inputs = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
     plain = copy.deepcopy(model)
     out = run(patched(model), inputs)
-    assert len(drawn) == len(KINDS[name])
+    assert len(drawn) == len(REGULARIZERS[name])
     monkeypatch.setattr(F, "scaled_dot_product_attention", dense(drawn))
     torch.testing.assert_close(out, run(plain, inputs), rtol=1e-5, atol=1e-6)  # some steps of theirs are in fp32
 

@@ -12,7 +12,7 @@ from timm.models import nextvit as next_vit
 from torch import nn
 
 from dropkey import patching
-from dropkey.patching.sites import BARE_SOFTMAX
+from dropkey.patching.find import SOFTMAX_CLASSES
 from tiny_models import volo
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "coverage.py"
@@ -123,7 +123,7 @@ def test_attention_without_attn_drop_is_found_by_its_call_of_sdpa(fused):
 
     model, q = nn.Sequential(Plain()), torch.randn(2, 2, 9, 8)
     report = patching.apply(model, ratio=0.3, schedule="constant", impl="reference")
-    assert [site.way for site in report.sites] == ["fused" if fused else "softmax"]
+    assert [site.mechanism for site in report.layers] == ["fused" if fused else "softmax"]
     torch.manual_seed(1)
     out = model(q)
     model[0].fused_attn = not fused
@@ -154,8 +154,8 @@ def test_every_class_listed_for_its_softmax_is_one_of_timm_or_torchvision():
     for root in (Path(timm.__file__).parent, Path(__import__("torchvision").__file__).parent):
         for file in root.rglob("*.py"):
             text = file.read_text()
-            found |= {name for name in BARE_SOFTMAX if f"class {name.rsplit('.')[-1]}(" in text}
-    assert found == BARE_SOFTMAX
+            found |= {name for name in SOFTMAX_CLASSES if f"class {name.rsplit('.')[-1]}(" in text}
+    assert found == SOFTMAX_CLASSES
 
 
 def test_the_lowest_number_in_a_mask_forbids_as_minus_infinity_does():

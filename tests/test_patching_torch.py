@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dropkey import patching, regularizers
-from dropkey.regularizers import KINDS
+from dropkey.regularizers import REGULARIZERS
 from tiny_models import window_of
 
 
@@ -28,8 +28,8 @@ def drawn(monkeypatch):
     return masks
 
 
-def patched(model, kind="dropkey", ratio=0.3, sites=("self", "class", "cross"), **others):
-    patching.apply(model, kind, ratio, "constant", sites=sites, window=window_of(kind), impl="reference", **others)
+def patched(model, kind="dropkey", ratio=0.3, layers=("self", "class", "cross"), **others):
+    patching.apply(model, kind, ratio, "constant", layers=layers, window=window_of(kind), impl="reference", **others)
     return model
 
 
@@ -154,7 +154,7 @@ def test_averaged_weights_are_the_mean_over_heads(need_weights):
     torch.testing.assert_close(mean, each.mean(1))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", REGULARIZERS)
 def test_both_ways_of_multihead_attention_draw_the_same_for_every_kind(kind):
     """need_weights=False goes through the operator, need_weights=True through the weights."""
     module = patched(nn.Sequential(nn.MultiheadAttention(WIDTH, HEADS)).double(), kind, grid=(3, 3))[0]
@@ -243,8 +243,8 @@ def test_always_on_restores_the_switch_of_the_fast_path(enabled):
 
 def test_decoders_attend_to_themselves_and_across():
     model = nn.Transformer(16, 2, 1, 1, 32)
-    report = patching.apply(model, sites=("self", "cross"))
-    assert [(site.name, site.kind) for site in report.sites] == [
+    report = patching.apply(model, layers=("self", "cross"))
+    assert [(site.name, site.kind) for site in report.layers] == [
         ("encoder.layers.0.self_attn", "self"),
         ("decoder.layers.0.self_attn", "self"),
         ("decoder.layers.0.multihead_attn", "cross"),
@@ -254,7 +254,7 @@ def test_decoders_attend_to_themselves_and_across():
 def test_attention_across_is_left_alone_by_default():
     report = patching.apply(nn.Transformer(16, 2, 1, 1, 32))
     assert [name for name, _ in report.skipped] == ["decoder.layers.0.multihead_attn"]
-    assert report.skipped[0][1].startswith("cross attention is not among sites=")
+    assert report.skipped[0][1].startswith("cross attention is not among layers=")
 
 
 def test_a_transformer_trains_with_masks_at_every_site(drawn):
@@ -312,7 +312,7 @@ VISION_MODEL = pytest.mark.parametrize("name", VISION)
 def test_sites_of_torchvision_are_found(name):
     report = patching.apply(VISION[name]())
     count, way = SITES_AND_WAYS[name]
-    assert [site.way for site in report.sites] == [way] * count
+    assert [site.mechanism for site in report.layers] == [way] * count
 
 
 @VISION_MODEL

@@ -9,16 +9,17 @@ from torch._dynamo.backends.debugging import aot_eager
 from torch.utils.checkpoint import checkpoint
 
 import dropkey
-from dropkey import flips, regularizers
+from dropkey import bernoulli, regularizers
 from dropkey.operator import cpu
-from dropkey.regularizers import KINDS, STRUCTURED
+from dropkey.regularizers import REGULARIZERS, STRUCTURED
 from tiny_models import FAMILIES, pictures
 
 IMPLS = ("reference", "cpu", "sdpa")  # triton: tests/test_triton.py
 EVERY = pytest.mark.parametrize(
-    ("kind", "impl"), [(kind, impl) for kind in KINDS for impl in (IMPLS if KINDS[kind].on_logits else ("reference",))]
+    ("kind", "impl"),
+    [(kind, impl) for kind in REGULARIZERS for impl in (IMPLS if REGULARIZERS[kind].masks_logits else ("reference",))],
 )
-KIND = pytest.mark.parametrize("kind", KINDS)
+KIND = pytest.mark.parametrize("kind", REGULARIZERS)
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +78,7 @@ def test_a_seed_may_be_a_number_or_a_tensor(seed):
     assert equal(run(tensors, seed=seed), run(tensors, seed=torch.tensor(seed)))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if KINDS[kind].on_logits])
+@pytest.mark.parametrize("kind", [kind for kind in REGULARIZERS if REGULARIZERS[kind].masks_logits])
 def test_every_implementation_drops_the_same_keys(kind):
     tensors = inputs()
     found = {impl: run(tensors, kind, impl, seed=5) for impl in IMPLS}
@@ -92,7 +93,7 @@ def test_a_call_takes_one_seed_whatever_its_shape(shape):
     dropkey.attention(q, q, q, ratio=0.3)
     after = torch.get_rng_state()
     torch.manual_seed(5)
-    flips.new_seed(q.device)
+    bernoulli.new_seed(q.device)
     assert torch.equal(torch.get_rng_state(), after)
 
 
@@ -184,7 +185,7 @@ def test_manual_seed_reproduces_compiled_attention():
 @KIND
 def test_the_mask_operator_is_registered_well(kind):
     where = [4, 4, 1, 3] if kind in STRUCTURED else []
-    arguments = (torch.tensor(5), flips.as_threshold(0.3, torch.device("cpu")), kind, [2, 3, 5, 17], where)
+    arguments = (torch.tensor(5), bernoulli.as_threshold(0.3, torch.device("cpu")), kind, [2, 3, 5, 17], where)
     torch.library.opcheck(regularizers.mask_op, arguments)
 
 
@@ -197,7 +198,7 @@ def test_the_cpu_operator_is_registered_well(transposed, biased, masked):
     tensors = [(x.transpose(1, 2) if transposed else x).detach().requires_grad_() for x in tensors]
     bias = torch.randn(1, 3, 6, 7, requires_grad=biased == "trained") if biased else None
     drop = torch.rand(2, 3, 1, 7) < 0.3 if masked else None
-    numbers = torch.tensor(5), flips.as_threshold(0.3, torch.device("cpu")), 0.3
+    numbers = torch.tensor(5), bernoulli.as_threshold(0.3, torch.device("cpu")), 0.3
     torch.library.opcheck(cpu.forward_op, (*tensors, bias, drop, *numbers))
 
 
@@ -246,7 +247,7 @@ def test_a_cast_leaves_the_ratio_exact(dtype):
     model = FAMILIES["vit"]()
     dropkey.apply(model, "dropkey", 0.1, "constant")
     model.to(dtype)
-    wanted = flips.as_threshold(0.1, torch.device("cpu"))
+    wanted = bernoulli.as_threshold(0.1, torch.device("cpu"))
     assert all(torch.equal(block.attn.attn_drop.threshold, wanted) for block in model.blocks)
 
 
@@ -255,7 +256,7 @@ def test_a_model_made_on_the_meta_device_keeps_its_ratio():
         model = FAMILIES["vit"]()
     dropkey.apply(model, "dropkey", 0.1, "constant")
     model.to_empty(device="cpu")
-    wanted = flips.as_threshold(0.1, torch.device("cpu"))
+    wanted = bernoulli.as_threshold(0.1, torch.device("cpu"))
     assert all(torch.equal(block.attn.attn_drop.threshold, wanted) for block in model.blocks)
 
 
@@ -265,4 +266,4 @@ def test_a_copy_has_a_ratio_of_its_own():
     other = copy.deepcopy(model)
     dropkey.set_ratio(other, 0.5, "constant")
     layers = [one.blocks[0].attn.attn_drop for one in (model, other)]
-    assert [flips.as_ratio(layer.threshold).item() for layer in layers] == pytest.approx([0.1, 0.5])
+    assert [bernoulli.as_ratio(layer.threshold).item() for layer in layers] == pytest.approx([0.1, 0.5])

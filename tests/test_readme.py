@@ -162,8 +162,8 @@ def test_pictures_are_drawn(words, run, monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize("words", of("reproduce"), ids=" ".join)
 def test_tables_are_planned(words, monkeypatch, tmp_path, tables):
     """What the words say can be done; that it then is: test_reproduce.py."""
+    from dropkey.reproduction.jobs import jobs_of
     from dropkey.reproduction.slots import slots
-    from dropkey.reproduction.tasks import tasks_of
 
     script = load_script("scripts/reproduce.py", monkeypatch)
     shutil.copy(ROOT / "configs" / "table" / "schedule.yaml", tmp_path / "mine.yaml")
@@ -171,7 +171,7 @@ def test_tables_are_planned(words, monkeypatch, tmp_path, tables):
     table = script.load(options)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7")
     assert slots(options.jobs or None, options.gpus, options.per_gpu, options.gpus_per_run)
-    assert len(tasks_of(table, str(tables))) == len(table.rows) * len(table.columns) * len(table.seeds)
+    assert len(jobs_of(table, str(tables))) == len(table.rows) * len(table.columns) * len(table.seeds)
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +213,7 @@ def test_sweep_definitions_exist(words):
 def test_python_examples_run(code, monkeypatch):
     from dropkey import regularizers
 
-    monkeypatch.setattr(regularizers, "KINDS", dict(regularizers.KINDS))
+    monkeypatch.setattr(regularizers, "REGULARIZERS", dict(regularizers.REGULARIZERS))
     names = {}
     exec(compile(code, "README.md", "exec"), names)
     if "drophead" in code:

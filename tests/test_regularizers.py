@@ -7,9 +7,9 @@ import torch
 
 from dropkey import regularizers
 from dropkey.config import schema
-from dropkey.regularizers import FULL, KINDS, STRUCTURED, draw
+from dropkey.regularizers import FULL, REGULARIZERS, STRUCTURED, draw
 
-UNSTRUCTURED = [kind for kind in KINDS if kind not in STRUCTURED]
+UNSTRUCTURED = [kind for kind in REGULARIZERS if kind not in STRUCTURED]
 WINDOWS = [("dropkey_block", 3), ("dropkey_block", 5), ("dropkey_block", 7)]
 WINDOWS += [("dropkey_cross", 3), ("dropkey_cross", 5), ("dropkey_cross", 7), ("dropkey_cross", "full")]
 KIND_AND_WINDOW = [(kind, None) for kind in UNSTRUCTURED] + WINDOWS
@@ -46,7 +46,7 @@ def covers(kind, grid, window):
 
 
 def test_the_kinds_are_those_of_the_config():
-    assert {"none", *KINDS} == set(schema.KINDS)
+    assert {"none", *REGULARIZERS} == set(schema.REGULARIZER_NAMES)
 
 
 # ---- how much is dropped
@@ -135,7 +135,7 @@ def test_masks_are_windows_around_the_seeds(monkeypatch, kind, window, grid, num
     def given(seed, threshold, rows, columns, first_column=0, first_row=0):
         return prefix.view(rows, -1) if first_column else seeds.view(rows, columns)
 
-    monkeypatch.setattr(regularizers, "flips", given)
+    monkeypatch.setattr(regularizers, "bernoulli", given)
     keys = grid[0] * grid[1]
     mask = mask_of(kind, window, 0.3, (2, 3, 5, num_prefix + keys), grid, num_prefix)
     dilated = seeds.flatten(-2).double() @ covers(kind, grid, window).double() > 0
@@ -153,7 +153,7 @@ def test_column_shares_one_draw_over_queries():
     assert draw("dropkey_column", SHAPE, 0.3).shape == (64, 8, 1, 16)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "dropkey_column"])
+@pytest.mark.parametrize("kind", [kind for kind in REGULARIZERS if kind != "dropkey_column"])
 def test_other_kinds_draw_for_every_query(kind):
     assert mask_of(kind, 3 if kind in STRUCTURED else None, 0.3).shape == SHAPE
 
@@ -206,16 +206,16 @@ def test_dropout_scales_survivors_by_one_over_the_kept_share():
     _, weights = softmaxed()
     drop = torch.rand(weights.shape) < 0.3
     wanted = torch.where(drop, 0, weights / 0.7)
-    torch.testing.assert_close(KINDS["dropout"].reweigh(weights, drop, 0.3), wanted, rtol=1e-14, atol=0)
+    torch.testing.assert_close(REGULARIZERS["dropout"].reweigh(weights, drop, 0.3), wanted, rtol=1e-14, atol=0)
 
 
 def test_dropout_keeps_the_expectation():
     weights = torch.full((400, 16, 16, 16), 1 / 16)
-    dropped = KINDS["dropout"].reweigh(weights, draw("dropout", weights.shape, 0.3), 0.3)
+    dropped = REGULARIZERS["dropout"].reweigh(weights, draw("dropout", weights.shape, 0.3), 0.3)
     assert dropped.mean().item() == pytest.approx(1 / 16, rel=5e-3)
 
 
-RENORMALISING = [kind for kind in KINDS if kind != "dropout"]
+RENORMALISING = [kind for kind in REGULARIZERS if kind != "dropout"]
 
 
 @pytest.mark.parametrize("kind", RENORMALISING)
@@ -223,17 +223,17 @@ def test_rows_sum_to_one_or_to_zero_where_all_keys_are_dropped(kind):
     _, weights = softmaxed()
     drop = torch.rand(weights.shape) < 0.7
     drop[0, 0, 0], drop[1, 2, 4] = True, True
-    rows = KINDS[kind].reweigh(weights, drop, 0.7).sum(-1)
+    rows = REGULARIZERS[kind].reweigh(weights, drop, 0.7).sum(-1)
     torch.testing.assert_close(rows, (~drop.all(-1)).double(), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if KINDS[kind].on_logits])
+@pytest.mark.parametrize("kind", [kind for kind in REGULARIZERS if REGULARIZERS[kind].masks_logits])
 def test_renormalised_weights_are_the_softmax_of_masked_logits(kind):
     logits, weights = softmaxed()
     drop = torch.rand(weights.shape) < 0.3
     drop[..., 0] = False  # no query loses all keys
     towards = torch.randn(weights.shape, dtype=torch.float64)
-    ours = KINDS[kind].reweigh(weights, drop, 0.3)
+    ours = REGULARIZERS[kind].reweigh(weights, drop, 0.3)
     wanted = logits.masked_fill(drop, -torch.inf).softmax(-1)
     torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-12)
     ours, wanted = (torch.autograd.grad((out * towards).sum(), logits)[0] for out in (ours, wanted))
@@ -245,7 +245,7 @@ def test_dropattention_takes_no_gradient_through_its_divisor():
     weights = weights.detach().requires_grad_()
     drop = torch.rand(weights.shape) < 0.3
     towards = torch.randn(weights.shape, dtype=torch.float64)
-    out = KINDS["dropattention"].reweigh(weights, drop, 0.3)
+    out = REGULARIZERS["dropattention"].reweigh(weights, drop, 0.3)
     gradient = torch.autograd.grad((out * towards).sum(), weights)[0]
     kept = torch.where(drop, 0, weights.detach())
     torch.testing.assert_close(gradient, torch.where(drop, 0, towards / kept.sum(-1, keepdim=True)))
@@ -256,7 +256,7 @@ def test_dropkey_takes_the_gradient_through_its_divisor():
     weights = weights.detach().requires_grad_()
     drop = torch.rand(weights.shape) < 0.3
     towards = torch.randn(weights.shape, dtype=torch.float64)
-    out = KINDS["dropkey"].reweigh(weights, drop, 0.3)
+    out = REGULARIZERS["dropkey"].reweigh(weights, drop, 0.3)
     gradient = torch.autograd.grad((out * towards).sum(), weights)[0]
     mean = (out.detach() * towards).sum(-1, keepdim=True)
     total = torch.where(drop, 0, weights.detach()).sum(-1, keepdim=True)
@@ -272,7 +272,7 @@ def test_gradients_are_finite_when_next_to_nothing_survives(kind, gap):
     logits.requires_grad_()
     drop = torch.zeros(1, 1, 50, 9, dtype=torch.bool)
     drop[..., 0] = True
-    out = KINDS[kind].reweigh(logits.softmax(-1), drop, 0.3)
+    out = REGULARIZERS[kind].reweigh(logits.softmax(-1), drop, 0.3)
     (100 * out * torch.randn_like(out)).sum().backward()
     assert out.isfinite().all()
     assert logits.grad.isfinite().all()

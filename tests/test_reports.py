@@ -15,10 +15,10 @@ import pytest
 
 from dropkey.errors import ConfigError
 from dropkey.records import RunDirectory
-from dropkey.reproduction import document, records, tables, writers
+from dropkey.reproduction import document, results, tables, writers
 from dropkey.reproduction.comparison import compare
+from dropkey.reproduction.jobs import Composed, Job
 from dropkey.reproduction.statistics import AGREES, UNDECIDED
-from dropkey.reproduction.tasks import Composed, Task
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden" / "table"  # regenerate: python tests/golden/make.py table
@@ -38,8 +38,8 @@ RESULTS = sorted((ROOT / "results").glob("*/records.jsonl"))
 
 def golden_comparison():
     table = tables.load(str(GOLDEN / "mini.yaml"), "smoke")
-    head, found = records.read(GOLDEN / "records.jsonl", "mini", "smoke")
-    return compare(table, head, found, records.require_one_version(found, mixed=False))
+    head, found = results.read(GOLDEN / "records.jsonl", "mini", "smoke")
+    return compare(table, head, found, results.require_one_version(found, mixed=False))
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def written(tmp_path_factory):
 def changed(**changes):
     """The golden comparison, its records changed by `changes`, a function of a record for each key."""
     table = tables.load(str(GOLDEN / "mini.yaml"), "smoke")
-    head, found = records.read(GOLDEN / "records.jsonl", "mini", "smoke")
+    head, found = results.read(GOLDEN / "records.jsonl", "mini", "smoke")
     found = [{**entry, **{key: change(entry) for key, change in changes.items()}} for entry in found]
     return table, head, found
 
@@ -69,27 +69,27 @@ def test_the_mini_sweep_gives_the_committed_report_to_the_byte(name, written):
 def test_the_committed_results_are_what_their_records_say(file, tmp_path):
     name, scale = file.parent.name.rsplit("-", 1)
     table = tables.load(name, scale)
-    head, found = records.read(file, name, scale)
-    writers.write(compare(table, head, found, records.require_one_version(found, mixed=False)), tmp_path)
+    head, found = results.read(file, name, scale)
+    writers.write(compare(table, head, found, results.require_one_version(found, mixed=False)), tmp_path)
     for written in sorted(tmp_path.iterdir()):
         assert written.read_bytes() == (file.parent / written.name).read_bytes(), written.name
 
 
 def test_records_survive_writing_and_reading(tmp_path):
     table, head, found = changed()
-    records.write(tmp_path / "r.jsonl", dataclasses.replace(table, name="mini", seeds=tuple(head["seeds"])), found)
-    assert records.read(tmp_path / "r.jsonl", "mini", "smoke") == (head, found)
+    results.write(tmp_path / "r.jsonl", dataclasses.replace(table, name="mini", seeds=tuple(head["seeds"])), found)
+    assert results.read(tmp_path / "r.jsonl", "mini", "smoke") == (head, found)
 
 
 def test_records_of_another_table_are_refused():
     with pytest.raises(ConfigError, match="records of table=mini scale=smoke, not schedule cpu"):
-        records.read(GOLDEN / "records.jsonl", "schedule", "cpu")
+        results.read(GOLDEN / "records.jsonl", "schedule", "cpu")
 
 
 def test_plan_and_report_import_no_torch():
     program = (
         "import sys; sys.argv = ['x']; import runpy; module = runpy.run_path('scripts/reproduce.py');"
-        "from dropkey.reproduction import comparison, display, document, plan, records, runner, tasks, writers;"
+        "from dropkey.reproduction import comparison, display, document, plan, results, runner, jobs, writers;"
         "print([name for name in ('torch', 'timm', 'torchvision', 'wandb') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
@@ -151,14 +151,14 @@ def test_a_clear_difference_agrees_and_noise_does_not():
 
 
 def test_the_last_epoch_counts_not_the_best(tmp_path):
-    task = Task("train.py", (), tmp_path / "run", "summary.json", Composed("", {}, "m", "d", 8, None, 2, None, 32, 1))
+    task = Job("train.py", (), tmp_path / "run", "summary.json", Composed("", {}, "m", "d", 8, None, 2, None, 32, 1))
     run = RunDirectory(task.run)
     run.set_status("done")
     for epoch, top1 in ((1, 99.0), (2, 40.0)):
         run.append({"kind": "epoch", "epoch": epoch, "train_loss": 1.0 / epoch, "eval_top1": top1, "eval_loss": 1.0})
     keys = dict.fromkeys(("top5", "loss", "ece", "images", "epochs", "seconds", "best_split", "commit", "hardware"), 1)
     run.write_summary({**keys, "top1": 41.0, "best_top1": 99.0, "best_epoch": 1, "versions": {"torch": "t"}})
-    entry = records.record(("row", "column", 0), task)
+    entry = results.record(("row", "column", 0), task)
     assert (entry["top1"], entry["train_loss"]) == (41.0, 0.5)
     assert 99.0 not in [value for value in entry.values() if isinstance(value, float)]
 
@@ -166,19 +166,19 @@ def test_the_last_epoch_counts_not_the_best(tmp_path):
 def test_runs_of_different_versions_are_not_mixed_unasked():
     _, _, found = changed(code=lambda r: "old" if r["seed"] == 0 else "new")
     with pytest.raises(ConfigError, match=r"2 versions of the code .new: 7 runs, old: 4 runs.*mixed=true"):
-        records.require_one_version(found, mixed=False)
-    assert records.require_one_version(found, mixed=True)
+        results.require_one_version(found, mixed=False)
+    assert results.require_one_version(found, mixed=True)
 
 
 def test_runs_of_different_data_are_not_mixed_unasked():
     _, _, found = changed(data=lambda r: str(r["seed"]))
     with pytest.raises(ConfigError, match="versions of the data in column 'ViT 2 x 32'"):
-        records.require_one_version(found, mixed=False)
+        results.require_one_version(found, mixed=False)
 
 
 def test_a_mixed_report_says_so():
     table, head, found = changed(torch=lambda r: str(r["seed"]))
-    blocks = document.build(compare(table, head, found, records.require_one_version(found, mixed=True)))
+    blocks = document.build(compare(table, head, found, results.require_one_version(found, mixed=True)))
     assert "Mixed on request" in writers.markdown(blocks)
 
 

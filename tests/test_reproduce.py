@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from dropkey.errors import ConfigError
-from dropkey.reproduction import plan, records, slurm, tables, tasks
+from dropkey.reproduction import jobs, plan, results, slurm, tables
+from dropkey.reproduction.jobs import DONE
 from dropkey.reproduction.runner import Launcher
-from dropkey.reproduction.tasks import DONE
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "reproduce.py"
@@ -31,7 +31,7 @@ rows:
   tuned: { of: dropkey, train: regularizer=none trainer.max_steps=3 }
 claims: [dropkey > none]
 """
-SHORT = ("trainer.epochs=2", "data.train_limit=64")
+SHORT = ("trainer.epochs=2", "data.max_train_samples=64")
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ WRONG = {
     "run table=schedule scale=smoke jobs=two": "jobs=two must be a whole number",
     "run table=schedule scale=smoke retry=yes": "retry=yes must be true or false",
     "run table=schedule scale=smoke seed=1": "seed=1: a table sets seed itself; take seeds=",
-    "run table=schedule scale=smoke fresh=true": "fresh=true: a table sets fresh itself",
+    "run table=schedule scale=smoke overwrite=true": "overwrite=true: a table sets overwrite itself",
     "run table=schedule scale=smoke seeds=a": "seeds=a: a number, or numbers with commas",
     "run table=schedule scale=smoke seeds=0": "seeds=(): a number of seeds from 1",
     "run table=schedule scale=smoke optim.lrr=1": "optim.lrr is no key of the config; did you mean optim.lr?",
@@ -130,7 +130,7 @@ def test_a_run_of_a_table_is_the_run_of_train_py(finished, place):
 
 
 def mini_tasks(place: Path) -> dict:
-    return tasks.tasks_of(tables.load(str(place / "mini.yaml"), "smoke", (0,), SHORT), str(place / "runs"))
+    return jobs.jobs_of(tables.load(str(place / "mini.yaml"), "smoke", (0,), SHORT), str(place / "runs"))
 
 
 def test_plan_counts_what_is_done_and_tries_nothing_where_a_run_tells_the_time(finished, place):
@@ -149,8 +149,8 @@ def test_plan_probes_where_nothing_is_known_and_remembers(place):
 
 def test_a_probe_counts_all_epochs_and_evaluations():
     table = tables.load("schedule", "cpu", (0,))
-    composed = tasks.Composed("x", {}, "m", "d", 8, None, epochs=10, max_steps=None, batch_size=32, eval_every=5)
-    task = tasks.Task("train.py", (), Path(table.name), "summary.json", composed)
+    composed = jobs.Composed("x", {}, "m", "d", 8, None, epochs=10, max_steps=None, batch_size=32, eval_every=5)
+    task = jobs.Job("train.py", (), Path(table.name), "summary.json", composed)
     summary = {"images_per_second": 64.0, "steps": 4, "steps_per_epoch": 20, "seconds": 3.0, "images": 100}
     cost = plan.extrapolate(task, summary, wall=9.0, size=7)
     # 6 s around it, 10 x 20 steps of 0.5 s, 2 evaluations of 1 s
@@ -162,10 +162,10 @@ def test_a_probe_counts_all_epochs_and_evaluations():
 
 def test_tasks_run_as_jobs_of_a_cluster(place, stand_in, tmp_path):
     table = tables.load(str(place / "mini.yaml"), "smoke", (0,))
-    todo = plan.distinct(tasks.tasks_of(table, str(tmp_path / "runs")).values())
+    todo = plan.distinct(jobs.jobs_of(table, str(tmp_path / "runs")).values())
     start = slurm.starter({"cluster": "local", "timeout_min": "5"}, tmp_path / "runs", gpus=0)
-    jobs = Launcher(todo, slurm.slots(2, 1, 1), start=start).run()
-    assert {job.state for job in jobs} == {DONE}
+    items = Launcher(todo, slurm.slots(2, 1, 1), start=start).run()
+    assert {item.state for item in items} == {DONE}
 
 
 def is_job(cmdline: Path, folder: Path) -> bool:
@@ -178,7 +178,7 @@ def is_job(cmdline: Path, folder: Path) -> bool:
 
 def test_a_preempted_job_saves_queues_again_and_goes_on(place, stand_in, tmp_path, monkeypatch):
     table = tables.load(str(place / "mini.yaml"), "smoke", (0,))
-    task = next(iter(tasks.tasks_of(table, str(tmp_path / "runs")).values()))
+    task = next(iter(jobs.jobs_of(table, str(tmp_path / "runs")).values()))
     task.run.mkdir()
     monkeypatch.setenv("BEHAVIOUR", json.dumps({"none": "wait once"}))
     start = slurm.starter({"cluster": "local", "timeout_min": "5"}, tmp_path / "runs", gpus=0)
@@ -192,7 +192,7 @@ def test_a_preempted_job_saves_queues_again_and_goes_on(place, stand_in, tmp_pat
     os.kill(int(job.name), signal.SIGUSR2)  # what Slurm sends before the time limit
     while submitted.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert submitted.poll() == 0 and tasks.state(task)[0] == DONE
+    assert submitted.poll() == 0 and jobs.state(task)[0] == DONE
     assert len((tmp_path / "runs" / "starts.txt").read_text().split()) == 2
 
 
@@ -210,4 +210,4 @@ def test_an_unknown_parameter_of_slurm_is_one_line(tmp_path):
 
 def test_records_leave_out_what_only_one_machine_has(place):
     table = tables.load(str(place / "mini.yaml"), "smoke", (0,), ("data.root=/somewhere", "optim.lr=1e-3"))
-    assert records.header(table)["extra"] == ["optim.lr=1e-3"]
+    assert results.header(table)["extra"] == ["optim.lr=1e-3"]

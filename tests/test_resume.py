@@ -7,8 +7,8 @@ import torch
 
 import runs
 from dropkey import curves
-from dropkey.config.schema import KINDS, SCHEDULES
-from dropkey.engine import fit
+from dropkey.config.schema import REGULARIZER_NAMES, SCHEDULES
+from dropkey.engine import loop as training_loop
 from dropkey.errors import Interrupted
 
 EVERYTHING = (
@@ -16,10 +16,10 @@ EVERYTHING = (
     "augment.mixup=0.8",
     "augment.cutmix=1.0",
     "augment.crop_padding=1",
-    "augment.erasing=0.25",
-    "trainer.accumulate=2",
+    "augment.random_erasing=0.25",
+    "trainer.grad_accum_steps=2",
     "trainer.ema_decay=0.9",
-    "optim.clip=1.0",
+    "optim.clip_grad_norm=1.0",
 )
 
 
@@ -43,7 +43,7 @@ def assert_resumes_exactly(tmp_path, monkeypatch, step: int, *overrides: str, nu
 
 
 @pytest.mark.parametrize("step", [4, 6], ids=["mid-epoch", "epoch-end"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", REGULARIZER_NAMES)
 def test_every_regularizer_resumes_to_the_same_bits(tmp_path, monkeypatch, kind, step):
     assert_resumes_exactly(tmp_path, monkeypatch, step, f"regularizer={kind}", *EVERYTHING)
 
@@ -66,20 +66,20 @@ def test_other_signals_save_as_well(tmp_path, monkeypatch, number):
 
 
 def test_images_decoded_as_they_come_resume_to_the_same_bits(tmp_path, monkeypatch):
-    options = ("augment=deit", "data.in_memory=false", "data.workers=0")
+    options = ("augment=deit", "data.in_memory=false", "data.num_workers=0")
     assert_resumes_exactly(tmp_path, monkeypatch, 4, *options)
 
 
 def test_interruption_in_evaluation_resumes_to_the_same_bits(tmp_path, monkeypatch):
     whole = runs.train(tmp_path / "whole")
-    original = fit.evaluate
+    original = training_loop.evaluate
 
     def interrupted(*args, **kwargs):
         runs.send()(None)
         return original(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(fit, "evaluate", interrupted)
+        patch.setattr(training_loop, "evaluate", interrupted)
         with pytest.raises(Interrupted):
             runs.train(tmp_path / "parts")
     parts = runs.train(tmp_path / "parts")
@@ -115,17 +115,17 @@ def test_a_crash_without_warning_resumes_from_the_last_checkpoint_to_the_same_bi
 
 def test_the_sample_stream_is_that_of_the_uninterrupted_run(tmp_path, monkeypatch):
     seen = []
-    original = fit.Loop.step
+    original = training_loop.Loop.step
 
     def step(self, batches):
         def noting():
             for batch in batches:
-                seen.append((self.state.position.update, batch.ids.tolist()))
+                seen.append((self.state.position.global_step, batch.ids.tolist()))
                 yield batch
 
         return original(self, noting())
 
-    monkeypatch.setattr(fit.Loop, "step", step)
+    monkeypatch.setattr(training_loop.Loop, "step", step)
     runs.train(tmp_path / "whole")
     whole, seen[:] = list(seen), []
     with monkeypatch.context() as patch:
@@ -139,7 +139,7 @@ def test_the_sample_stream_is_that_of_the_uninterrupted_run(tmp_path, monkeypatc
 def test_a_worse_epoch_after_resuming_does_not_replace_the_best(tmp_path, monkeypatch):
     figures = iter([50.0, 90.0, 10.0, 20.0])
     result = {"top5": 0.0, "loss": 1.0, "ece": 0.0, "count": 1}
-    monkeypatch.setattr(fit, "evaluate", lambda *a, **k: {"top1": next(figures), **result})
+    monkeypatch.setattr(training_loop, "evaluate", lambda *a, **k: {"top1": next(figures), **result})
     with monkeypatch.context() as patch:
         runs.on_step(patch, 7, runs.send())
         with pytest.raises(Interrupted):
@@ -167,31 +167,31 @@ def test_a_finished_run_is_not_trained_again(tmp_path, monkeypatch, capsys):
     assert (run.checkpoints / "last.pt").stat().st_mtime_ns == before
 
 
-def test_fresh_starts_over(tmp_path, monkeypatch):
+def test_overwrite_starts_over(tmp_path, monkeypatch):
     whole = runs.train(tmp_path / "whole")
     with monkeypatch.context() as patch:
         runs.on_step(patch, 4, runs.send())
         with pytest.raises(Interrupted):
             runs.train(tmp_path / "again")
-    again = runs.train(tmp_path / "again", "fresh=true")
+    again = runs.train(tmp_path / "again", "overwrite=true")
     assert "resuming" not in (again.path / "log.txt").read_text()
     assert runs.records(again) == runs.records(whole)
 
 
-def test_torchruns_restart_does_not_start_over_although_asked_for_fresh(tmp_path, monkeypatch):
+def test_torchruns_restart_does_not_start_over_although_asked_to_overwrite(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         runs.on_step(patch, 4, runs.send())
         with pytest.raises(Interrupted):
-            runs.train(tmp_path, "fresh=true")
+            runs.train(tmp_path, "overwrite=true")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    run = runs.train(tmp_path, "fresh=true")
+    run = runs.train(tmp_path, "overwrite=true")
     assert "resuming after 1 epochs and 1 of 3 steps" in (run.path / "log.txt").read_text()
 
 
 def test_a_regularizer_does_not_change_initialisation_or_data_order(tmp_path, monkeypatch):
     starts = []
     monkeypatch.setattr(
-        fit.Loop,
+        training_loop.Loop,
         "step",
         lambda self, batches: (
             starts.append(

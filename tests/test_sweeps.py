@@ -314,10 +314,10 @@ def test_seeds_are_averaged_not_searched(quick, tmp_path, monkeypatch):
 
 
 def test_whole_numbers_and_choices_are_drawn_as_such(quick, tmp_path, monkeypatch):
-    words = ("trainer.epochs=1..9", "regularizer=none,dropout", "regularizer.sites=[self]")
+    words = ("trainer.epochs=1..9", "regularizer=none,dropout", "regularizer.layers=[self]")
     trainer = Trainer()
     searching(monkeypatch, trainer, tmp_path, *words, trials=2)
-    for kind, epochs, seed in ([word for word in call if "sites" not in word] for call in trainer.calls):
+    for kind, epochs, seed in ([word for word in call if "layers" not in word] for call in trainer.calls):
         assert re.fullmatch(r"trainer.epochs=[1-9]", epochs)
         assert kind in ("regularizer=none", "regularizer=dropout")
         assert seed == "seed=0"
@@ -351,7 +351,7 @@ WRONG = {
     "trainer.epochs=0.5..2": "could not be converted to Integer",
     "regularizer.ratio=0..0.5 key value": "words are key=value",
     "regularizer.ratio=0..0.5 seed=0..3": "seeds are whole numbers",
-    "regularizer.ratio=0..0.5 fresh=true": "leave it out",
+    "regularizer.ratio=0..0.5 overwrite=true": "leave it out",
     "regularizer.ratio=0..0.5 data.val_fraction=0": "search on the test split",
 }
 

@@ -14,10 +14,10 @@ import pytest
 from dropkey.config import check, compose, identity
 from dropkey.errors import ConfigError
 from dropkey.records import RunDirectory
-from dropkey.reproduction import runner, slots, tables, tasks
+from dropkey.reproduction import jobs, runner, slots, tables
+from dropkey.reproduction.jobs import DIVERGED, DONE, FAILED, INTERRUPTED, MISSING
 from dropkey.reproduction.plan import distinct
 from dropkey.reproduction.runner import Launcher
-from dropkey.reproduction.tasks import DIVERGED, DONE, FAILED, INTERRUPTED, MISSING
 
 ROOT = Path(__file__).parents[1]
 SCALES = ("smoke", "cpu", "small", "paper")
@@ -46,11 +46,11 @@ def mini(tmp_path):
     return file
 
 
-def launched(table, output: Path, jobs: int = 2, **options) -> dict[str, runner.Job]:
+def launched(table, output: Path, at_once: int = 2, **options) -> dict[str, runner.JobState]:
     """Run directory's name -> job, after a launch of the whole table."""
-    todo = distinct(tasks.tasks_of(table, str(output)).values())
-    jobs = Launcher(todo, slots.slots(jobs, "none", 1, 1), **options).run()
-    return {job.task.name: job for job in jobs}
+    todo = distinct(jobs.jobs_of(table, str(output)).values())
+    items = Launcher(todo, slots.slots(at_once, "none", 1, 1), **options).run()
+    return {item.job.name: item for item in items}
 
 
 def started(output: Path) -> collections.Counter:
@@ -70,7 +70,7 @@ def test_every_table_has_every_scale(name, scale):
 @pytest.mark.parametrize("name", tables.names())
 def test_every_row_of_every_table_composes(name, compositions):
     table = tables.load(name, "smoke", seeds=(0,))
-    assert len(tasks.tasks_of(table, str(compositions))) == len(table.rows) * len(table.columns)
+    assert len(jobs.jobs_of(table, str(compositions))) == len(table.rows) * len(table.columns)
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -78,7 +78,7 @@ def test_every_column_of_every_scale_composes(scale, compositions):
     for name in tables.names():
         table = tables.load(name, scale)
         for words in table.columns.values():
-            tasks.Compositions(compositions).get((*words, "regularizer=dropkey"))
+            jobs.Compositions(compositions).get((*words, "regularizer=dropkey"))
 
 
 @pytest.mark.parametrize("name", tables.names())
@@ -106,7 +106,7 @@ WRONG = {
 def test_a_mistake_in_a_table_is_one_line_that_names_it(change, message, mini, tmp_path):
     mini.write_text(MINI.replace(*change))
     with pytest.raises(ConfigError) as error:
-        tasks.tasks_of(tables.load(str(mini), "smoke"), str(tmp_path / "runs"))
+        jobs.jobs_of(tables.load(str(mini), "smoke"), str(tmp_path / "runs"))
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -120,7 +120,7 @@ def test_an_unknown_table_or_scale_names_the_nearest():
 def test_a_row_of_ones_own_needs_one_line_in_a_copy(mini, tmp_path):
     mini.write_text(MINI.replace("claims", "  mine: regularizer=dropkey regularizer.ratio=0.2\nclaims"))
     table = tables.load(str(mini), "smoke")
-    assert len(distinct(tasks.tasks_of(table, str(tmp_path)).values())) == 5 * len(table.seeds)
+    assert len(distinct(jobs.jobs_of(table, str(tmp_path)).values())) == 5 * len(table.seeds)
 
 
 # ----------------------------------------------------------------------------------------------------------- tasks
@@ -128,7 +128,7 @@ def test_a_row_of_ones_own_needs_one_line_in_a_copy(mini, tmp_path):
 
 def test_a_task_knows_the_directory_that_train_py_will_use(mini, tmp_path):
     table = tables.load(str(mini), "smoke", seeds=(3,), extra=("optim.lr=3e-3",))
-    for task in tasks.tasks_of(table, str(tmp_path / "runs")).values():
+    for task in jobs.jobs_of(table, str(tmp_path / "runs")).values():
         if task.script == "train.py":
             words = [word for word in task.words if not word.startswith("init_from=")]
             cfg = check.check(compose.compose(words))
@@ -138,7 +138,7 @@ def test_a_task_knows_the_directory_that_train_py_will_use(mini, tmp_path):
 
 def test_the_name_of_a_fine_tuned_run_does_not_depend_on_whether_its_start_exists(mini, tmp_path):
     table = tables.load(str(mini), "smoke", seeds=(0,))
-    before = tasks.tasks_of(table, str(tmp_path))["tuned", "ViT 2 x 32", 0]
+    before = jobs.jobs_of(table, str(tmp_path))["tuned", "ViT 2 x 32", 0]
     before.needs.run.mkdir(parents=True)
     words = [word for word in before.words if not word.startswith("init_from=")]
     cfg = check.check(compose.compose(words))
@@ -148,7 +148,7 @@ def test_the_name_of_a_fine_tuned_run_does_not_depend_on_whether_its_start_exist
 
 def test_tables_share_the_runs_they_have_in_common(tmp_path):
     runs = [
-        {task.run for task in tasks.tasks_of(tables.load(name, "smoke", (0,)), str(tmp_path)).values()}
+        {task.run for task in jobs.jobs_of(tables.load(name, "smoke", (0,)), str(tmp_path)).values()}
         for name in ("schedule", "controls", "structured")
     ]
     assert len(set.intersection(*runs)) == 2  # no regularizer; DropKey, decreasing
@@ -156,12 +156,12 @@ def test_tables_share_the_runs_they_have_in_common(tmp_path):
 
 def test_compositions_are_kept_until_a_config_changes(mini, tmp_path, monkeypatch):
     table = tables.load(str(mini), "smoke")
-    first = tasks.tasks_of(table, str(tmp_path))
-    monkeypatch.setattr(tasks, "summarise", lambda words: pytest.fail("composed again"))
-    assert tasks.tasks_of(table, str(tmp_path)) == first
-    monkeypatch.setattr(tasks, "sources", lambda: "another version")
+    first = jobs.jobs_of(table, str(tmp_path))
+    monkeypatch.setattr(jobs, "summarise", lambda words: pytest.fail("composed again"))
+    assert jobs.jobs_of(table, str(tmp_path)) == first
+    monkeypatch.setattr(jobs, "sources", lambda: "another version")
     with pytest.raises(pytest.fail.Exception):
-        tasks.tasks_of(table, str(tmp_path))
+        jobs.jobs_of(table, str(tmp_path))
 
 
 # ---------------------------------------------------------------------------------------------------------- slots
@@ -186,7 +186,7 @@ def test_several_runs_share_a_gpu():
 
 def test_a_run_on_several_gpus_goes_through_torchrun():
     (first, second) = slots.slots(None, "0,1,2,3", 1, 2)
-    task = tasks.Task("train.py", ("a=1",), Path("runs/x"), "summary.json", None)
+    task = jobs.Job("train.py", ("a=1",), Path("runs/x"), "summary.json", None)
     assert "torch.distributed.run" in first.command(task) and "--nproc-per-node=2" in first.command(task)
     assert second.environment()["CUDA_VISIBLE_DEVICES"] == "2,3"
 
@@ -221,15 +221,15 @@ def six(tmp_path):
 
 def test_runs_that_raise_exit_die_or_diverge_leave_the_others_going(six, tmp_path, stand_in, monkeypatch):
     output = tmp_path / "runs"
-    names = [task.run.name for task in tasks.tasks_of(six, str(output)).values()]
+    names = [task.run.name for task in jobs.jobs_of(six, str(output)).values()]
     bad = dict(zip(names[1:5], ("raise", "exit", "kill", "diverge"), strict=True))
     monkeypatch.setenv("BEHAVIOUR", json.dumps(bad))
-    jobs = launched(six, output)
-    assert [jobs[name].state for name in names] == [DONE, FAILED, FAILED, FAILED, DIVERGED, DONE]
-    reasons = [jobs[name].reason for name in names[1:5]]
+    items = launched(six, output)
+    assert [items[name].state for name in names] == [DONE, FAILED, FAILED, FAILED, DIVERGED, DONE]
+    reasons = [items[name].reason for name in names[1:5]]
     assert "a made-up error" in reasons[0] and "exit code 7: leaving early" in reasons[1]
     assert "SIGKILL" in reasons[2] and reasons[3] == "loss nan"
-    assert "a made-up error" in jobs[names[1]].task.log.read_text()
+    assert "a made-up error" in items[names[1]].job.log.read_text()
 
     before = started(output)
     monkeypatch.delenv("BEHAVIOUR")
@@ -265,10 +265,10 @@ LAUNCH = """
 import json, sys
 from pathlib import Path
 sys.path[:0] = {path}
-from dropkey.reproduction import runner, slots, tables, tasks, plan
+from dropkey.reproduction import runner, slots, tables, jobs, plan
 slots.SCRIPTS = Path({scripts!r})
 table = tables.load({table!r}, "smoke", (0, 1, 2))
-todo = plan.distinct(tasks.tasks_of(table, {output!r}).values())
+todo = plan.distinct(jobs.jobs_of(table, {output!r}).values())
 launcher = runner.Launcher(todo, slots.slots(2, "none", 1, 1))
 jobs = launcher.run()
 print(json.dumps([[job.state for job in jobs], launcher.stopped]))
@@ -283,7 +283,7 @@ def launcher_process(mini, scripts, output) -> subprocess.Popen:
 def test_two_launchers_at_once_run_nothing_twice_and_both_see_all_done(mini, tmp_path, stand_in, monkeypatch):
     monkeypatch.setenv("PAUSE", "0.3")
     output = tmp_path / "runs"
-    tasks.tasks_of(tables.load(str(mini), "smoke", (0, 1, 2)), str(output))
+    jobs.jobs_of(tables.load(str(mini), "smoke", (0, 1, 2)), str(output))
     both = [launcher_process(mini, stand_in, output) for _ in range(2)]
     for process in both:
         states, _ = json.loads(process.communicate(timeout=120)[0])
@@ -322,9 +322,9 @@ def test_a_launcher_killed_outright_loses_nothing(mini, tmp_path, stand_in, monk
 
 
 def test_the_state_of_a_run_whose_process_died_is_interrupted(tmp_path):
-    task = tasks.Task("train.py", (), tmp_path / "run", "summary.json", None)
-    assert tasks.state(task) == (MISSING, "")
+    task = jobs.Job("train.py", (), tmp_path / "run", "summary.json", None)
+    assert jobs.state(task) == (MISSING, "")
     RunDirectory(task.run).set_status("running")
     status = RunDirectory(task.run).status()
     (task.run / "status.json").write_text(json.dumps({**status, "pid": 2**22 + 1}))
-    assert tasks.state(task)[0] == INTERRUPTED
+    assert jobs.state(task)[0] == INTERRUPTED

@@ -13,14 +13,15 @@ import eval as evaluating
 import runs
 import train as training
 from dropkey import build, curves, evaluation, session
-from dropkey.config.schema import KINDS, DataConfig, EvalConfig, EvaluationConfig
-from dropkey.engine import distributed, fit, tracking
+from dropkey.config.schema import REGULARIZER_NAMES, DataConfig, EvalConfig, EvaluationConfig
+from dropkey.engine import distributed, tracking
+from dropkey.engine import loop as training_loop
 from dropkey.engine.evaluate import evaluate
 from dropkey.engine.optim import build_optimizer, build_schedule, duration
 from dropkey.errors import Busy, ConfigError, Diverged, Interrupted, RunError, StorageError
-from dropkey.operator import triton
+from dropkey.operator import triton_attention
 from dropkey.records import RunDirectory
-from dropkey.regularizers import KINDS as REGULARIZERS
+from dropkey.regularizers import REGULARIZERS
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "losses.json").read_text())
@@ -87,7 +88,7 @@ def test_durations_in_steps_and_epochs():
     assert duration(epochs=3, max_steps=15, per_epoch=10) == (15, 2)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", REGULARIZER_NAMES)
 def test_the_first_20_losses_are_those_on_record(tmp_path, kind, monkeypatch):
     """tests/golden/losses.json; make it again with: python tests/golden/make.py losses"""
     from golden import make
@@ -97,7 +98,7 @@ def test_the_first_20_losses_are_those_on_record(tmp_path, kind, monkeypatch):
 
 
 def test_each_regularizer_has_its_own_losses():
-    assert len({tuple(GOLDEN[kind]) for kind in KINDS}) == len(KINDS) == len(REGULARIZERS) + 1
+    assert len({tuple(GOLDEN[kind]) for kind in REGULARIZER_NAMES}) == len(REGULARIZER_NAMES) == len(REGULARIZERS) + 1
 
 
 def test_overfit_learns_one_batch_by_heart(tmp_path):
@@ -125,19 +126,19 @@ def test_compiled_training_gives_the_losses_of_eager_training(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update_and_leaves_evidence(tmp_path, monkeypatch):
-    original = fit.Loop.step
+    original = training_loop.Loop.step
 
     def poisoned(self, batches):
-        if self.state.position.update == 4:
+        if self.state.position.global_step == 4:
             self.before = {k: v.clone() for k, v in self.state.model.state_dict().items()}
-            self.job.loss = lambda logits, targets: logits.sum() * float("nan")
+            self.setup.loss = lambda logits, targets: logits.sum() * float("nan")
         try:
             return original(self, batches)
         except Diverged:
             assert runs.unequal(self.before, dict(self.state.model.state_dict())) is None
             raise
 
-    monkeypatch.setattr(fit.Loop, "step", poisoned)
+    monkeypatch.setattr(training_loop.Loop, "step", poisoned)
     with pytest.raises(Diverged, match=r"epoch 2, step 5") as error:
         runs.train(tmp_path)
     assert error.value.exit_code == 4
@@ -152,7 +153,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_leaves_evidence(t
 @pytest.mark.parametrize("amp", ["none", "bf16"])
 def test_a_gradient_that_is_not_finite_stops_too_although_the_loss_is_finite(tmp_path, monkeypatch, clip, amp):
     with pytest.raises(Diverged, match="gradient norm nan"):
-        train_with_nan_gradients(tmp_path, monkeypatch, f"optim.clip={clip}", f"trainer.amp={amp}")
+        train_with_nan_gradients(tmp_path, monkeypatch, f"optim.clip_grad_norm={clip}", f"trainer.amp={amp}")
 
 
 def test_fp16_that_only_skips_steps_is_called_diverged(tmp_path, monkeypatch):
@@ -161,7 +162,7 @@ def test_fp16_that_only_skips_steps_is_called_diverged(tmp_path, monkeypatch):
 
 
 def train_with_nan_gradients(output, monkeypatch, *words):
-    original = fit.Loop.step
+    original = training_loop.Loop.step
 
     def step(self, batches):
         for parameter in self.state.model.parameters():
@@ -169,7 +170,7 @@ def train_with_nan_gradients(output, monkeypatch, *words):
                 parameter.register_hook(lambda gradient: gradient * float("nan"))
         return original(self, batches)
 
-    monkeypatch.setattr(fit.Loop, "step", step)
+    monkeypatch.setattr(training_loop.Loop, "step", step)
     return runs.train(output, *words)
 
 
@@ -233,7 +234,7 @@ def test_a_diverged_run_is_not_repeated_unless_asked_for(tmp_path, monkeypatch):
     run = RunDirectory(training.run_directory(cfg))
     run.path.mkdir()
     run.set_status("diverged", reason="loss nan")
-    with pytest.raises(Diverged, match="fresh=true tries anew"):
+    with pytest.raises(Diverged, match="overwrite=true tries anew"):
         training.main(cfg)
 
 
@@ -273,18 +274,18 @@ def test_harmless_keys_may_change_between_sessions(tmp_path, monkeypatch):
         runs.on_step(patch, 4, runs.send())
         with pytest.raises(Exception, match="interrupted"):
             runs.train(tmp_path / "parts")
-    parts = runs.train(tmp_path / "parts", "data.workers=0", "logger.project=other")
+    parts = runs.train(tmp_path / "parts", "data.num_workers=0", "logger.project=other")
     assert runs.unequal(runs.state(whole), runs.state(parts)) is None
 
 
 def test_interruption_says_how_to_go_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train.py", "seed=0", "fresh=true", "logger.tags=[a b]"])
+    monkeypatch.setattr(sys, "argv", ["train.py", "seed=0", "overwrite=true", "logger.tags=[a b]"])
     runs.on_step(monkeypatch, 2, runs.send(2))
     with pytest.raises(
         Interrupted, match=r"all saved in .*; go on with: python train.py seed=0 'logger.tags="
     ) as error:
         training.main(runs.config(tmp_path))
-    assert "fresh" not in str(error.value)
+    assert "overwrite" not in str(error.value)
     assert error.value.exit_code == 130
 
 
@@ -316,7 +317,7 @@ def test_figures_are_those_of_a_plain_computation():
     torch.manual_seed(0)
     logits, targets = torch.randn(53, 8), torch.randint(0, 8, (53,))
     batches = [fit_batch(logits[i : i + 10], targets[i : i + 10]) for i in range(0, 53, 10)]
-    world = distributed.World(0, 1, torch.device("cpu"))
+    world = distributed.DistContext(0, 1, torch.device("cpu"))
     result = evaluate(lambda images: images, batches, world, 8)
     probabilities = logits.softmax(-1).double()
     confidence, predicted = probabilities.max(-1)
@@ -373,7 +374,7 @@ def test_another_data_set_of_the_same_classes_can_be_evaluated(finished, tmp_pat
     for name in "0123456789":
         write_images(tmp_path / "test" / name, 2, size=(28, 28))
         write_images(tmp_path / "train" / name, 2, size=(28, 28))
-    other = DataConfig(name="folder", root=str(tmp_path), in_memory=False, workers=0, image_size=224)
+    other = DataConfig(name="folder", root=str(tmp_path), in_memory=False, num_workers=0, image_size=224)
     result = evaluated(finished, data=other)
     assert (result["count"], result["data"]) == (20, "folder")
 
@@ -418,8 +419,20 @@ def test_fine_tuning_to_other_classes_gets_a_new_head_and_says_so(finished, tmp_
 
     for name in "abc":
         write_images(tmp_path / "images" / name, 12, size=(8, 8))
-    words = ("data=folder", f"data.root={tmp_path}/images", "data.in_memory=true", "data.crop=1", "data.image_size=8")
-    words += ("data.channels=1", "data.mean=null", "data.std=null", "data.train_limit=null", "trainer.batch_size=8")
+    words = (
+        "data=folder",
+        f"data.root={tmp_path}/images",
+        "data.in_memory=true",
+        "data.crop_pct=1",
+        "data.image_size=8",
+    )
+    words += (
+        "data.channels=1",
+        "data.mean=null",
+        "data.std=null",
+        "data.max_train_samples=null",
+        "trainer.batch_size=8",
+    )
     run = runs.train(tmp_path / "runs", *words, f"init_from={finished.path}", "trainer.epochs=1")
     assert "new: head.weight, head.bias" in (run.path / "log.txt").read_text()
     assert runs.state(run)["model"]["head.weight"].shape[0] == 3
@@ -508,9 +521,9 @@ def test_a_tracker_that_fails_does_not_fail_the_run(tmp_path, monkeypatch):
 
 
 def test_only_the_first_process_talks_to_wandb(tmp_path):
-    world = distributed.World(1, 2, torch.device("cpu"))
+    world = distributed.DistContext(1, 2, torch.device("cpu"))
     cfg = runs.config(tmp_path, "logger=wandb")
-    assert isinstance(session.start_tracker(cfg, RunDirectory(tmp_path), world, None), tracking.Silent)
+    assert isinstance(session.start_tracker(cfg, RunDirectory(tmp_path), world, None), tracking.NoOpTracker)
 
 
 # ---- implementations of attention
@@ -526,7 +539,7 @@ def test_every_implementation_trains_the_same_model(tmp_path, impl):
 
 
 def test_an_implementation_that_cannot_be_had_here_is_refused_before_training(tmp_path, monkeypatch):
-    monkeypatch.setattr(triton, "supported", lambda *tensors: "needs a GPU")
+    monkeypatch.setattr(triton_attention, "supported", lambda *tensors: "needs a GPU")
     with pytest.raises(ConfigError, match="impl=triton needs a GPU"):
         runs.train(tmp_path, "regularizer.impl=triton")
 

@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dropkey import flips as torch_flips
-from dropkey.operator import triton as kernels
+from dropkey import bernoulli as host_bernoulli
+from dropkey.operator import triton_attention as kernels
 from dropkey.operator.tiling import CANDIDATES, NEVER, Tile, Tiling, blocks, using
 
 pytest.importorskip("triton")
@@ -46,7 +46,7 @@ def dropped(q, k, ratio, seed=None, column=False):
     """The mask that the kernels are to draw, by torch: B H Q K."""
     (batch, heads, queries, _), keys = q.shape, k.shape[2]
     rows = batch * heads * (1 if column else queries)
-    mask = torch_flips.flips(seed_of() if seed is None else seed, threshold_of(ratio), rows, keys)
+    mask = host_bernoulli.bernoulli(seed_of() if seed is None else seed, threshold_of(ratio), rows, keys)
     return mask.view(batch, heads, -1, keys).expand(batch, heads, queries, keys)
 
 
@@ -101,7 +101,7 @@ def flip(seed, threshold, row, column):
 @pytest.mark.parametrize("shape", [(67, 40), (5, 300), (1, 1)])
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**63 - 1, -(2**63), 123456789])
 def test_every_flip_is_the_one_defined(seed, shape):
-    found = kernels.flips(seed_of(seed), threshold_of(0.3), *shape, first_column=7)
+    found = kernels.bernoulli(seed_of(seed), threshold_of(0.3), *shape, first_column=7)
     wanted = [
         [flip(seed, round(0.3 * 2**32), row, column + 7) for column in range(shape[1])] for row in range(shape[0])
     ]
@@ -111,13 +111,13 @@ def test_every_flip_is_the_one_defined(seed, shape):
 
 @pytest.mark.parametrize("ratio", [0.0, 1e-3, 0.3, 0.97, 1.0])
 def test_flips_are_those_of_torch(ratio):
-    found = kernels.flips(seed_of(), threshold_of(ratio), 130, 65)
-    assert torch.equal(found, torch_flips.flips(seed_of(), threshold_of(ratio), 130, 65))
+    found = kernels.bernoulli(seed_of(), threshold_of(ratio), 130, 65)
+    assert torch.equal(found, host_bernoulli.bernoulli(seed_of(), threshold_of(ratio), 130, 65))
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0)])
 def test_no_flips(shape):
-    assert kernels.flips(seed_of(), threshold_of(0.3), *shape).shape == shape
+    assert kernels.bernoulli(seed_of(), threshold_of(0.3), *shape).shape == shape
 
 
 @pytest.mark.parametrize("column", [False, True], ids=["each query", "column"])
@@ -376,7 +376,7 @@ def test_torch_accepts_the_operators(kind):
 
 
 def test_torch_accepts_flips():
-    torch.library.opcheck(kernels.flips, (seed_of(), threshold_of(0.3), 5, 7))
+    torch.library.opcheck(kernels.bernoulli, (seed_of(), threshold_of(0.3), 5, 7))
 
 
 # ---- what it is for

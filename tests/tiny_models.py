@@ -6,7 +6,7 @@ from timm.models.volo import VOLO
 from torch import Tensor, nn
 
 import dropkey.models  # noqa: F401 (registers T2T-ViT)
-from dropkey.regularizers import KINDS, STRUCTURED
+from dropkey.regularizers import REGULARIZERS, STRUCTURED
 
 VIT = {"embed_dim": 32, "depth": 3, "num_heads": 2, "mlp_ratio": 2, "num_classes": 5}
 
@@ -49,7 +49,7 @@ def t2t_small(img_size=32, **changes):
 
 
 FAMILIES = {"vit": vit, "deit": deit, "volo": volo, "t2t": t2t, "t2t_t": t2t_t, "t2t_small": t2t_small}
-EVERY_SITE = ("self", "class", "cross", "outlook", "token")
+EVERY_LAYER = ("self", "class", "cross", "outlook", "token")
 
 
 def pictures(model: nn.Module, batch: int = 2) -> Tensor:
@@ -63,4 +63,4 @@ def window_of(kind: str):
     return 3 if kind in STRUCTURED else None
 
 
-KINDS_AND_NONE = ("none", *KINDS)
+KINDS_AND_NONE = ("none", *REGULARIZERS)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from dropkey.errors import ConfigError
-from dropkey.patching.sites import Found, find
-from dropkey.patching.ways import Divert
+from dropkey.patching.find import AttentionModule, find
+from dropkey.patching.mechanisms import Divert
 
 
 @dataclass
@@ -23,7 +23,7 @@ class Attention:
     """What one attention layer did with a batch."""
 
     name: str  # of the module; " (2)" behind it in the second call of a module that is called more than once
-    site: str  # self, class, cross, outlook, token: see `dropkey.apply`
+    kind: str  # self, class, cross, outlook, token: see `dropkey.apply`
     weights: Tensor  # B H Q K, each row a distribution over keys
     parts: int  # windows or neighbourhoods (Swin, outlook) in which queries look around, 1: the whole image
     module: nn.Module
@@ -60,17 +60,17 @@ def watch(model: nn.Module, images: Tensor, see: Callable[[Attention], None]) ->
     Raises:
         ConfigError: no attention to look at, or attention computed in a way that shows no weights.
     """
-    sites = [found for found in find(model) if not found.obstacle]
+    layers = [found for found in find(model) if not found.unsupported_reason]
     calls, ran = Counter(), set()
 
-    def keep(found: Found, weights: Tensor) -> None:
+    def keep(found: AttentionModule, weights: Tensor) -> None:
         calls[found.name] += 1
         name = found.name + (f" ({calls[found.name]})" if calls[found.name] > 1 else "")
         rows, parts = by_image(weights, len(images), getattr(found.module, "num_heads", None))
-        see(Attention(name, found.site, rows, parts, found.module))
+        see(Attention(name, found.kind, rows, parts, found.module))
 
     with evaluating(model), contextlib.ExitStack() as hooks:
-        for found in sites:
+        for found in layers:
             hook(found, partial(keep, found), ran, hooks)
         model(images)
     silent = sorted(ran - calls.keys())
@@ -86,20 +86,20 @@ def attention(model: nn.Module, images: Tensor) -> list[Attention]:
     return seen
 
 
-def hook(found: Found, keep: Callable[[Tensor], None], ran: set[str], hooks: contextlib.ExitStack) -> None:
+def hook(found: AttentionModule, keep: Callable[[Tensor], None], ran: set[str], hooks: contextlib.ExitStack) -> None:
     """Where `patching.put` would put a regularizer, a listener: before `attn_drop`, and within a `Divert`."""
     diverts = []
 
     def enter(*_) -> None:
         ran.add(found.name)
-        diverts.append(Divert(Capture(keep), weights=found.holder == "regularize").__enter__())
+        diverts.append(Divert(Capture(keep), weights=found.attribute == "regularize").__enter__())
 
     def leave(*_) -> None:
         diverts.pop().__exit__(None, None, None)
 
     handles = [found.module.register_forward_pre_hook(enter)]
     handles.append(found.module.register_forward_hook(leave, always_call=True))
-    if found.holder == "attn_drop":
+    if found.attribute == "attn_drop":
         handles.append(found.module.attn_drop.register_forward_pre_hook(lambda _, args: keep(args[0])))
     for handle in handles:
         hooks.callback(handle.remove)
@@ -140,5 +140,5 @@ def by_image(weights: Tensor, images: int, heads: Optional[int]) -> tuple[Tensor
 
 def reason(model: nn.Module) -> str:
     """Why a model has no attention to look at, as the end of a message."""
-    obstacles = [f": {found.name}, {found.obstacle}" for found in find(model) if found.obstacle]
+    obstacles = [f": {found.name}, {found.unsupported_reason}" for found in find(model) if found.unsupported_reason]
     return obstacles[0] if obstacles else "; no module of it is attention that dropkey.patching knows"

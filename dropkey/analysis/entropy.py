@@ -20,7 +20,7 @@ from dropkey.records import RunDirectory, write_json
 
 IMAGES = 512
 RECORD = "entropy.json"
-COUNTED = ("self", "class")  # sites whose mean speaks for the model: those that the paper regularizes
+COUNTED = ("self", "class")  # layers whose mean speaks for the model: those that the paper regularizes
 
 
 def entropy(weights: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ def measure(model: nn.Module, batches: Iterable[Tensor]) -> list[dict]:
     """Mean entropy of each attention layer of a model over images (B C H W each).
 
     Returns:
-        For each site, in the order in which they run: `name`, `site`, `keys` (how many), `nats` and `normalised` (one
+        For each layer, in the order in which they run: `name`, `kind`, `keys` (how many), `nats` and `normalised` (one
         number per head, 7 significant digits).
     Raises:
         ConfigError: see `attention.watch`.
@@ -44,7 +44,7 @@ def measure(model: nn.Module, batches: Iterable[Tensor]) -> list[dict]:
     def add(seen: capture.Attention) -> None:
         values = entropy(seen.weights)  # B H Q
         sums[seen.name] = sums.get(seen.name, 0) + values.mean(-1).sum(0).cpu()
-        about[seen.name] = {"name": seen.name, "site": seen.site, "keys": seen.weights.shape[-1]}
+        about[seen.name] = {"name": seen.name, "kind": seen.kind, "keys": seen.weights.shape[-1]}
 
     images = 0
     for batch in batches:
@@ -82,9 +82,9 @@ def record(path: str | Path, root: Optional[str] = None) -> tuple[dict, bool]:
         return old, True
     trained = open_run(path, root)
     ids = trained.spread(IMAGES)
-    sites = measure(trained.model, trained.batches(ids))
-    counted = [row for row in sites if row["site"] in COUNTED] or sites
-    if not all(math.isfinite(value) for row in sites for value in row["nats"]):
+    layers = measure(trained.model, trained.batches(ids))
+    counted = [row for row in layers if row["kind"] in COUNTED] or layers
+    if not all(math.isfinite(value) for row in layers for value in row["nats"]):
         raise Diverged(f"{path}: attention weights are NaN, this model has diverged; leave the run out")
     new = {
         "mean": mean(counted, "normalised"),
@@ -93,9 +93,9 @@ def record(path: str | Path, root: Optional[str] = None) -> tuple[dict, bool]:
         "split": "test",
         "checkpoint": "checkpoints/last.pt",
         "epoch": trained.position["epoch"],
-        "step": trained.position["update"],
-        "sites": sites,
-        "hardware": device_name(trained.world),
+        "step": trained.position["global_step"],
+        "layers": layers,
+        "hardware": device_name(trained.dist),
         "versions": versions(),
         **made_by,
     }

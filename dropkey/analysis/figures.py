@@ -124,22 +124,22 @@ def entropy(records: list[list[dict]], labels: list[str], path: Path) -> None:
         records: the entropy.json of the runs behind each line, several where they differ in the seed alone.
         labels: of the lines.
     """
-    deepest = max((group[0] for group in records), key=lambda record: len(record["sites"]))["sites"]
+    deepest = max((group[0] for group in records), key=lambda record: len(record["layers"]))["layers"]
     width = max(4.8, 1.6 + 0.42 * len(deepest))
     columns = max(1, int(width / (0.6 + 0.07 * max(map(len, labels)))))  # inches of a legend in 8 point
     with canvas(path, 1, 1, (width, 3.2 + 0.2 * math.ceil(len(labels) / columns))) as (figure, ((axis,),)):
         for index, (group, label) in enumerate(zip(records, labels, strict=True)):
             colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
             shift = 0.34 * ((index + 0.5) / len(records) - 0.5)  # lines side by side rather than one over the other
-            layers = range(len(group[0]["sites"]))
-            heads = [[v for record in group for v in record["sites"][layer]["normalised"]] for layer in layers]
+            layers = range(len(group[0]["layers"]))
+            heads = [[v for record in group for v in record["layers"][layer]["normalised"]] for layer in layers]
             across = [layer + 1 + shift for layer in layers]
             for x, values in zip(across, heads, strict=True):
                 axis.plot([x] * len(values), values, marker, color=colour, alpha=0.5, markersize=3.5, markeredgewidth=0)
             means = [sum(values) / len(values) for values in heads]
             told = label + (f", {len(group)} seeds" if len(group) > 1 else "")
             axis.plot(across, means, "-", marker=marker, color=colour, markersize=5.5, linewidth=1.5, label=told)
-        axis.set_xticks(range(1, len(deepest) + 1), kinds_below([site["site"] for site in deepest]))
+        axis.set_xticks(range(1, len(deepest) + 1), kinds_below([layer["kind"] for layer in deepest]))
         axis.set(xlabel="attention layer", ylabel="attention entropy / log K")
         axis.grid(axis="y", alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)

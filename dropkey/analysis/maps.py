@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from dropkey.analysis.attention import Attention, attention
 from dropkey.errors import ConfigError
+from dropkey.patching.find import key_grid
 from dropkey.patching.patch import model_grid
-from dropkey.patching.sites import key_grid
 
 
 @dataclass
@@ -76,7 +76,7 @@ def refusal(layer: Attention, model: nn.Module) -> str:
     if layer.parts > 1:
         return f"{name} looks around in {layer.parts} windows of {layer.weights.shape[-1]} tokens, not over the image"
     queries, keys = layer.weights.shape[-2:]
-    return f"{name} is {layer.site} attention of {queries} queries to {keys} keys, which are not the same tokens"
+    return f"{name} is {layer.kind} attention of {queries} queries to {keys} keys, which are not the same tokens"
 
 
 # ------------------------------------------------------------------------------------------------- grid and tokens
@@ -150,10 +150,10 @@ def same_tokens(seen: list[Attention], model: nn.Module) -> list[Attention]:
     taken: list[Attention] = []
     for layer in reversed(seen):
         queries, keys = layer.weights.shape[-2:]
-        if layer.site not in ("self", "class") or layer.parts > 1 or queries not in (1, keys):
+        if layer.kind not in ("self", "class") or layer.parts > 1 or queries not in (1, keys):
             break
         if taken:
-            tokens, before = taken[0].weights.shape[-1], taken[0].site
+            tokens, before = taken[0].weights.shape[-1], taken[0].kind
             if keys != tokens and not (before == "class" and keys == tokens - 1):
                 break
         taken.insert(0, layer)

@@ -13,7 +13,7 @@ from dropkey.config import compose, identity
 from dropkey.config.schema import DataConfig, RegularizerConfig, TrainConfig
 from dropkey.data.augment import per_channel
 from dropkey.engine import checkpoint
-from dropkey.engine.distributed import World
+from dropkey.engine.distributed import DistContext
 from dropkey.errors import ConfigError
 from dropkey.records import RunDirectory
 
@@ -28,13 +28,13 @@ class Trained:
     cfg: TrainConfig
     model: nn.Module
     dataset: data.Dataset
-    world: World
+    dist: DistContext
     position: dict[str, int]  # epoch and optimizer step (`update`) of the checkpoint
 
     def batches(self, ids: Tensor) -> Iterator[Tensor]:
         """The test images at those positions, normalised as the model takes them: B C H W each, B up to 64."""
         some = dataclasses.replace(self.dataset, test=self.dataset.test.subset(ids))
-        for batch in session.loader_of(some, "test", self.cfg, self.world, BATCH):
+        for batch in session.loader_of(some, "test", self.cfg, self.dist, BATCH):
             yield batch.images
 
     def images(self, ids: Tensor) -> Tensor:
@@ -90,16 +90,16 @@ def open_run(path: str | Path, root: Optional[str] = None) -> Trained:
         ConfigError, DataError, StorageError: see dropkey.errors.
     """
     cfg, run = copy.deepcopy(config_of(path)), RunDirectory(Path(path))
-    cfg.regularizer = RegularizerConfig(kind="none")  # nothing is dropped in evaluation
+    cfg.regularizer = RegularizerConfig(name="none")  # nothing is dropped in evaluation
     cfg.data.root = root or cfg.data.root
-    world = World.start("auto")
+    dist = DistContext.start("auto")
     dataset = test_images(cfg.data)
-    model, _ = session.prepare_model(cfg, dataset, world)
+    model, _ = session.prepare_model(cfg, dataset, dist)
     file = build.find_checkpoint(run.path)
     if build.load_weights(model, file):
         raise ConfigError(f"{file} knows other classes than the {dataset.num_classes} in {cfg.data.root}; see root=")
     position = checkpoint.load(file)["position"]
-    return Trained(run, cfg, model.eval(), dataset, world, {key: position[key] for key in ("epoch", "update")})
+    return Trained(run, cfg, model.eval(), dataset, dist, {key: position[key] for key in ("epoch", "global_step")})
 
 
 _latest: dict[str, data.Dataset] = {}  # the one data set loaded last
@@ -107,7 +107,7 @@ _latest: dict[str, data.Dataset] = {}  # the one data set loaded last
 
 def test_images(wanted: DataConfig) -> data.Dataset:
     """The data set with its test split; runs that differ in what they were trained on share it."""
-    wanted = dataclasses.replace(wanted, train_limit=None, val_fraction=0.0)
+    wanted = dataclasses.replace(wanted, max_train_samples=None, val_fraction=0.0)
     if repr(wanted) not in _latest:
         _latest.clear()
         _latest[repr(wanted)] = data.load(wanted)
@@ -130,7 +130,7 @@ def labels(configs: list[TrainConfig], *, seeds: bool) -> list[str]:
             for name, cfg in zip(names, configs, strict=True):
                 name.append(name_of(cfg))
     for key in keys:
-        if not key.startswith(tuple(told)) and not identity.harmless(key):
+        if not key.startswith(tuple(told)) and not identity.has_no_effect(key):
             for name, one in zip(names, flat, strict=True):
                 name.append(f"{key.split('.')[-1]} {one.get(key)}")
     return [", ".join(name) for name in names]
@@ -139,7 +139,7 @@ def labels(configs: list[TrainConfig], *, seeds: bool) -> list[str]:
 def regularizer_label(cfg: TrainConfig) -> str:
     """dropkey 0.3 decreasing, dropkey_block 0.1 constant (window 3), none."""
     regularizer = cfg.regularizer
-    if regularizer.kind == "none":
+    if regularizer.name == "none":
         return "no regularizer"
     window = "" if regularizer.window is None else f" (window {regularizer.window})"
-    return f"{regularizer.kind} {regularizer.ratio:g} {cfg.schedule.kind}{window}"
+    return f"{regularizer.name} {regularizer.ratio:g} {cfg.schedule.name}{window}"

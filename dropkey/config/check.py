@@ -155,13 +155,13 @@ def check_model(model: ModelConfig, image_size: int) -> None:
 
 
 def check_regularizer(regularizer: RegularizerConfig, schedule: ScheduleConfig) -> None:
-    one_of("regularizer.kind", regularizer.kind, schema.KINDS)
+    one_of("regularizer.name", regularizer.name, schema.REGULARIZER_NAMES)
     within("regularizer.ratio", regularizer.ratio, 0, 1, high_open=True)
     one_of("regularizer.impl", regularizer.impl, schema.IMPLS)
-    for site in regularizer.sites:
-        one_of("regularizer.sites", site, schema.SITES)
-    require(bool(regularizer.sites), f"regularizer.sites is empty; choices: {', '.join(schema.SITES)}")
-    window, kind = regularizer.window, regularizer.kind
+    for site in regularizer.layers:
+        one_of("regularizer.layers", site, schema.LAYERS)
+    require(bool(regularizer.layers), f"regularizer.layers is empty; choices: {', '.join(schema.LAYERS)}")
+    window, kind = regularizer.window, regularizer.name
     if kind in ("dropkey_block", "dropkey_cross"):
         full = kind == "dropkey_cross" and window == "full"
         odd = isinstance(window, int) and window > 0 and window % 2 == 1
@@ -169,9 +169,9 @@ def check_regularizer(regularizer: RegularizerConfig, schedule: ScheduleConfig) 
         require(full or odd, f"regularizer.window={window}: {kind} takes an odd number of cells, {allowed}")
     else:
         require(window is None, f"regularizer.window={window}: only dropkey_block and dropkey_cross have a window")
-    one_of("schedule.kind", schedule.kind, schema.SCHEDULES)
+    one_of("schedule.name", schedule.name, schema.SCHEDULES)
     within("schedule.end", schedule.end, 0, 1, high_open=True)
-    if schedule.kind != "constant" and kind != "none":
+    if schedule.name != "constant" and kind != "none":
         require(
             schedule.end <= regularizer.ratio,
             f"schedule.end={schedule.end} exceeds regularizer.ratio={regularizer.ratio}, which is the peak",
@@ -187,14 +187,14 @@ def check_data(data: DataConfig) -> None:
     require(data.channels in (1, 3), f"data.channels={data.channels} must be 1 or 3")
     within("data.val_fraction", data.val_fraction, 0, 1, high_open=True)
     within("data.test_fraction", data.test_fraction, 0, 1, high_open=True)
-    within("data.crop", data.crop, 0.1, 1)
+    within("data.crop_pct", data.crop_pct, 0.1, 1)
     require(
-        data.crop == 1 or not data.in_memory,
-        f"data.crop={data.crop} needs data.in_memory=false: images kept in memory are cropped already; or data.crop=1",
+        data.crop_pct == 1 or not data.in_memory,
+        f"data.crop_pct={data.crop_pct} needs data.in_memory=false: images kept in memory are cropped already; or data.crop_pct=1",
     )
-    positive("data.train_limit", data.train_limit)
-    positive("data.classes", data.classes)
-    positive("data.workers", data.workers, zero=True)
+    positive("data.max_train_samples", data.max_train_samples)
+    positive("data.num_classes", data.num_classes)
+    positive("data.num_workers", data.num_workers, zero=True)
     for key in ("mean", "std"):
         values = getattr(data, key)
         require(
@@ -206,12 +206,12 @@ def check_data(data: DataConfig) -> None:
 
 def check_augment(cfg: TrainConfig) -> None:
     augment = cfg.augment
-    for key in ("erasing", "mix_prob"):
+    for key in ("random_erasing", "mixup_prob"):
         within(f"augment.{key}", getattr(augment, key), 0, 1)
-    within("augment.smoothing", augment.smoothing, 0, 1, high_open=True)
+    within("augment.label_smoothing", augment.label_smoothing, 0, 1, high_open=True)
     for key in ("mixup", "cutmix", "crop_padding"):
         positive(f"augment.{key}", getattr(augment, key), zero=True)
-    positive("augment.repeats", augment.repeats)
+    positive("augment.aug_repeats", augment.aug_repeats)
     scale = augment.crop_scale
     require(
         scale is None or (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1),
@@ -225,25 +225,25 @@ def check_augment(cfg: TrainConfig) -> None:
 
 def check_training(cfg: TrainConfig) -> None:
     trainer, optim = cfg.trainer, cfg.optim
-    for key in ("epochs", "max_steps", "batch_size", "accumulate", "eval_batch_size", "eval_every", "log_every"):
+    for key in ("epochs", "max_steps", "batch_size", "grad_accum_steps", "eval_batch_size", "eval_every", "log_every"):
         positive(f"trainer.{key}", getattr(trainer, key))
     positive("trainer.checkpoint_minutes", trainer.checkpoint_minutes)
     one_of("trainer.amp", trainer.amp, schema.AMP)
     one_of("trainer.device", trainer.device, schema.DEVICES)
     if trainer.ema_decay is not None:
         within("trainer.ema_decay", trainer.ema_decay, 0, 1, high_open=True)
-    chunks = trainer.accumulate * int(os.environ.get("WORLD_SIZE", 1))
+    chunks = trainer.grad_accum_steps * int(os.environ.get("WORLD_SIZE", 1))
     require(
         trainer.batch_size % chunks == 0,
-        f"trainer.batch_size={trainer.batch_size} is not divisible by processes x trainer.accumulate = {chunks}",
+        f"trainer.batch_size={trainer.batch_size} is not divisible by processes x trainer.grad_accum_steps = {chunks}",
     )
     for key in ("lr", "weight_decay", "warmup_epochs", "warmup_lr", "min_lr", "momentum"):
         positive(f"optim.{key}", getattr(optim, key), zero=key != "lr")
-    positive("optim.clip", optim.clip)
+    positive("optim.clip_grad_norm", optim.clip_grad_norm)
 
 
 def check_logger(cfg: TrainConfig) -> None:
-    one_of("logger.kind", cfg.logger.kind, ("wandb", "none"))
+    one_of("logger.name", cfg.logger.name, ("wandb", "none"))
     one_of("logger.mode", cfg.logger.mode, ("offline", "online"))
 
 

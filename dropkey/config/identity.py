@@ -11,13 +11,13 @@ from dropkey.config.check import family
 from dropkey.config.schema import RegularizerConfig, ScheduleConfig, TrainConfig
 
 # Keys that do not change the result: where things lie, how it is watched, how fast it goes.
-HARMLESS = (
+NO_EFFECT = (
     "output",
-    "fresh",
+    "overwrite",
     "logger",
     "data.root",
     "data.download",
-    "data.workers",
+    "data.num_workers",
     "trainer.device",
     "trainer.eval_batch_size",
     "trainer.checkpoint_minutes",
@@ -37,25 +37,25 @@ def flatten(tree: dict, prefix: str = "") -> dict[str, object]:
     return flat
 
 
-def harmless(key: str) -> bool:
-    return any(key == name or key.startswith(name + ".") for name in HARMLESS)
+def has_no_effect(key: str) -> bool:
+    return any(key == name or key.startswith(name + ".") for name in NO_EFFECT)
 
 
 def canonical(cfg: TrainConfig) -> dict[str, object]:
     """What determines the result, as flat keys that differ from the schema's defaults.
 
     Configs that mean the same training give the same dictionary: the regularizer's details vanish with
-    kind=none, the end of a schedule with constant. A key added to the schema later, at its default, leaves every
+    name=none, the end of a schedule with constant. A key added to the schema later, at its default, leaves every
     earlier hash as it was.
     """
     cfg = copy.deepcopy(cfg)
-    if cfg.regularizer.kind == "none":
-        cfg.regularizer = RegularizerConfig(kind="none")
+    if cfg.regularizer.name == "none":
+        cfg.regularizer = RegularizerConfig(name="none")
         cfg.schedule = ScheduleConfig()
-    if cfg.schedule.kind == "constant":
+    if cfg.schedule.name == "constant":
         cfg.schedule.end = 0.0
     defaults = flatten(asdict(TrainConfig()))
-    keys = {k: v for k, v in flatten(asdict(cfg)).items() if v != defaults.get(k) and not harmless(k)}
+    keys = {k: v for k, v in flatten(asdict(cfg)).items() if v != defaults.get(k) and not has_no_effect(k)}
     keys["seed"] = cfg.seed  # always, so that a run's hash is never its group's
     if cfg.data.name == "folder":  # a folder's path is its identity; a named set is the same wherever it lies
         keys["data.root"] = str(Path(cfg.data.root).resolve())
@@ -96,12 +96,12 @@ def data_label(cfg: TrainConfig) -> str:
 
 def run_directory(cfg: TrainConfig) -> Path:
     """<output>/<model>-<regularizer>-<data>-s<seed>-<hash>; every process of a job computes the same one."""
-    parts = (model_label(cfg), cfg.regularizer.kind, data_label(cfg), f"s{cfg.seed}", run_hash(cfg))
+    parts = (model_label(cfg), cfg.regularizer.name, data_label(cfg), f"s{cfg.seed}", run_hash(cfg))
     return Path(cfg.output) / "-".join(parts)
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
     """'key: old -> new' for every key that changes the result and differs."""
     a, b = flatten(asdict(old)), flatten(asdict(new))
-    keys = sorted(k for k in a.keys() | b.keys() if a.get(k) != b.get(k) and not harmless(k))
+    keys = sorted(k for k in a.keys() | b.keys() if a.get(k) != b.get(k) and not has_no_effect(k))
     return [f"{k}: {a.get(k)} -> {b.get(k)}" for k in keys]

@@ -7,9 +7,9 @@ reported before torch is imported.
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional, Union
 
-KINDS = ("none", "dropout", "dropkey", "dropkey_block", "dropkey_cross", "dropkey_column", "dropattention")
+REGULARIZER_NAMES = ("none", "dropout", "dropkey", "dropkey_block", "dropkey_cross", "dropkey_column", "dropattention")
 SCHEDULES = ("constant", "decreasing", "increasing")
-SITES = ("self", "class", "cross", "outlook", "token")
+LAYERS = ("self", "class", "cross", "outlook", "token")
 IMPLS = ("auto", "reference", "cpu", "triton", "sdpa")
 DATASETS = ("digits", "cifar10", "cifar100", "imagenet", "folder")
 AMP = ("none", "bf16", "fp16")
@@ -32,16 +32,16 @@ class ModelConfig:
 
 @dataclass
 class RegularizerConfig:
-    kind: str = "dropkey"  # one of KINDS
+    name: str = "dropkey"  # one of REGULARIZER_NAMES
     ratio: float = 0.1  # drop probability in [0, 1); the peak when a schedule varies it
     window: Optional[Union[int, str]] = None  # dropkey_block, dropkey_cross: cells across (odd), cross also "full"
-    sites: List[str] = field(default_factory=lambda: ["self", "class"])  # attention layers it acts on, of SITES
+    layers: List[str] = field(default_factory=lambda: ["self", "class"])  # attention layers it acts on, of LAYERS
     impl: str = "auto"  # how regularized attention is computed, one of IMPLS
 
 
 @dataclass
 class ScheduleConfig:
-    kind: str = "decreasing"  # of the ratio over depth, one of SCHEDULES
+    name: str = "decreasing"  # of the ratio over depth, one of SCHEDULES
     end: float = 0.0  # the ratio at the low end of a decreasing or increasing schedule
 
 
@@ -52,29 +52,29 @@ class DataConfig:
     download: bool = True  # fetch CIFAR when it is not under root
     image_size: int = 8  # pixels, height and width as the model sees them
     channels: int = 3  # 1 grey, 3 colour; files are converted
-    classes: Optional[int] = None  # how many classes there must be; null: as many as are found
+    num_classes: Optional[int] = None  # how many classes there must be; null: as many as are found
     mean: Optional[List[float]] = None  # per channel, of images in [0, 1]; null: 0.5
     std: Optional[List[float]] = None  # likewise
     val_fraction: float = 0.1  # share of the training images held out when the set has no validation split
     test_fraction: float = 0.2  # share held out for testing when the set has neither test nor validation split
-    train_limit: Optional[int] = None  # train on this many images only (the same for every seed, equal per class)
+    max_train_samples: Optional[int] = None  # train on this many images only (the same for every seed, equal per class)
     in_memory: bool = True  # keep decoded images as one uint8 tensor on the device; false: decode them as they come
-    crop: float = 1.0  # evaluation: centre crop / resized side
-    workers: int = 2  # decoding processes, where images are decoded as they come
+    crop_pct: float = 1.0  # evaluation: centre crop / resized side
+    num_workers: int = 2  # decoding processes, where images are decoded as they come
 
 
 @dataclass
 class AugmentConfig:
-    flip: bool = False  # mirror horizontally, half of the time
+    hflip: bool = False  # mirror horizontally, half of the time
     crop_padding: int = 0  # pixels of reflected border before a random crop of image_size
     crop_scale: Optional[List[float]] = None  # random resized crop: least and largest share of the area
     rand_augment: Optional[str] = None  # timm's policy string, such as rand-m9-mstd0.5-inc1
-    erasing: float = 0.0  # probability of random erasing
-    repeats: int = 1  # repeated augmentation: each image this many times in an epoch, of a subset as much smaller
+    random_erasing: float = 0.0  # probability of random erasing
+    aug_repeats: int = 1  # repeated augmentation: each image this many times in an epoch, of a subset as much smaller
     mixup: float = 0.0  # alpha of mixup's Beta distribution; 0: off
     cutmix: float = 0.0  # alpha of cutmix's Beta distribution; 0: off
-    mix_prob: float = 1.0  # probability that a batch is mixed at all
-    smoothing: float = 0.0  # label smoothing
+    mixup_prob: float = 1.0  # probability that a batch is mixed at all
+    label_smoothing: float = 0.0  # label smoothing
 
 
 @dataclass
@@ -86,7 +86,7 @@ class OptimConfig:
     warmup_epochs: float = 1.0  # linear warm-up, per step, from warmup_lr
     warmup_lr: float = 1e-6
     min_lr: float = 1e-6  # where the cosine ends
-    clip: Optional[float] = None  # largest gradient norm; null: no clipping
+    clip_grad_norm: Optional[float] = None  # largest gradient norm; null: no clipping
     args: Dict[str, Any] = field(default_factory=dict)  # further arguments of the optimizer, such as betas
 
 
@@ -95,7 +95,7 @@ class TrainerConfig:
     epochs: int = 30
     max_steps: Optional[int] = None  # stop after this many optimizer steps
     batch_size: int = 128  # global: over all processes and accumulated chunks
-    accumulate: int = 1  # chunks a process handles one after the other before each optimizer step
+    grad_accum_steps: int = 1  # chunks a process handles one after the other before each optimizer step
     eval_batch_size: int = 256  # global
     eval_every: int = 1  # epochs between evaluations; the last epoch is always evaluated
     amp: str = "none"  # autocast: none, bf16 or fp16
@@ -112,7 +112,7 @@ class TrainerConfig:
 
 @dataclass
 class LoggerConfig:
-    kind: str = "wandb"  # wandb or none; the records on disk are written either way
+    name: str = "wandb"  # wandb or none; the records on disk are written either way
     mode: str = "offline"  # offline, or online: sync to the server while training
     project: str = "dropkey"
     entity: Optional[str] = None  # W&B team or user; null: the account's default
@@ -123,7 +123,7 @@ class LoggerConfig:
 class TrainConfig:
     seed: int = 0  # initialisation, data order, augmentation, masks
     output: str = "runs"  # directory that holds run directories
-    fresh: bool = False  # start over, even where the run has a checkpoint or is finished
+    overwrite: bool = False  # start over, even where the run has a checkpoint or is finished
     init_from: Optional[str] = None  # weights to start from: a run directory or a checkpoint file
     model: ModelConfig = field(default_factory=ModelConfig)
     regularizer: RegularizerConfig = field(default_factory=RegularizerConfig)

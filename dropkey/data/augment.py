@@ -18,7 +18,7 @@ from timm.data.mixup import Mixup, mixup_target
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from dropkey.config.schema import AugmentConfig, DataConfig
-from dropkey.data.images import fit, send
+from dropkey.data.images import resize_center_crop, to_device
 from dropkey.errors import ConfigError
 from dropkey.seeds import derive_seed
 
@@ -50,7 +50,7 @@ class EvalPicture:
         self.size, self.crop = size, crop
 
     def __call__(self, picture: Image.Image, key: tuple) -> Image.Image:
-        return fit(picture, self.size, self.crop)
+        return resize_center_crop(picture, self.size, self.crop)
 
 
 class TrainPicture:
@@ -69,9 +69,9 @@ class TrainPicture:
 
     def __call__(self, picture: Image.Image, key: tuple) -> Image.Image:
         if self.crop is None and self.rand_augment is None:
-            return fit(picture, self.size)
+            return resize_center_crop(picture, self.size)
         with seeded(derive_seed(*key)):
-            picture = self.crop(picture) if self.crop else fit(picture, self.size)
+            picture = self.crop(picture) if self.crop else resize_center_crop(picture, self.size)
             return self.rand_augment(picture) if self.rand_augment else picture
 
 
@@ -121,7 +121,7 @@ class Normalize:
 class BatchAugment:
     """uint8 B C H W -> float32 B C H W: mirror, crop out of a reflected border, normalise, erase.
 
-    The numbers it needs are rows of `draw`, one row per image, so a batch may be cut into chunks at will.
+    The numbers it needs are rows of `draw`, one row per image, so a batch may be cut into microbatches at will.
     Erased rectangles hold normal noise per pixel, cut out of one bank of noise at a random place.
     """
 
@@ -129,7 +129,7 @@ class BatchAugment:
 
     def __init__(self, data: DataConfig, augment: AugmentConfig, seed: int, device: torch.device):
         self.normalize = Normalize(data, device)
-        self.flip, self.padding, self.erasing = augment.flip, augment.crop_padding, augment.erasing
+        self.hflip, self.padding, self.erasing = augment.hflip, augment.crop_padding, augment.random_erasing
         self.size, self.channels, self.seed, self.device = data.image_size, data.channels, seed, device
         if self.erasing > 0:
             generator = torch.Generator().manual_seed(derive_seed(seed, "erasing noise"))
@@ -142,8 +142,8 @@ class BatchAugment:
 
     def __call__(self, images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
         flip, down, right, erase, top, left, noise = draws[:, :7].unbind(1)
-        mirrored = (flip < 0.5) & self.flip
-        if self.flip or self.padding > 0:
+        mirrored = (flip < 0.5) & self.hflip
+        if self.hflip or self.padding > 0:
             steps = 2 * self.padding + 1
             images = self._shift(images, mirrored, (down * steps).long(), (right * steps).long())
         images = self.normalize(images)
@@ -162,12 +162,12 @@ class BatchAugment:
         """
         here = torch.arange(self.size)
         if self.padding > 0:  # whole lines of pixels first: index_select copies them many times faster than gather
-            rows = send(self._reflect(here + down[:, None] - self.padding), self.device)
+            rows = to_device(self._reflect(here + down[:, None] - self.padding), self.device)
             planes = torch.arange(images.shape[0] * self.channels, device=self.device).view(-1, self.channels, 1)
             lines = (planes * self.size + rows[:, None, :]).flatten()
             images = images.reshape(-1, self.size).index_select(0, lines).view(images.shape)
         columns = torch.where(mirrored[:, None], here.flip(0), here)
-        columns = send(self._reflect(columns + right[:, None] - self.padding), self.device)
+        columns = to_device(self._reflect(columns + right[:, None] - self.padding), self.device)
         return images.gather(3, columns[:, None, None, :].expand_as(images))
 
     def _reflect(self, index):
@@ -192,7 +192,7 @@ class BatchAugment:
         here = torch.arange(self.size)
         rows = (here >= top[:, None]) & (here < (top + height)[:, None])
         columns = (here >= left[:, None]) & (here < (left + width)[:, None])
-        rows, columns, which = (send(tensor, self.device) for tensor in (rows, columns, which))
+        rows, columns, which = (to_device(tensor, self.device) for tensor in (rows, columns, which))
         inside = (rows[:, :, None] & columns[:, None, :])[:, None]
         shape = images.shape[1:]
         filling = torch.stack([self.noise[start : start + shape.numel()].view(shape) for start in noise.tolist()])
@@ -200,17 +200,17 @@ class BatchAugment:
 
 
 class Mix:
-    """Mixup or cutmix of a chunk, and label smoothing. Targets stay class ids (int64) where none of them is on,
+    """Mixup or cutmix of a microbatch, and label smoothing. Targets stay class ids (int64) where none of them is on,
     else they become float32 B x classes, each row with sum 1."""
 
     def __init__(self, augment: AugmentConfig, classes: int):
-        self.classes, self.smoothing, self.mixup = classes, augment.smoothing, None
-        if augment.mix_prob > 0 and (augment.mixup > 0 or augment.cutmix > 0):
+        self.classes, self.smoothing, self.mixup = classes, augment.label_smoothing, None
+        if augment.mixup_prob > 0 and (augment.mixup > 0 or augment.cutmix > 0):
             self.mixup = Mixup(
                 mixup_alpha=augment.mixup,
                 cutmix_alpha=augment.cutmix,
-                prob=augment.mix_prob,
-                label_smoothing=augment.smoothing,
+                prob=augment.mixup_prob,
+                label_smoothing=augment.label_smoothing,
                 num_classes=classes,
             )
 

@@ -74,7 +74,7 @@ def fingerprint(files: Files, image_size: int) -> str:
 def _decode(files: Files, data: DataConfig, shape: tuple[int, ...]) -> np.ndarray:
     array = np.empty(shape, dtype=np.uint8)
     requests = [Request(rows) for rows in torch.arange(len(files)).split(CHUNK)]
-    reader = Decoding(files, EvalPicture(data.image_size), data.workers, torch.device("cpu"))
+    reader = Decoding(files, EvalPicture(data.image_size), data.num_workers, torch.device("cpu"))
     try:
         for request, images in zip(requests, reader.read(requests), strict=True):
             array[int(request.rows[0]) :][: len(images)] = images.numpy()

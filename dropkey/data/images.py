@@ -67,7 +67,7 @@ class Pixels:
         return to_picture(self.images[row].numpy())
 
 
-def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A small CPU tensor on the device, without waiting: CUDA copies pageable memory only once it is idle."""
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
@@ -109,7 +109,7 @@ def convert(picture: Image.Image, channels: int) -> Image.Image:
     return picture if picture.mode == MODES[channels] else picture.convert(MODES[channels])
 
 
-def fit(picture: Image.Image, size: int, crop: float = 1.0) -> Image.Image:
+def resize_center_crop(picture: Image.Image, size: int, crop: float = 1.0) -> Image.Image:
     """Resize the shorter side to size / crop (bicubic, antialiased), then cut out the size x size centre."""
     shorter = int(size / crop)
     if min(picture.size) != shorter:

@@ -1,9 +1,9 @@
 """Loaders: which images make up a batch, on which process, and in what order.
 
-The global batch of optimizer step u in epoch e is order(e)[u * B : (u + 1) * B]. It is cut into world x accumulate
-equal chunks, of which rank r takes `accumulate` consecutive ones. Order and augmentation follow from (seed, epoch,
-place in the epoch), so they do not depend on the number of processes, workers or chunks, nor on where an epoch is
-resumed; mixup and cutmix act within a chunk and do depend on the number of chunks.
+The global batch of optimizer step u in epoch e is order(e)[u * B : (u + 1) * B]. It is cut into world_size x grad_accum_steps
+equal microbatches, of which rank r takes `grad_accum_steps` consecutive ones. Order and augmentation follow from (seed, epoch,
+place in the epoch), so they do not depend on the number of processes, workers or microbatches, nor on where an epoch is
+resumed; mixup and cutmix act within a microbatch and do depend on the number of microbatches.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ import torch
 
 from dropkey.config.schema import AugmentConfig, DataConfig
 from dropkey.data.augment import BatchAugment, EvalPicture, Mix, Normalize, TrainPicture
-from dropkey.data.images import send
+from dropkey.data.images import to_device
 from dropkey.data.reading import Decoding, OnDevice, Request
 from dropkey.data.splits import Dataset
 from dropkey.errors import ConfigError, DataError
@@ -47,84 +47,90 @@ def train_loader(
     augment: AugmentConfig,
     *,
     batch_size: int,
-    accumulate: int = 1,
+    grad_accum_steps: int = 1,
     seed: int,
     rank: int = 0,
-    world: int = 1,
+    world_size: int = 1,
     device: str | torch.device = "cpu",
 ) -> "TrainLoader":
-    """Batches of the train split for process `rank` of `world`; `batch_size` is global.
+    """Batches of the train split for process `rank` of `world_size`; `batch_size` is global.
 
     Raises:
-        ConfigError: the batch cannot be cut into equal chunks, or into even ones where mixup or cutmix needs them.
+        ConfigError: the batch cannot be cut into equal microbatches, or into even ones where mixup or cutmix needs them.
         DataError: fewer training images than one batch.
     """
-    chunk = _chunk_size(batch_size, world, accumulate, augment)
+    microbatch = _microbatch_size(batch_size, world_size, grad_accum_steps, augment)
     if len(dataset.train) < batch_size:
         raise DataError(
             f"the train split has {len(dataset.train)} images, fewer than one batch of {batch_size}; "
             f"set trainer.batch_size={len(dataset.train)} or less, or hold fewer images out"
         )
-    return TrainLoader(dataset, data, augment, chunk, batch_size, accumulate, seed, rank, torch.device(device))
+    return TrainLoader(
+        dataset, data, augment, microbatch, batch_size, grad_accum_steps, seed, rank, torch.device(device)
+    )
 
 
-def _chunk_size(batch_size: int, world: int, accumulate: int, augment: AugmentConfig) -> int:
-    chunk, rest = divmod(batch_size, world * accumulate)
-    cut = f"trainer.batch_size={batch_size} over {world} process(es) x trainer.accumulate={accumulate}"
-    if rest or chunk == 0:
-        raise ConfigError(f"{cut} is not a whole number of images per chunk; take a multiple of {world * accumulate}")
-    if chunk % 2 and augment.mix_prob > 0 and (augment.mixup > 0 or augment.cutmix > 0):
+def _microbatch_size(batch_size: int, world_size: int, grad_accum_steps: int, augment: AugmentConfig) -> int:
+    microbatch, rest = divmod(batch_size, world_size * grad_accum_steps)
+    cut = f"trainer.batch_size={batch_size} over {world_size} process(es) x trainer.grad_accum_steps={grad_accum_steps}"
+    if rest or microbatch == 0:
         raise ConfigError(
-            f"{cut} makes chunks of {chunk}, but mixup and cutmix pair images and need an even number; "
-            f"take a multiple of {2 * world * accumulate}"
+            f"{cut} is not a whole number of images per microbatch; take a multiple of {world_size * grad_accum_steps}"
         )
-    return chunk
+    if microbatch % 2 and augment.mixup_prob > 0 and (augment.mixup > 0 or augment.cutmix > 0):
+        raise ConfigError(
+            f"{cut} makes microbatches of {microbatch}, but mixup and cutmix pair images and need an even number; "
+            f"take a multiple of {2 * world_size * grad_accum_steps}"
+        )
+    return microbatch
 
 
 class TrainLoader:
     """One process's part of every epoch. `len` is optimizer steps per epoch; images that fill no batch are left out."""
 
-    def __init__(self, dataset, data, augment, chunk, batch_size, accumulate, seed, rank, device):
+    def __init__(self, dataset, data, augment, microbatch, batch_size, grad_accum_steps, seed, rank, device):
         self._split, self._device = dataset.train, device
-        self._chunk, self._batch_size, self._accumulate = chunk, batch_size, accumulate
-        self._seed, self._first, self._repeats = seed, rank * accumulate, augment.repeats
+        self._microbatch, self._batch_size, self._grad_accum_steps = microbatch, batch_size, grad_accum_steps
+        self._seed, self._first, self._repeats = seed, rank * grad_accum_steps, augment.aug_repeats
         self._targets = dataset.train.targets.to(device)
         self._augment = BatchAugment(data, augment, seed, device)
         self._mix = Mix(augment, dataset.num_classes)
         if data.in_memory and augment.crop_scale is None and augment.rand_augment is None:
             self._reader = OnDevice(dataset.train.images, device)
         else:
-            self._reader = Decoding(dataset.train.images, TrainPicture(data, augment), data.workers, device)
+            self._reader = Decoding(dataset.train.images, TrainPicture(data, augment), data.num_workers, device)
 
     def __len__(self) -> int:
         return len(self._split) // self._batch_size
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """`accumulate` batches for each optimizer step of the epoch from step `start` on.
+        """`grad_accum_steps` batches for each optimizer step of the epoch from step `start` on.
 
         DataError: an image that cannot be read.
         """
         order = epoch_order(len(self._split), self._seed, epoch, self._repeats)
         places = [
-            (step, chunk)
+            (step, microbatch)
             for step in range(start, len(self))
-            for chunk in range(self._first, self._first + self._accumulate)
+            for microbatch in range(self._first, self._first + self._grad_accum_steps)
         ]
-        begins = [step * self._batch_size + chunk * self._chunk for step, chunk in places]
+        begins = [step * self._batch_size + microbatch * self._microbatch for step, microbatch in places]
         requests = (
-            Request(self._split.rows[order[begin : begin + self._chunk]], (self._seed, "augment picture", epoch), begin)
+            Request(
+                self._split.rows[order[begin : begin + self._microbatch]], (self._seed, "augment picture", epoch), begin
+            )
             for begin in begins
         )
         pictures = self._reader.read(requests)
         draws, drawn = None, None
-        for (step, chunk), begin, images in zip(places, begins, pictures, strict=True):
+        for (step, microbatch), begin, images in zip(places, begins, pictures, strict=True):
             if drawn != step:
                 draws, drawn = self._augment.draw(epoch, step, self._batch_size), step
-            own = slice(chunk * self._chunk, (chunk + 1) * self._chunk)
-            ids = order[begin : begin + self._chunk]
-            targets = self._targets[send(ids, self._device)]
+            own = slice(microbatch * self._microbatch, (microbatch + 1) * self._microbatch)
+            ids = order[begin : begin + self._microbatch]
+            targets = self._targets[to_device(ids, self._device)]
             images = self._augment(images, draws[own])
-            images, targets = self._mix(images, targets, self._seed, "mix", epoch, step, chunk)
+            images, targets = self._mix(images, targets, self._seed, "mix", epoch, step, microbatch)
             yield Batch(images, targets, ids)
 
     def close(self) -> None:
@@ -135,18 +141,18 @@ class TrainLoader:
 class FirstBatch:
     """A loader whose epochs are its first step, always the same (debug=overfit)."""
 
-    def __init__(self, loader, accumulate: int):
-        self.loader, self.accumulate, self.close = loader, accumulate, loader.close
-        self.chunks = []
+    def __init__(self, loader, grad_accum_steps: int):
+        self.loader, self.grad_accum_steps, self.close = loader, grad_accum_steps, loader.close
+        self.microbatches = []
 
     def __len__(self) -> int:
         return 1
 
     def epoch(self, epoch: int, start: int = 0):
-        if not self.chunks:
+        if not self.microbatches:
             batches = self.loader.epoch(0)
-            self.chunks = [next(batches) for _ in range(self.accumulate)]
-        yield from self.chunks[start * len(self.chunks) :]
+            self.microbatches = [next(batches) for _ in range(self.grad_accum_steps)]
+        yield from self.microbatches[start * len(self.microbatches) :]
 
 
 def eval_loader(
@@ -156,7 +162,7 @@ def eval_loader(
     *,
     batch_size: int,
     rank: int = 0,
-    world: int = 1,
+    world_size: int = 1,
     device: str | torch.device = "cpu",
 ) -> "EvalLoader":
     """Every image of a split (train, val, test) once over all processes; `batch_size` is global, of any size.
@@ -166,24 +172,24 @@ def eval_loader(
     """
     if getattr(dataset, split) is None:
         raise DataError(f"there is no {split} split: data.{split}_fraction=0 holds nothing out; raise it")
-    return EvalLoader(dataset, split, data, batch_size, rank, world, torch.device(device))
+    return EvalLoader(dataset, split, data, batch_size, rank, world_size, torch.device(device))
 
 
 class EvalLoader:
     """One process's part of a split. `len` is the number of iterations, the same on every rank; where the images of
     the last one do not go round, some ranks get fewer, or an empty batch."""
 
-    def __init__(self, dataset, split, data, batch_size, rank, world, device):
+    def __init__(self, dataset, split, data, batch_size, rank, world_size, device):
         self._split, self._device = getattr(dataset, split), device
-        self._batch_size, self._rank, self._world = batch_size, rank, world
+        self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
         self._shape = (dataset.channels, dataset.image_size, dataset.image_size)
         self._targets = self._split.targets.to(device)
         self._normalize = Normalize(data, device)
         if data.in_memory:
             self._reader = OnDevice(self._split.images, device)
         else:
-            picture = EvalPicture(data.image_size, data.crop)
-            self._reader = Decoding(self._split.images, picture, data.workers, device)
+            picture = EvalPicture(data.image_size, data.crop_pct)
+            self._reader = Decoding(self._split.images, picture, data.num_workers, device)
 
     def __len__(self) -> int:
         return (len(self._split) + self._batch_size - 1) // self._batch_size
@@ -195,12 +201,14 @@ class EvalLoader:
         empty = torch.empty((0, *self._shape), dtype=torch.uint8, device=self._device)
         for ids in shares:
             images = next(pictures) if len(ids) else empty
-            yield Batch(self._normalize(images), self._targets[send(ids, self._device)], ids)
+            yield Batch(self._normalize(images), self._targets[to_device(ids, self._device)], ids)
 
     def _share(self, index: int) -> torch.Tensor:
         begin = index * self._batch_size
         images = min(self._batch_size, len(self._split) - begin)
-        own = range(begin + images * self._rank // self._world, begin + images * (self._rank + 1) // self._world)
+        own = range(
+            begin + images * self._rank // self._world_size, begin + images * (self._rank + 1) // self._world_size
+        )
         return torch.arange(own.start, own.stop)
 
     def close(self) -> None:

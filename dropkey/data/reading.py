@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from dropkey.data.images import Files, Pixels, send, to_tensor
+from dropkey.data.images import Files, Pixels, to_device, to_tensor
 from dropkey.errors import DataError
 
 Key = tuple[int | str, ...]  # parts of a seed
@@ -38,7 +38,7 @@ class OnDevice:
     def read(self, requests: Iterable[Request]) -> Iterator[torch.Tensor]:
         """uint8 B C H W on the device, one per request."""
         for request in requests:
-            yield self._images.index_select(0, send(request.rows, self._images.device))
+            yield self._images.index_select(0, to_device(request.rows, self._images.device))
 
     def close(self) -> None:
         pass

@@ -10,7 +10,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from dropkey.config.schema import DataConfig
 from dropkey.data.cache import decoded, locked, require_room
-from dropkey.data.images import Files, Pixels, convert, fit, to_picture, to_tensor
+from dropkey.data.images import Files, Pixels, convert, resize_center_crop, to_picture, to_tensor
 from dropkey.data.splits import Dataset, Split, hold_out, limit
 from dropkey.errors import ConfigError, DataError
 
@@ -19,7 +19,7 @@ FOLDER_LAYOUT = "{train,val,test}/<class>/<image>, or <class>/<image>"
 IMAGENET_LAYOUT = "train/<wnid>/<image>.JPEG and val/<wnid>/<image>.JPEG (ILSVRC 2012, to be had from image-net.org)"
 
 
-class Found(NamedTuple):
+class RawSplits(NamedTuple):
     """What a data set brings of its own; splits it lacks are held out afterwards."""
 
     classes: list[str]
@@ -33,20 +33,20 @@ def load(data: DataConfig) -> Dataset:
 
     Raises:
         DataError: images missing, unreadable, too many for memory, or unlike what `data` says of them.
-        ConfigError: data.crop below 1 with images kept in memory.
+        ConfigError: data.crop_pct below 1 with images kept in memory.
     """
-    if data.in_memory and data.crop != 1:
+    if data.in_memory and data.crop_pct != 1:
         raise ConfigError(
-            f"data.crop={data.crop} needs data.in_memory=false: images in memory are kept at data.image_size, without "
-            "a margin to cut off; or set data.crop=1"
+            f"data.crop_pct={data.crop_pct} needs data.in_memory=false: images in memory are kept at data.image_size, without "
+            "a margin to cut off; or set data.crop_pct=1"
         )
     found = {"digits": _digits, "cifar10": _cifar, "cifar100": _cifar}.get(data.name, _folder)(data)
     classes, train, val, test = found
-    if data.classes is not None and data.classes != len(classes):
+    if data.num_classes is not None and data.num_classes != len(classes):
         raise DataError(
-            f"data.classes={data.classes} but {data.name} has {len(classes)} classes"
+            f"data.num_classes={data.num_classes} but {data.name} has {len(classes)} classes"
             + (f" under {data.root}" if data.name in ("folder", "imagenet") else "")
-            + f"; set data.classes={len(classes)}, or null to take what is found"
+            + f"; set data.num_classes={len(classes)}, or null to take what is found"
         )
     if test is None and val is not None:
         test, val = val, None
@@ -54,23 +54,23 @@ def load(data: DataConfig) -> Dataset:
         train, test = hold_out(train, data.test_fraction, "test")
     if val is None and data.val_fraction > 0:
         train, val = hold_out(train, data.val_fraction, "val")
-    if data.train_limit is not None:
-        train = limit(train, data.train_limit)
+    if data.max_train_samples is not None:
+        train = limit(train, data.max_train_samples)
     return Dataset(train, val, test, classes, data.channels, data.image_size)
 
 
 # ------------------------------------------------------------------------------------------------ arrays
 
 
-def _digits(data: DataConfig) -> Found:
+def _digits(data: DataConfig) -> RawSplits:
     from sklearn.datasets import load_digits  # takes a second to import
 
     images, targets = load_digits(return_X_y=True)
     images = (images.reshape(-1, 1, 8, 8) * (255 / 16)).round().astype(np.uint8)  # grey levels 0 to 16
-    return Found([str(digit) for digit in range(10)], _array_split(images, targets, data), None, None)
+    return RawSplits([str(digit) for digit in range(10)], _array_split(images, targets, data), None, None)
 
 
-def _cifar(data: DataConfig) -> Found:
+def _cifar(data: DataConfig) -> RawSplits:
     from torchvision.datasets import CIFAR10, CIFAR100
 
     kind = CIFAR10 if data.name == "cifar10" else CIFAR100
@@ -89,7 +89,7 @@ def _cifar(data: DataConfig) -> Found:
             raise DataError(f"no intact {data.name} in {place}, and its download failed ({reason}); {how}") from error
     test = kind(data.root, train=False)
     splits = [_array_split(part.data.transpose(0, 3, 1, 2), part.targets, data) for part in (train, test)]
-    return Found(list(train.classes), splits[0], None, splits[1])
+    return RawSplits(list(train.classes), splits[0], None, splits[1])
 
 
 def _array_split(images: np.ndarray, targets, data: DataConfig) -> Split:
@@ -100,7 +100,7 @@ def _array_split(images: np.ndarray, targets, data: DataConfig) -> Split:
     if images.shape != shape:
         given, images = images, np.empty(shape, dtype=np.uint8)
         for row, image in enumerate(given):
-            images[row] = to_tensor(fit(convert(to_picture(image), data.channels), size)).numpy()
+            images[row] = to_tensor(resize_center_crop(convert(to_picture(image), data.channels), size)).numpy()
     return _whole(Pixels(np.ascontiguousarray(images)), targets)
 
 
@@ -111,7 +111,7 @@ def _whole(images, targets) -> Split:
 # ----------------------------------------------------------------------------------------------- folders
 
 
-def _folder(data: DataConfig) -> Found:
+def _folder(data: DataConfig) -> RawSplits:
     root = Path(data.root).expanduser()
     layout = IMAGENET_LAYOUT if data.name == "imagenet" else FOLDER_LAYOUT
     if not root.is_dir():
@@ -131,7 +131,7 @@ def _folder(data: DataConfig) -> Found:
     if not classes:
         raise DataError(f"no class folders in {places['train'].absolute()}; data.root must hold {layout}")
     splits = {name: _read_split(place, classes, data) for name, place in places.items() if place is not None}
-    return Found(classes, splits["train"], splits.get("val"), splits.get("test"))
+    return RawSplits(classes, splits["train"], splits.get("val"), splits.get("test"))
 
 
 def _read_split(place: Path, classes: list[str], data: DataConfig) -> Split:

@@ -80,7 +80,7 @@ def hold_out(split: Split, fraction: float, name: str) -> tuple[Split, Split]:
 def limit(split: Split, count: int) -> Split:
     """`count` images, equally many of each class as far as there are; a smaller count gives a subset."""
     if count > len(split):
-        raise DataError(f"data.train_limit={count} but the train split has {len(split)} images; lower or drop it")
+        raise DataError(f"data.max_train_samples={count} but the train split has {len(split)} images; lower or drop it")
     ranks = ranks_within_class(split.targets, "train limit")
     in_turn = (ranks * (split.targets.max() + 1) + split.targets).argsort()  # first image of every class, second ...
     return split.subset(in_turn[:count].sort().values)

@@ -76,7 +76,7 @@ def load(path: Path) -> dict:
         raise StorageError(f"{path} is refused: {reason}") from None
 
 
-def load_last(directory: Path, say: Callable[[str], None]) -> Optional[dict]:
+def load_last(directory: Path, info: Callable[[str], None]) -> Optional[dict]:
     """The newest intact checkpoint of a run, or None if it has none.
 
     Raises:
@@ -91,10 +91,10 @@ def load_last(directory: Path, say: Callable[[str], None]) -> Optional[dict]:
                 problems.append(str(error))
                 continue
             for problem in problems:
-                say(f"{problem}; going back to {name}")
+                info(f"{problem}; going back to {name}")
             return state
     if problems:
-        raise StorageError(f"{'; '.join(problems)}; no intact checkpoint is left, start over with fresh=true")
+        raise StorageError(f"{'; '.join(problems)}; no intact checkpoint is left, start over with overwrite=true")
     return None
 
 

@@ -38,15 +38,15 @@ def store_of_this_life(store: dist.Store) -> dist.Store:
 
 
 @dataclass
-class World:
+class DistContext:
     """The processes of a job (torchrun's, or this one alone) and this process's place among them."""
 
     rank: int
-    size: int
+    world_size: int
     device: torch.device
 
     @staticmethod
-    def start(wanted_device: str) -> "World":
+    def start(wanted_device: str) -> "DistContext":
         rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         device = pick_device(wanted_device, int(os.environ.get("LOCAL_RANK", 0)))
         if device.type == "cuda":
@@ -56,22 +56,22 @@ class World:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             store, _, _ = next(dist.rendezvous("env://"))
             dist.init_process_group(backend, store=store_of_this_life(store), rank=rank, world_size=size)
-        return World(rank, size, device)
+        return DistContext(rank, size, device)
 
     @property
-    def main(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over processes, on the host."""
         tensor = tensor.cpu()
-        if self.size > 1:
+        if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def any(self, *flags: bool) -> list[bool]:
         """For each flag, whether it is set in any process. Every process must call it equally often."""
-        if self.size == 1:
+        if self.world_size == 1:
             return list(flags)
         tensor = torch.tensor(flags, dtype=torch.uint8)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
@@ -79,22 +79,22 @@ class World:
 
     def gather(self, value) -> list:
         """`value` of every process, in the order of ranks."""
-        if self.size == 1:
+        if self.world_size == 1:
             return [value]
-        values = [None] * self.size
+        values = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
 
     def broadcast(self, value):
         """`value` of the first process."""
-        if self.size == 1:
+        if self.world_size == 1:
             return value
         box = [value]
         dist.broadcast_object_list(box)
         return box[0]
 
     def close(self) -> None:
-        if self.size > 1 and dist.is_initialized():
+        if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dropkey.engine.distributed import StopSignal, World
+from dropkey.engine.distributed import DistContext, StopSignal
 
 BINS = 15  # of the calibration error (Guo et al., 2017)
 
@@ -16,7 +16,7 @@ BINS = 15  # of the calibration error (Guo et al., 2017)
 def evaluate(
     predict: Callable[[Tensor], Tensor],
     loader: Iterable,
-    world: World,
+    dist: DistContext,
     num_classes: int,
     stop: Optional[StopSignal] = None,
     autocast: Callable = contextlib.nullcontext,
@@ -33,7 +33,7 @@ def evaluate(
     totals = torch.zeros(4, dtype=torch.float64)  # right, right among five, summed loss, images
     bins = torch.zeros(3, BINS, dtype=torch.float64)  # images, right, summed confidence
     for batch in loader:
-        if stop is not None and world.any(stop.number != 0)[0]:
+        if stop is not None and dist.any(stop.number != 0)[0]:
             return None
         if len(batch.targets) == 0:
             continue
@@ -46,7 +46,7 @@ def evaluate(
         confidence = logits.softmax(-1).amax(-1)
         which = (confidence.nan_to_num() * BINS).long().clamp_(max=BINS - 1)
         bins.index_add_(1, which, torch.stack([torch.ones_like(confidence), right.float(), confidence]).double())
-    totals, bins = world.sum(totals), world.sum(bins)
+    totals, bins = dist.sum(totals), dist.sum(bins)
     right, among_five, loss, count = totals.tolist()
     gap = (bins[1] - bins[2]).abs().sum().item()
     return {

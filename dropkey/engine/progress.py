@@ -10,7 +10,7 @@ from dropkey.records import clock
 
 
 class Progress:
-    """Silent in all processes but the first.
+    """NoOpTracker in all processes but the first.
 
     Args:
         epochs: in all.
@@ -23,7 +23,7 @@ class Progress:
         self.console = Console(highlight=False, soft_wrap=True)
         self.bar: Optional[Bar] = None
 
-    def say(self, text: str, *, quiet: bool = False) -> None:
+    def info(self, text: str, *, quiet: bool = False) -> None:
         if self.show and not quiet:
             self.console.print(text, markup=False)
             self.log(text)
@@ -45,7 +45,7 @@ class Progress:
         text = f"epoch {record['epoch']:>{len(str(self.epochs))}}/{self.epochs}  train loss {record['train_loss']:.4f}"
         if "eval_top1" in record:
             text += f"  top-1 {record['eval_top1']:6.2f} %  loss {record['eval_loss']:.4f}"
-        self.say(f"{text}  {record['images_per_second']:,.0f} images/s  {clock(record['seconds'])}")
+        self.info(f"{text}  {record['images_per_second']:,.0f} images/s  {clock(record['seconds'])}")
 
     def close(self) -> None:
         if self.bar is not None:

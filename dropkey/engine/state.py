@@ -19,7 +19,7 @@ class Position:
 
     epoch: int = 0  # epochs finished, evaluation included
     step: int = 0  # optimizer steps done in the epoch under way
-    update: int = 0  # optimizer steps done in all
+    global_step: int = 0  # optimizer steps done in all
     best: float = -1.0  # highest top-1 of an evaluation so far
     best_epoch: int = 0
     loss_sum: float = 0.0  # of the epoch under way, this process's share
@@ -50,18 +50,18 @@ class State:
             "ema": None if self.ema is None else self.ema.module.state_dict(),
         }
 
-    def state_dict(self, loss_sums: list[float], chunks: tuple[int, int]) -> dict:
-        """Tensors and plain Python only. `loss_sums` of all processes; `chunks` = (processes, accumulate)."""
+    def state_dict(self, loss_sums: list[float], microbatches: tuple[int, int]) -> dict:
+        """Tensors and plain Python only. `loss_sums` of all processes; `microbatches` = (processes, accumulate)."""
         return {
             **self.weights(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "position": asdict(self.position),
             "loss_sums": loss_sums,
-            "chunks": list(chunks),
+            "microbatches": list(microbatches),
         }
 
-    def load_state_dict(self, state: dict, rank: int, chunks: tuple[int, int]) -> Optional[str]:
+    def load_state_dict(self, state: dict, rank: int, microbatches: tuple[int, int]) -> Optional[str]:
         """Returns a notice if the job's shape has changed, else None.
 
         Raises:
@@ -76,19 +76,19 @@ class State:
         if self.ema is not None and state["ema"] is not None:
             self.ema.module.load_state_dict(state["ema"])
         self.position = Position(**state["position"])
-        sums, before = state["loss_sums"], tuple(state["chunks"])
-        if len(sums) == chunks[0]:
+        sums, before = state["loss_sums"], tuple(state["microbatches"])
+        if len(sums) == microbatches[0]:
             self.position.loss_sum = sums[rank]
         else:
             self.position.loss_sum = sum(sums) if rank == 0 else 0.0
-        if before != chunks:
+        if before != microbatches:
             return (
-                f"resuming with {chunks[0]} processes x {chunks[1]} chunks, before {before[0]} x {before[1]}: "
+                f"resuming with {microbatches[0]} processes x {microbatches[1]} microbatches, before {before[0]} x {before[1]}: "
                 "same global batch and data order"
                 + (
                     ""
-                    if before[0] * before[1] == chunks[0] * chunks[1]
-                    else ", but other masks, because each chunk draws its own"
+                    if before[0] * before[1] == microbatches[0] * microbatches[1]
+                    else ", but other masks, because each microbatch draws its own"
                 )
             )
         return None

@@ -18,7 +18,7 @@ PATIENCE = 5  # seconds to reach the server before going offline
 FINISH = 60  # seconds to let the last uploads through; after an interruption much less, the process is to end
 
 
-class Silent:
+class NoOpTracker:
     """A tracker that tracks nothing."""
 
     def log(self, record: dict) -> None:
@@ -64,39 +64,39 @@ def within(seconds: float, task: Callable) -> bool:
     return not thread.is_alive()
 
 
-def start(cfg: TrainConfig, directory: Path, say: Callable[[str], None]):
+def start(cfg: TrainConfig, directory: Path, info: Callable[[str], None]):
     """A tracker for the run in `directory`; offline or silent, with one line saying so, where W&B cannot be had."""
     logger = cfg.logger
-    if logger.kind == "none":
-        return Silent()
+    if logger.name == "none":
+        return NoOpTracker()
     try:
         import wandb
     except ImportError:
-        say("wandb is not installed: records stay on disk only (pip install wandb, or logger=none to silence this)")
-        return Silent()
+        info("wandb is not installed: records stay on disk only (pip install wandb, or logger=none to silence this)")
+        return NoOpTracker()
     os.environ.setdefault("WANDB_SILENT", "true")
     try:
         mode = logger.mode
         if mode == "online":
             obstacle = why_offline(wandb)
             if obstacle:
-                say(f"W&B stays offline: {obstacle}; later: wandb sync {directory}/wandb/offline-run-*")
+                info(f"W&B stays offline: {obstacle}; later: wandb sync {directory}/wandb/offline-run-*")
                 mode = "offline"
         try:
             return Wandb(wandb, cfg, mode, directory)
         except Exception as error:
             if mode == "offline":
                 raise
-            say(f"W&B stays offline: {str(error).splitlines()[0]}; later: wandb sync {directory}/wandb/offline-run-*")
+            info(f"W&B stays offline: {str(error).splitlines()[0]}; later: wandb sync {directory}/wandb/offline-run-*")
             return Wandb(wandb, cfg, "offline", directory)
     except Exception as error:  # whatever it is, the training matters more
-        say(f"W&B is off for this run: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
-        return Silent()
+        info(f"W&B is off for this run: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+        return NoOpTracker()
 
 
-def replay(cfg: TrainConfig, run: RunDirectory, say: Callable[[str], None]) -> None:
+def replay(cfg: TrainConfig, run: RunDirectory, info: Callable[[str], None]) -> None:
     """Tells W&B of a finished run as if it were trained now."""
-    tracker = start(cfg, run.path, say)
+    tracker = start(cfg, run.path, info)
     for record in run.records():
         tracker.log(record)
     tracker.finish(run.summary(), run.path / "curves.png")

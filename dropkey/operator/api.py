@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dropkey import regularizers
-from dropkey.flips import as_ratio, as_seed, as_threshold
-from dropkey.operator import cpu, triton
+from dropkey.bernoulli import as_ratio, as_seed, as_threshold
+from dropkey.operator import cpu, triton_attention
 from dropkey.operator.reference import reference
 from dropkey.operator.sdpa import sdpa
 from dropkey.regularizers import Grid, Window
@@ -19,17 +19,17 @@ IN_KERNEL = ("dropkey", "dropkey_column")  # what the Triton kernels draw; other
 LONG = 384  # keys: beyond, torch's flash attention with a mask wins over `cpu` in float32 (scripts/benchmark.py)
 
 
-def obstacle(impl: str, regularizer: str, *tensors: Tensor) -> Optional[str]:
+def unsupported_reason(impl: str, regularizer: str, *tensors: Tensor) -> Optional[str]:
     """Why `impl` cannot compute this for such q, k and v (without them: ever), or None."""
     if impl == "reference":
         return None
-    if not regularizers.KINDS[regularizer].on_logits:
+    if not regularizers.REGULARIZERS[regularizer].masks_logits:
         return f"masks logits, and {regularizer} acts on weights after the softmax; take reference"
     if impl == "triton" and regularizer not in IN_KERNEL:
         return f"draws {' and '.join(IN_KERNEL)} only; take sdpa"
     if impl == "cpu" and tensors and tensors[0].device.type != "cpu":
         return f"takes tensors on the CPU, not on {tensors[0].device}; take triton or sdpa"
-    return triton.supported(*tensors) if impl == "triton" and tensors else None
+    return triton_attention.supported(*tensors) if impl == "triton" and tensors else None
 
 
 def choose(impl: str, regularizer: str, *tensors: Tensor) -> str:
@@ -42,7 +42,7 @@ def choose(impl: str, regularizer: str, *tensors: Tensor) -> str:
     if impl not in ("auto", *IMPLS):
         raise ValueError(f"no impl '{impl}'; there are auto, {', '.join(IMPLS)}")
     if impl != "auto":
-        reason = obstacle(impl, regularizer, *tensors)
+        reason = unsupported_reason(impl, regularizer, *tensors)
         if reason:
             raise ValueError(f"impl={impl} {reason}")
         return impl
@@ -51,13 +51,13 @@ def choose(impl: str, regularizer: str, *tensors: Tensor) -> str:
     if q.device.type == "cpu":
         torch_is_faster = q.dtype.itemsize > 2 and k.shape[-2] > LONG
         order = ["sdpa", "reference"] if torch_is_faster else ["cpu", "sdpa", "reference"]
-    return next(name for name in order if obstacle(name, regularizer, *tensors) is None)
+    return next(name for name in order if unsupported_reason(name, regularizer, *tensors) is None)
 
 
 def check(regularizer: str, ratio: Union[float, Tensor]) -> None:
     """Raises ValueError for a regularizer that does not exist or a ratio outside [0, 1)."""
-    if regularizer != "none" and regularizer not in regularizers.KINDS:
-        raise ValueError(f"no regularizer '{regularizer}'; there are none, {', '.join(regularizers.KINDS)}")
+    if regularizer != "none" and regularizer not in regularizers.REGULARIZERS:
+        raise ValueError(f"no regularizer '{regularizer}'; there are none, {', '.join(regularizers.REGULARIZERS)}")
     if not isinstance(ratio, Tensor) and not 0 <= ratio < 1:
         raise ValueError(f"ratio={ratio} lies outside [0, 1)")
 
@@ -124,7 +124,7 @@ def attend(
     bias: Optional[Tensor],
     **where,
 ) -> Tensor:
-    """`attention` with ratio and seed as the tensors that `dropkey.flips` takes."""
+    """`attention` with ratio and seed as the tensors that `dropkey.bernoulli` takes."""
     if torch.is_autocast_enabled(q.device.type):  # as scaled_dot_product_attention does
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
@@ -132,7 +132,7 @@ def attend(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if impl == "triton":
         column = regularizer == "dropkey_column"
-        return triton.attention(q, k, v, seed, threshold, scale=scale, bias=bias, column=column)
+        return triton_attention.attention(q, k, v, seed, threshold, scale=scale, bias=bias, column=column)
     if impl == "cpu" and regularizer == "dropkey":
         return cpu.attention(q, k, v, seed=seed, threshold=threshold, drop=None, scale=scale, bias=bias)
     drop = regularizers.mask(regularizer, (*q.shape[:-1], k.shape[-2]), threshold, seed, **where)

@@ -13,7 +13,7 @@ from typing import Iterator, Optional
 import torch
 from torch import Tensor
 
-from dropkey import flips
+from dropkey import bernoulli
 from dropkey.operator.sdpa import MINUS_INF, additive
 
 CACHE = 1 << 21  # bytes of logits per thread
@@ -86,11 +86,11 @@ class Masks:
         self.next = 0  # row of the mask, in the order of the plan
         if drop is None:
             numbers = torch.arange(rows).view(plan.batch, plan.heads, queries, 1)
-            self.rows = flips.row_keys(seed, plan.split(numbers).reshape(-1))
-            self.columns, self.limit = flips.column_keys(keys, seed.device), flips.as_limit(threshold)
+            self.rows = bernoulli.row_keys(seed, plan.split(numbers).reshape(-1))
+            self.columns, self.limit = bernoulli.column_keys(keys, seed.device), bernoulli.as_limit(threshold)
             self.step = max(1, FLIPS * torch.get_num_threads() // max(1, keys))
             self.scratch = torch.empty(2, min(self.step, rows), keys, dtype=torch.int32)
-        chance = float(flips.as_ratio(threshold)) ** keys * rows
+        chance = float(bernoulli.as_ratio(threshold)) ** keys * rows
         self.may_be_empty = bias is not None or drop is not None or chance > EMPTY_CHANCE
 
     def write(self, logits: Tensor, piece: tuple[int, slice]) -> None:
@@ -109,7 +109,7 @@ class Masks:
             hits, spare = self.scratch[:, : len(some)]
             if some.dtype == hits.dtype:
                 hits = some
-            flips.fill(hits, self.rows[:, self.next : self.next + len(some)], self.columns, self.limit, spare)
+            bernoulli.fill(hits, self.rows[:, self.next : self.next + len(some)], self.columns, self.limit, spare)
             if some.dtype != hits.dtype:
                 some.copy_(hits)
             some.mul_(self.minus_inf)

@@ -67,7 +67,7 @@ def load_threshold(threshold):
 
 
 @triton.jit
-def flips(seed, threshold, out, rows, columns, first_column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def bernoulli(seed, threshold, out, rows, columns, first_column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The mask itself: rows x columns bytes, contiguous, 1 where dropped."""
     blocks = tl.cdiv(columns, COLUMNS)
     row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)

@@ -28,16 +28,16 @@ def reference(
     in fp16), except for a query that loses all its keys: it attends to nothing here (output 0, gradient 0), to
     everything alike there.
     """
-    kind = regularizers.KINDS[regularizer]
+    rule = regularizers.REGULARIZERS[regularizer]
     logits = (q * scale) @ k.transpose(-2, -1)
     if bias is not None:
         logits = logits.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else logits + bias
-    if kind.on_logits:
+    if rule.masks_logits:
         logits = logits.masked_fill(drop, -torch.inf)
     empty = (logits == -torch.inf).all(-1, keepdim=True)
     full = torch.promote_types(logits.dtype, torch.float32)  # sums of half weights are 1 % off, gradients overflow
     weights = logits.masked_fill(empty, 0.0).softmax(-1, dtype=full)
     weights = weights.masked_fill(empty, 0.0)  # a row of zeros, without a NaN to leak into gradients
-    if not kind.on_logits:
-        weights = kind.reweigh(weights, drop, ratio)
+    if not rule.masks_logits:
+        weights = rule.reweigh(weights, drop, ratio)
     return weights.to(v.dtype) @ v

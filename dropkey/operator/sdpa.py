@@ -24,7 +24,7 @@ def additive(drop: Tensor, dtype: torch.dtype) -> Tensor:
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, drop: Tensor, *, scale: float, bias: Optional[Tensor]) -> Tensor:
     """Attention without the keys in `drop`; a query that lost all its keys gives 0. Only for kinds that act on the
-    logits (`regularizers.Kind.on_logits`)."""
+    logits (`regularizers.Kind.masks_logits`)."""
     mask = additive(drop, q.dtype)
     if bias is not None:
         mask = mask.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else mask + bias

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from dropkey import regularizers
-from dropkey.flips import as_ratio, as_threshold, new_seed
+from dropkey.bernoulli import as_ratio, as_threshold, new_seed
 from dropkey.operator.api import attend
-from dropkey.patching.sites import key_grid
+from dropkey.patching.find import key_grid
 from dropkey.regularizers import Grid, Window
 
 
@@ -17,10 +17,10 @@ class Regularize(nn.Module):
 
     p = 0.0  # what fused attention layers read as their dropout probability
 
-    def __init__(self, kind: str, window: Window, impl: str, site: str, grid: Optional[Grid], num_prefix: int):
+    def __init__(self, regularizer: str, window: Window, impl: str, kind: str, grid: Optional[Grid], num_prefix: int):
         super().__init__()
-        self.kind, self.window, self.impl = kind, window, impl
-        self.site, self.grid, self.num_prefix = site, grid, num_prefix
+        self.regularizer, self.window, self.impl = regularizer, window, impl
+        self.kind, self.grid, self.num_prefix = kind, grid, num_prefix
         self.always = False  # on in evaluation too, for Monte Carlo
         self.schedule = ("decreasing", 0.0)  # and end, for `set_ratio`
         self.threshold = as_threshold(0.0, torch.device("cpu"))  # no buffer, which a cast or `to_empty` would spoil
@@ -48,9 +48,9 @@ class Regularize(nn.Module):
 
     def where_keys_lie(self, keys: int) -> dict:
         """Arguments `grid`, `num_prefix` and `window` of `regularizers.mask` for a layer with so many keys."""
-        if self.kind not in regularizers.STRUCTURED:
+        if self.regularizer not in regularizers.STRUCTURED:
             return {}
-        if self.site == "outlook":  # the keys are a k x k neighbourhood
+        if self.kind == "outlook":  # the keys are a k x k neighbourhood
             grid, prefix = key_grid(keys, None, 0)
         else:
             grid, prefix = key_grid(keys, self.grid, self.num_prefix)
@@ -62,19 +62,19 @@ class Regularize(nn.Module):
             return weights
         rows = weights.flatten(1, -3) if weights.dim() > 4 else weights  # outlook attention: B H N K K
         where = self.where_keys_lie(rows.shape[-1])
-        threshold, seed = self.flips_on(rows.device)
-        drop = regularizers.mask(self.kind, tuple(rows.shape), threshold, seed, **where)
+        threshold, seed = self.threshold_and_seed(rows.device)
+        drop = regularizers.mask(self.regularizer, tuple(rows.shape), threshold, seed, **where)
         # fp32 at least, because a sum of bf16 weights is off by up to 1 % and would scale the output
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        kept = regularizers.KINDS[self.kind].reweigh(rows, drop, as_ratio(threshold))
+        kept = regularizers.REGULARIZERS[self.regularizer].reweigh(rows, drop, as_ratio(threshold))
         return kept.to(weights.dtype).view_as(weights)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Optional[Tensor], scale: Optional[float]) -> Tensor:
         where = self.where_keys_lie(k.shape[-2])
-        flips = self.flips_on(q.device)
-        return attend(q, k, v, self.kind, *flips, impl=self.impl, scale=scale, bias=bias, **where)
+        draw = self.threshold_and_seed(q.device)
+        return attend(q, k, v, self.regularizer, *draw, impl=self.impl, scale=scale, bias=bias, **where)
 
-    def flips_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    def threshold_and_seed(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Threshold and a new seed."""
         if self.threshold.device != device:  # a model made on the meta device, or split over devices
             self.threshold = self.threshold.to(device)
@@ -82,4 +82,4 @@ class Regularize(nn.Module):
 
     def extra_repr(self) -> str:
         window = "" if self.window is None else f", window={self.window}"
-        return f"{self.kind}, ratio={self.ratio:.4g}{window}, site={self.site}"
+        return f"{self.regularizer}, ratio={self.ratio:.4g}{window}, layer={self.kind}"

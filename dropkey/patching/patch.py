@@ -20,25 +20,25 @@ from torch import Tensor, nn
 
 from dropkey import regularizers, schedules
 from dropkey.operator import choose
+from dropkey.patching.find import KIND_OF_CLASS, AttentionModule, find, original
 from dropkey.patching.layer import Regularize
-from dropkey.patching.sites import SITE_OF_CLASS, Found, find, original
-from dropkey.patching.ways import Regularized, regularized_class
+from dropkey.patching.mechanisms import Regularized, regularized_class
 from dropkey.regularizers import Grid, Window
 
 UNKNOWN = (
     ": no module holds its dropout of weights as `attn_drop`, calls scaled_dot_product_attention in forward or is "
-    "nn.MultiheadAttention; the name of a class that calls softmax can be added to dropkey.patching.sites.BARE_SOFTMAX"
+    "nn.MultiheadAttention; the name of a class that calls softmax can be added to dropkey.patching.find.SOFTMAX_CLASSES"
 )
 
 
 @dataclass
-class Site:
+class RegularizedLayer:
     """One regularized attention layer."""
 
     name: str
     kind: str  # self, class, cross, outlook, token
     ratio: float
-    way: str  # fused, weights or softmax: see above
+    mechanism: str  # fused, weights or softmax: see above
 
 
 @dataclass
@@ -47,16 +47,18 @@ class Report:
 
     regularizer: str
     schedule: str
-    impl: str  # what the operator uses at fused sites
-    sites: list[Site] = field(default_factory=list)
+    impl: str  # what the operator uses at fused layers
+    layers: list[RegularizedLayer] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)  # name, reason
 
     def __str__(self) -> str:
         if self.regularizer == "none":
             return "no regularizer: attention as it is"
-        head = f"{self.regularizer} ({self.schedule}) at {len(self.sites)} attention sites"
-        lines = [head + (f", impl {self.impl}" if any(s.way == "fused" for s in self.sites) else "")]
-        lines += [f"  {s.name or '(the model)':<36} {s.kind:<8} {s.way:<8} ratio {s.ratio:.4f}" for s in self.sites]
+        head = f"{self.regularizer} ({self.schedule}) at {len(self.layers)} attention layers"
+        lines = [head + (f", impl {self.impl}" if any(s.mechanism == "fused" for s in self.layers) else "")]
+        lines += [
+            f"  {s.name or '(the model)':<36} {s.kind:<8} {s.mechanism:<8} ratio {s.ratio:.4f}" for s in self.layers
+        ]
         lines += [f"  {name:<36} skipped: {reason}" for name, reason in self.skipped]
         return "\n".join(lines)
 
@@ -83,7 +85,7 @@ def apply(
     *,
     end: float = 0.0,
     window: Window = None,
-    sites: tuple[str, ...] = ("self", "class"),
+    layers: tuple[str, ...] = ("self", "class"),
     impl: str = "auto",
     grid: Optional[Grid] = None,
 ) -> Report:
@@ -91,14 +93,14 @@ def apply(
 
     Args:
         ratio: drop probability; the peak when the schedule varies it over depth.
-        schedule, end: see `dropkey.schedules.ratios`; layers count in forward order among the sites taken.
+        schedule, end: see `dropkey.schedules.ratios`; layers count in forward order among the layers taken.
         window: of dropkey_block and dropkey_cross, in cells.
-        sites: attention layers to act on: self; class (a class token or another single query looks at the keys);
+        layers: attention layers to act on: self; class (a class token or another single query looks at the keys);
             cross (queries and keys of different sequences); outlook (VOLO); token (T2T's token transformers).
-        impl: how fused sites compute attention, see `dropkey.attention`.
+        impl: how fused layers compute attention, see `dropkey.attention`.
         grid: height and width of the patch grid, for models that do not tell it.
     Returns:
-        The sites with their ratios, and what was left alone and why.
+        The layers with their ratios, and what was left alone and why.
     Raises:
         ValueError: an unknown regularizer, schedule, site or impl; a window that Block or Cross cannot have; a model
             without any such site.
@@ -106,27 +108,29 @@ def apply(
     if regularizer == "none":
         undo(model)
         return Report("none", schedule, "none")
-    if regularizer not in regularizers.KINDS:
-        raise ValueError(f"no regularizer '{regularizer}'; there are none, {', '.join(regularizers.KINDS)}")
+    if regularizer not in regularizers.REGULARIZERS:
+        raise ValueError(f"no regularizer '{regularizer}'; there are none, {', '.join(regularizers.REGULARIZERS)}")
     report = Report(regularizer, schedule, planned(impl, regularizer, model))
     regularizers.check_window(regularizer, window)
-    taken, report.skipped = choose_sites(model, sites)
+    taken, report.skipped = choose_layers(model, layers)
     values = schedules.ratios(schedule, ratio, end, len(taken))
     undo(model)  # only now, so that a refusal leaves the model as it was
     own_grid, num_prefix = model_grid(model)
     for found, value in zip(taken, values, strict=True):
-        layer = Regularize(regularizer, window, impl, found.site, grid or own_grid, num_prefix)
+        layer = Regularize(regularizer, window, impl, found.kind, grid or own_grid, num_prefix)
         layer.ratio, layer.schedule = value, (schedule, end)
         put(layer, found)
-        report.sites.append(Site(found.name, found.site, value, found.way))
+        report.layers.append(RegularizedLayer(found.name, found.kind, value, found.mechanism))
     return report
 
 
-def put(layer: Regularize, found: Found) -> None:
+def put(layer: Regularize, found: AttentionModule) -> None:
     module = found.module
-    layer.replaced = tuple(filter(None, [getattr(module, found.holder, None)]))  # a tuple, so that it is no submodule
-    setattr(module, found.holder, layer.train(module.training))
-    if found.holder == "regularize" or found.way == "fused" or hasattr(module, "fused_attn"):
+    layer.replaced = tuple(
+        filter(None, [getattr(module, found.attribute, None)])
+    )  # a tuple, so that it is no submodule
+    setattr(module, found.attribute, layer.train(module.training))
+    if found.attribute == "regularize" or found.mechanism == "fused" or hasattr(module, "fused_attn"):
         module.__class__ = regularized_class(type(module))
 
 
@@ -137,22 +141,22 @@ def planned(impl: str, regularizer: str, model: nn.Module) -> str:
     return choose(impl, regularizer, *[example] * 3) if impl == "auto" else choose(impl, regularizer)
 
 
-def choose_sites(model: nn.Module, sites: tuple[str, ...]) -> tuple[list[Found], list[tuple[str, str]]]:
+def choose_layers(model: nn.Module, layers: tuple[str, ...]) -> tuple[list[AttentionModule], list[tuple[str, str]]]:
     """The attention modules to regularize, and (name, reason) of those left alone."""
-    known = dict.fromkeys(["self", "cross", *SITE_OF_CLASS.values()])
-    if not set(sites) <= known.keys():
-        raise ValueError(f"sites={sites!r} is no tuple of {', '.join(known)}")
+    known = dict.fromkeys(["self", "cross", *KIND_OF_CLASS.values()])
+    if not set(layers) <= known.keys():
+        raise ValueError(f"layers={layers!r} is no tuple of {', '.join(known)}")
     taken, skipped = [], []
     for found in find(model):
-        if found.obstacle:
-            skipped.append((found.name, found.obstacle))
-        elif found.site not in sites:
-            skipped.append((found.name, f"{found.site} attention is not among sites={list(sites)}"))
+        if found.unsupported_reason:
+            skipped.append((found.name, found.unsupported_reason))
+        elif found.kind not in layers:
+            skipped.append((found.name, f"{found.kind} attention is not among layers={list(layers)}"))
         else:
             taken.append(found)
     if not taken:
         reasons = f" (skipped: {skipped[0][0]}, {skipped[0][1]})" if skipped else UNKNOWN
-        raise ValueError(f"{type(model).__name__} has no attention layer of sites={list(sites)}{reasons}")
+        raise ValueError(f"{type(model).__name__} has no attention layer of layers={list(layers)}{reasons}")
     return taken, skipped
 
 
@@ -177,7 +181,7 @@ def undo(model: nn.Module) -> None:
 
 
 def set_ratio(model: nn.Module, ratio: float, schedule: Optional[str] = None, end: Optional[float] = None) -> None:
-    """New ratios at the sites that `apply` took, for ramps over training; without recompiling a compiled model, unless
+    """New ratios at the layers that `apply` took, for ramps over training; without recompiling a compiled model, unless
     from or to 0. Schedule and end are those of `apply` unless given.
 
     Raises:

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Optional
 
 from dropkey.reproduction import statistics
+from dropkey.reproduction.jobs import DONE
 from dropkey.reproduction.statistics import Difference, Estimate
 from dropkey.reproduction.tables import Claim, Table
-from dropkey.reproduction.tasks import DONE
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from typing import Optional
 
 from dropkey.errors import ConfigError
 from dropkey.records import RunDirectory, hardware, write_json
+from dropkey.reproduction.jobs import DIVERGED, DONE, FAILED, INTERRUPTED, RUNNING, Job, state
 from dropkey.reproduction.runner import explain
 from dropkey.reproduction.slots import Slot
-from dropkey.reproduction.tasks import DIVERGED, DONE, FAILED, INTERRUPTED, RUNNING, Task, state
 
 PROBE_STEPS = 12
 FORWARD = 0.4  # of a training step's time per image, for evaluations
@@ -34,31 +34,31 @@ class Cost:
         return self.startup + max(1, passes) * self.images * FORWARD / self.images_per_second
 
 
-def distinct(tasks) -> list[Task]:
-    """Each task once, in the order of the table: cells may share one, such as a baseline."""
-    return list(dict.fromkeys(tasks))
+def distinct(jobs) -> list[Job]:
+    """Each job once, in the order of the table: cells may share one, such as a baseline."""
+    return list(dict.fromkeys(jobs))
 
 
-def states(tasks: list[Task]) -> Counter:
-    return Counter(state(task)[0] for task in tasks)
+def states(jobs: list[Job]) -> Counter:
+    return Counter(state(job)[0] for job in jobs)
 
 
-def estimate(tasks: list[Task], slot: Slot, output: Path, probe: bool, say=print) -> Optional[tuple[float, int]]:
-    """Seconds and bytes that the tasks not yet done will take, one after the other, in `slot`.
+def estimate(jobs: list[Job], slot: Slot, output: Path, probe: bool, say=print) -> Optional[tuple[float, int]]:
+    """Seconds and bytes that the jobs not yet done will take, one after the other, in `slot`.
 
     Of a training whose like (the same column: model, data, length) is finished the cost is known; else the first of
     its kind is tried for a few steps. None where neither is there.
     """
     known: dict[str, list[Cost]] = {}
-    for task in tasks:
-        if task.script == "train.py" and state(task)[0] == DONE:
-            known.setdefault(kind(task), []).append(of_finished(task))
+    for job in jobs:
+        if job.script == "train.py" and state(job)[0] == DONE:
+            known.setdefault(kind(job), []).append(of_finished(job))
     seconds, size = 0.0, 0
-    for task in tasks:
-        found = state(task)[0]
+    for job in jobs:
+        found = state(job)[0]
         if found in (DONE, FAILED, DIVERGED):
             continue
-        base = task if task.script == "train.py" else task.needs
+        base = job if job.script == "train.py" else job.needs
         if kind(base) not in known:
             cost = probed(base, slot, output, say) if probe else None
             if cost is None:
@@ -66,44 +66,44 @@ def estimate(tasks: list[Task], slot: Slot, output: Path, probe: bool, say=print
             known[kind(base)] = [cost]
         costs = sorted(known[kind(base)], key=lambda cost: cost.seconds)
         cost = costs[len(costs) // 2]
-        if task.script == "eval.py":
-            seconds += cost.evaluation(passes(task))
+        if job.script == "eval.py":
+            seconds += cost.evaluation(passes(job))
         else:
-            left = 1 - progress(task)[0] / max(1, task.composed.epochs) if found in (INTERRUPTED, RUNNING) else 1
+            left = 1 - progress(job)[0] / max(1, job.composed.epochs) if found in (INTERRUPTED, RUNNING) else 1
             seconds += cost.startup + left * (cost.seconds - cost.startup)
             size += 0 if found in (INTERRUPTED, RUNNING) else cost.bytes
     return seconds, size
 
 
-def kind(task: Task) -> str:
+def kind(job: Job) -> str:
     """What runs must share for one to tell the cost of another."""
-    one = task.composed
+    one = job.composed
     return f"{one.model} {one.facts} batch {one.batch_size} evaluated every {one.eval_every}"
 
 
-def passes(task: Task) -> int:
-    return next((int(word.split("=")[1]) for word in task.words if word.startswith("eval.monte_carlo=")), 1)
+def passes(job: Job) -> int:
+    return next((int(word.split("=")[1]) for word in job.words if word.startswith("eval.monte_carlo=")), 1)
 
 
-def progress(task: Task) -> tuple[int, Optional[dict]]:
+def progress(job: Job) -> tuple[int, Optional[dict]]:
     """Finished epochs and the last epoch's record."""
-    records = RunDirectory(task.run).records("epoch")
+    records = RunDirectory(job.run).records("epoch")
     return (records[-1]["epoch"], records[-1]) if records else (0, None)
 
 
-def of_finished(task: Task) -> Cost:
-    summary = RunDirectory(task.run).summary()
+def of_finished(job: Job) -> Cost:
+    summary = RunDirectory(job.run).summary()
     startup = 10.0  # importing torch and timm, reading data: not recorded, and small beside what it is added to
     test = summary["images"] * FORWARD / summary["images_per_second"]
     whole = startup + summary["seconds"] + test
-    return Cost(whole, startup, weight(task.run), summary["images"], summary["images_per_second"])
+    return Cost(whole, startup, weight(job.run), summary["images"], summary["images_per_second"])
 
 
 def weight(directory: Path) -> int:
     return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
 
 
-def probed(task: Task, slot: Slot, output: Path, say) -> Cost:
+def probed(job: Job, slot: Slot, output: Path, say) -> Cost:
     """The cost of a training, from a few of its steps; kept, so that the next plan has it at once.
 
     Raises:
@@ -111,31 +111,31 @@ def probed(task: Task, slot: Slot, output: Path, say) -> Cost:
     """
     file = output / ".probes.json"
     content = RunDirectory(output).read_json(file.name)
-    key = f"{kind(task)} on {hardware()}, {slot}"
+    key = f"{kind(job)} on {hardware()}, {slot}"
     if key in content:
         return Cost(**content[key])
-    say(f"trying {task.composed.model} on {task.composed.data} for {PROBE_STEPS} steps (probe=false leaves that out)")
+    say(f"trying {job.composed.model} on {job.composed.data} for {PROBE_STEPS} steps (probe=false leaves that out)")
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output, prefix=".probe-") as place:
-        words = [word for word in task.words if not word.startswith(("output=", "init_from="))]
+        words = [word for word in job.words if not word.startswith(("output=", "init_from="))]
         words += [f"output={place}", f"trainer.max_steps={PROBE_STEPS}", "logger=none"]
-        short = dataclasses.replace(task, words=tuple(words))
+        short = dataclasses.replace(job, words=tuple(words))
         log = Path(place) / "log"
         began = time.perf_counter()
         with open(log, "w") as stream:
             done = subprocess.run(slot.command(short), env=slot.environment(), stdout=stream, stderr=stream)
         wall = time.perf_counter() - began
         if done.returncode != 0:
-            raise ConfigError(f"the probe of {task.name} failed: {explain(done.returncode, log)}")
+            raise ConfigError(f"the probe of {job.name} failed: {explain(done.returncode, log)}")
         run = next(path for path in Path(place).iterdir() if (path / "summary.json").exists())
-        cost = extrapolate(task, RunDirectory(run).summary(), wall, weight(run))
+        cost = extrapolate(job, RunDirectory(run).summary(), wall, weight(run))
     write_json(file, {**RunDirectory(output).read_json(file.name), key: vars(cost)})
     return cost
 
 
-def extrapolate(task: Task, summary: dict, wall: float, size: int) -> Cost:
+def extrapolate(job: Job, summary: dict, wall: float, size: int) -> Cost:
     """From a probe of one evaluation and a few steps to all epochs and evaluations."""
-    one = task.composed
+    one = job.composed
     rate = summary["images_per_second"]
     steps = one.epochs * summary["steps_per_epoch"]
     steps = min(steps, one.max_steps or steps)

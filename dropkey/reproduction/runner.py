@@ -1,4 +1,4 @@
-"""Runs what a table lacks: each task its own process, so that whatever happens to one leaves the others going."""
+"""Runs what a table lacks: each job its own process, so that whatever happens to one leaves the others going."""
 
 import contextlib
 import fcntl
@@ -12,18 +12,18 @@ from typing import Optional
 
 from dropkey.errors import Busy, ConfigError
 from dropkey.records import RunDirectory, write_json
+from dropkey.reproduction.jobs import DIVERGED, DONE, FAILED, INTERRUPTED, RUNNING, Job, state
 from dropkey.reproduction.slots import Slot
-from dropkey.reproduction.tasks import DIVERGED, DONE, FAILED, INTERRUPTED, RUNNING, Task, state
 
 POLL = 0.2  # seconds
-WAITING, ELSEWHERE = "waiting", "elsewhere"  # for another task; run by another launcher
+WAITING, ELSEWHERE = "waiting", "elsewhere"  # for another job; run by another launcher
 
 
 @dataclass
-class Job:
-    """A task on its way through this launcher."""
+class JobState:
+    """A job on its way through this launcher."""
 
-    task: Task
+    job: Job
     state: str
     reason: str = ""
     attempts: int = 0
@@ -42,105 +42,105 @@ class Job:
 class Launcher:
     """`run` starts what is missing, resumes what was interrupted, and what failed where `retry` says so.
 
-    Two launchers at once share the work: a claim on each task, held as a file lock by the launcher, and the lock of
+    Two launchers at once share the work: a claim on each job, held as a file lock by the launcher, and the lock of
     the run itself, held by the training, keep them from doing a thing twice.
     """
 
-    tasks: list[Task]
+    jobs: list[Job]
     slots: list[Slot]
     retry: bool = False  # what failed or diverged in an earlier call
     retries: int = 0  # further attempts, within this call, at what fails
     start: object = None  # (command, environment, log file) -> process; None: a process on this machine
-    jobs: list[Job] = field(default_factory=list)
+    items: list[JobState] = field(default_factory=list)
     stopped: int = 0  # the signal that asked to stop
 
-    def run(self, watch=lambda launcher, event, job: None) -> list[Job]:
+    def run(self, watch=lambda launcher, event, item: None) -> list[JobState]:
         """All jobs, each done, failed or diverged; or, after a signal, as they were left.
 
         Args:
-            watch: called with ("tick", None) a few times a second and with ("start", "end" or "stop", job).
+            watch: called with ("tick", None) a few times a second and with ("start", "end" or "stop", item).
         """
-        self.jobs = [self.job(task) for task in self.tasks]
+        self.items = [self.item(job) for job in self.jobs]
         free = list(self.slots)
         with self.signals():
-            while not self.stopped and not all(job.over for job in self.jobs):
-                for job in self.jobs:
-                    if job.process is not None and (code := job.process.poll()) is not None:
-                        free.append(job.slot)
-                        self.finish(job, code)
-                        watch(self, "end", job)
-                    elif job.process is None and not job.over and free and self.ready(job):
-                        if self.launch(job, free[-1]):
+            while not self.stopped and not all(item.over for item in self.items):
+                for item in self.items:
+                    if item.process is not None and (code := item.process.poll()) is not None:
+                        free.append(item.slot)
+                        self.finish(item, code)
+                        watch(self, "end", item)
+                    elif item.process is None and not item.over and free and self.ready(item):
+                        if self.launch(item, free[-1]):
                             free.pop()
-                            watch(self, "start", job)
-                        elif job.over:
-                            watch(self, "end", job)
+                            watch(self, "start", item)
+                        elif item.over:
+                            watch(self, "end", item)
                 watch(self, "tick", None)
                 time.sleep(POLL)
             self.stop(watch)
-        return self.jobs
+        return self.items
 
-    def job(self, task: Task) -> Job:
-        found, reason = state(task)
+    def item(self, job: Job) -> JobState:
+        found, reason = state(job)
         if found in (FAILED, DIVERGED) and self.retry:
-            forget(task)
+            forget(job)
             found = WAITING
-        return Job(task, found if found in (DONE, FAILED, DIVERGED) else WAITING, reason)
+        return JobState(job, found if found in (DONE, FAILED, DIVERGED) else WAITING, reason)
 
-    def ready(self, job: Job) -> bool:
-        if time.monotonic() < job.look_again:
+    def ready(self, item: JobState) -> bool:
+        if time.monotonic() < item.look_again:
             return False
-        if job.task.needs is None:
+        if item.job.needs is None:
             return True
-        base = next((other for other in self.jobs if other.task == job.task.needs), None)
+        base = next((other for other in self.items if other.job == item.job.needs), None)
         if base is not None and base.over and base.state != DONE:
-            job.state = INTERRUPTED if base.state == INTERRUPTED else FAILED
-            job.reason = f"it needs {base.task.name}, which is {base.state}"
+            item.state = INTERRUPTED if base.state == INTERRUPTED else FAILED
+            item.reason = f"it needs {base.job.name}, which is {base.state}"
         return base is None or base.state == DONE
 
-    def launch(self, job: Job, slot: Slot) -> bool:
-        """Starts the job's process, unless the task is done by now or somebody else does it."""
-        if job.over:
+    def launch(self, item: JobState, slot: Slot) -> bool:
+        """Starts the item's process, unless the job is done by now or somebody else does it."""
+        if item.over:
             return False
         claim = contextlib.ExitStack()
         try:
-            claim.enter_context(claimed(job.task))
+            claim.enter_context(claimed(item.job))
         except Busy:
-            job.state, job.look_again = ELSEWHERE, time.monotonic() + 2
+            item.state, item.look_again = ELSEWHERE, time.monotonic() + 2
             return False
-        found, reason = state(job.task)
-        settled = found == DONE or (found in (FAILED, DIVERGED) and job.state == ELSEWHERE)
+        found, reason = state(item.job)
+        settled = found == DONE or (found in (FAILED, DIVERGED) and item.state == ELSEWHERE)
         if settled or found == RUNNING:
             claim.close()
-            job.state, job.reason = (found, reason) if settled else (ELSEWHERE, "")
-            job.look_again = time.monotonic() + 2
+            item.state, item.reason = (found, reason) if settled else (ELSEWHERE, "")
+            item.look_again = time.monotonic() + 2
             return False
-        job.task.failure.unlink(missing_ok=True)
-        command = slot.command(job.task)
-        log = job.task.log
+        item.job.failure.unlink(missing_ok=True)
+        command = slot.command(item.job)
+        log = item.job.log
         with open(log, "a") as file:
             file.write(f"$ {' '.join(command)}\n")
-        job.process = (self.start or start_here)(command, slot.environment(), log)
-        job.state, job.reason, job.slot, job.claim = RUNNING, "", slot, claim
-        job.attempts, job.began = job.attempts + 1, time.monotonic()
+        item.process = (self.start or start_here)(command, slot.environment(), log)
+        item.state, item.reason, item.slot, item.claim = RUNNING, "", slot, claim
+        item.attempts, item.began = item.attempts + 1, time.monotonic()
         return True
 
-    def finish(self, job: Job, code: int) -> None:
+    def finish(self, item: JobState, code: int) -> None:
         """What the exit code and what lies on disk say together."""
-        job.process, job.slot = None, None
-        found, reason = state(job.task)
+        item.process, item.slot = None, None
+        found, reason = state(item.job)
         if code == Busy.exit_code:
-            job.state, job.began, job.look_again = ELSEWHERE, 0.0, time.monotonic() + 2
+            item.state, item.began, item.look_again = ELSEWHERE, 0.0, time.monotonic() + 2
         elif found in (DONE, DIVERGED):
-            job.state, job.reason = found, reason
+            item.state, item.reason = found, reason
         else:
-            asked_to = job.task.script == "train.py" and RunDirectory(job.task.run).status().get("state") == INTERRUPTED
+            asked_to = item.job.script == "train.py" and RunDirectory(item.job.run).status().get("state") == INTERRUPTED
             if not asked_to and found != FAILED:
-                reason = explain(code, job.task.log)
-                record_failure(job.task, reason)
-            again = job.attempts <= self.retries and code != ConfigError.exit_code
-            job.state, job.reason = (WAITING if again else INTERRUPTED if asked_to else FAILED), reason
-        job.claim.close()
+                reason = explain(code, item.job.log)
+                record_failure(item.job, reason)
+            again = item.attempts <= self.retries and code != ConfigError.exit_code
+            item.state, item.reason = (WAITING if again else INTERRUPTED if asked_to else FAILED), reason
+        item.claim.close()
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
@@ -157,32 +157,32 @@ class Launcher:
                 signal.signal(number, handler)
 
     def stop(self, watch) -> None:
-        running = [job for job in self.jobs if job.process is not None]
-        for job in running:
-            job.process.terminate()
-            watch(self, "stop", job)
-        for job in running:
-            while job.process.poll() is None:
+        running = [item for item in self.items if item.process is not None]
+        for item in running:
+            item.process.terminate()
+            watch(self, "stop", item)
+        for item in running:
+            while item.process.poll() is None:
                 watch(self, "tick", None)
                 time.sleep(POLL)
-            found, reason = state(job.task)
-            job.state, job.reason, job.process = found if found != RUNNING else INTERRUPTED, reason, None
-            job.claim.close()
+            found, reason = state(item.job)
+            item.state, item.reason, item.process = found if found != RUNNING else INTERRUPTED, reason, None
+            item.claim.close()
 
 
 @contextlib.contextmanager
-def claimed(task: Task) -> Iterator[None]:
-    """Holds a task against other launchers; the system lets go of it however this one ends.
+def claimed(job: Job) -> Iterator[None]:
+    """Holds a job against other launchers; the system lets go of it however this one ends.
 
     Raises:
         Busy: another launcher holds it.
     """
-    task.run.mkdir(parents=True, exist_ok=True)
-    with open(task.run / f".claim-{Path(task.result).stem}", "a") as file:
+    job.run.mkdir(parents=True, exist_ok=True)
+    with open(job.run / f".claim-{Path(job.result).stem}", "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Busy(f"{task.name} is claimed by another launcher") from None
+            raise Busy(f"{job.name} is claimed by another launcher") from None
         yield
 
 
@@ -216,16 +216,16 @@ def explain(code: int, log: Path) -> str:
     return f"exit code {code}: {last.removeprefix('error: ')[:300]}"
 
 
-def record_failure(task: Task, reason: str) -> None:
-    if task.script == "train.py":
-        RunDirectory(task.run).set_status(FAILED, reason=reason)
+def record_failure(job: Job, reason: str) -> None:
+    if job.script == "train.py":
+        RunDirectory(job.run).set_status(FAILED, reason=reason)
     else:
-        write_json(task.failure, {"reason": reason})
+        write_json(job.failure, {"reason": reason})
 
 
-def forget(task: Task) -> None:
-    """A failure, so that the task is tried again: a training goes on from its last checkpoint."""
-    if task.script == "train.py":
-        RunDirectory(task.run).set_status(INTERRUPTED, reason="to be tried again")
+def forget(job: Job) -> None:
+    """A failure, so that the job is tried again: a training goes on from its last checkpoint."""
+    if job.script == "train.py":
+        RunDirectory(job.run).set_status(INTERRUPTED, reason="to be tried again")
     else:
-        task.failure.unlink(missing_ok=True)
+        job.failure.unlink(missing_ok=True)

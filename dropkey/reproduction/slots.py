@@ -1,4 +1,4 @@
-"""Where tasks run: shares of the cores, GPUs, several runs to a GPU, or several GPUs to a run."""
+"""Where jobs run: shares of the cores, GPUs, several runs to a GPU, or several GPUs to a run."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from dropkey.config.check import require
 from dropkey.config.compose import CONFIGS
-from dropkey.reproduction.tasks import Task
+from dropkey.reproduction.jobs import Job
 
 SCRIPTS = CONFIGS.parent  # where train.py and eval.py lie
 CPU_JOBS = 4  # a gigabyte each
@@ -16,7 +16,7 @@ CPU_JOBS = 4  # a gigabyte each
 
 @dataclass(frozen=True)
 class Slot:
-    """Room for one task."""
+    """Room for one job."""
 
     gpus: tuple[str, ...]  # empty: on the CPU
     threads: int
@@ -33,17 +33,17 @@ class Slot:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpus)
         return environment
 
-    def command(self, task: Task) -> list[str]:
+    def command(self, job: Job) -> list[str]:
         """The evaluation of a run takes one process: how the test images are shared out changes Monte Carlo's draws."""
-        script = str(SCRIPTS / task.script)
-        if len(self.gpus) > 1 and task.script == "train.py":
+        script = str(SCRIPTS / job.script)
+        if len(self.gpus) > 1 and job.script == "train.py":
             torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={len(self.gpus)}"]
-            return [sys.executable, *torchrun, script, *task.words]
-        return [sys.executable, script, *task.words]
+            return [sys.executable, *torchrun, script, *job.words]
+        return [sys.executable, script, *job.words]
 
 
 def slots(jobs: int | None, gpus: str, per_gpu: int, gpus_per_run: int) -> list[Slot]:
-    """As many places as tasks may run at once.
+    """As many places as jobs may run at once.
 
     Args:
         jobs: at most this many; None: all there is room for on GPUs; on a CPU one per core, up to 4. Two trainings

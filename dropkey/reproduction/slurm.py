@@ -1,4 +1,4 @@
-"""Tasks as Slurm jobs, through submitit (optional: pip install submitit)."""
+"""Jobs as Slurm jobs, through submitit (optional: pip install submitit)."""
 
 import os
 import signal

@@ -20,9 +20,9 @@ from dropkey import session  # noqa: E402
 from dropkey.analysis import entropy  # noqa: E402
 from dropkey.config.check import check  # noqa: E402
 from dropkey.config.compose import compose  # noqa: E402
-from dropkey.config.schema import KINDS  # noqa: E402
+from dropkey.config.schema import REGULARIZER_NAMES  # noqa: E402
 from dropkey.records import RunDirectory  # noqa: E402
-from dropkey.reproduction import records, tables, tasks, writers  # noqa: E402
+from dropkey.reproduction import jobs, results, tables, writers  # noqa: E402
 from dropkey.reproduction.comparison import compare  # noqa: E402
 
 TABLE = HERE / "table"
@@ -36,27 +36,27 @@ def losses(output: Path, kind: str) -> list[float]:
 
 def all_losses() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        found = {kind: losses(Path(folder), kind) for kind in KINDS}
+        found = {kind: losses(Path(folder), kind) for kind in REGULARIZER_NAMES}
     (HERE / "losses.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 def table() -> None:
     mini = tables.load(str(TABLE / "mini.yaml"), "smoke", (0, 1, 2))
     with tempfile.TemporaryDirectory() as folder:
-        todo = tasks.tasks_of(mini, folder)
+        todo = jobs.jobs_of(mini, folder)
         for task in todo.values():
             session.train(check(compose(list(task.words))), RunDirectory(task.run))
             entropy.record(task.run)
         last = RunDirectory(todo["DropKey, constant", "ViT 2 x 32", 2].run)
         last.set_status("diverged", reason="loss nan")  # made up: no run of this size does
-        records.write(FILE, mini, records.gather(mini, todo))
+        results.write(FILE, mini, results.gather(mini, todo))
     report()
 
 
 def report() -> None:
-    head, found = records.read(FILE, "mini", "smoke")
+    head, found = results.read(FILE, "mini", "smoke")
     mini = tables.load(str(TABLE / "mini.yaml"), "smoke")
-    writers.write(compare(mini, head, found, records.require_one_version(found, mixed=False)), TABLE)
+    writers.write(compare(mini, head, found, results.require_one_version(found, mixed=False)), TABLE)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from dropkey import flips as torch_flips
-from dropkey.operator.launching import (
+from dropkey import bernoulli as host_bernoulli
+from dropkey.operator.kernel_options import (
     ceil_div,
     constants,
     launch,
@@ -229,25 +229,25 @@ forward.register_autograd(gradients, setup_context=save)
 
 
 @torch.library.custom_op("dropkey::triton_flips", mutates_args=())
-def flips(seed: Tensor, threshold: Tensor, rows: int, columns: int, first_column: int = 0) -> Tensor:
-    """`dropkey.flips.flips` in one kernel: boolean, rows × columns, True with probability threshold / 2³²."""
+def bernoulli(seed: Tensor, threshold: Tensor, rows: int, columns: int, first_column: int = 0) -> Tensor:
+    """`dropkey.bernoulli.bernoulli` in one kernel: boolean, rows × columns, True with probability threshold / 2³²."""
     from dropkey.operator import kernels
 
     result = torch.empty(rows, columns, dtype=torch.bool, device=seed.device)
     tile = {"ROWS": 16, "COLUMNS": 256} if columns > 64 else {"ROWS": 64, "COLUMNS": 64}
     programs = ceil_div(rows, tile["ROWS"]) * ceil_div(columns, tile["COLUMNS"])
     sizes = (rows, columns, first_column)
-    launch(kernels.flips, programs, seed, seed, threshold, result.view(torch.uint8), *sizes, **tile)
+    launch(kernels.bernoulli, programs, seed, seed, threshold, result.view(torch.uint8), *sizes, **tile)
     return result
 
 
-@flips.register_fake
+@bernoulli.register_fake
 def _(seed, threshold, rows, columns, first_column=0):
     return torch.empty(rows, columns, dtype=torch.bool, device=seed.device)
 
 
 if torch.cuda.is_available() and not absent() and not outdated():
-    torch_flips.on_gpu = flips
+    host_bernoulli.on_gpu = bernoulli
 
 
 def attention(
@@ -266,7 +266,7 @@ def attention(
     Args:
         q: B H Q D.
         k, v: B H K D.
-        seed: int64 without dimensions, on the device, of `dropkey.flips` with row (b * H + h) * Q + m for query m;
+        seed: int64 without dimensions, on the device, of `dropkey.bernoulli` with row (b * H + h) * Q + m for query m;
             None drops nothing.
         threshold: int64 without dimensions, on the device: the ratio in units of 2⁻³².
         bias: added to the logits, or boolean with True where a query may look; broadcastable to B H Q K.

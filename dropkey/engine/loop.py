@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dropkey.config.schema import OptimConfig, TrainerConfig
 from dropkey.engine import checkpoint
-from dropkey.engine.distributed import StopSignal, World
+from dropkey.engine.distributed import DistContext, StopSignal
 from dropkey.engine.evaluate import evaluate
 from dropkey.engine.optim import build_autocast, build_optimizer, build_schedule, duration
 from dropkey.engine.progress import Progress
@@ -27,64 +27,64 @@ FP16_LEAST_SCALE = 2.0**-14  # of the loss; below, gradients overflow for anothe
 
 
 @dataclass
-class Job:
+class Setup:
     """What a training is given."""
 
     model: nn.Module
     loss: Callable  # (logits, targets) -> scalar
-    train: object  # loader: len = optimizer steps per epoch; epoch(number, start) -> batches, one per chunk
+    train: object  # loader: len = optimizer steps per epoch; epoch(number, start) -> batches, one per microbatch
     evaluation: object  # loader of the split watched after each epoch
     num_classes: int
     trainer: TrainerConfig
     optim: OptimConfig
     seed: int
     run: RunDirectory
-    world: World
+    dist: DistContext
     stop: StopSignal
     tracker: object  # log(record)
     progress: Progress
 
 
-def fit(job: Job) -> State:
+def fit(setup: Setup) -> State:
     """Trains to the end, from the run's last checkpoint if it has one.
 
     Raises:
         Interrupted: a signal came; the state is saved.
         Diverged: the loss is not finite; nothing was updated with it.
     """
-    trainer, world, run = job.trainer, job.world, job.run
-    chunks = (world.size, trainer.accumulate)
-    per_epoch = len(job.train)
+    trainer, dist, run = setup.trainer, setup.dist, setup.run
+    microbatches = (dist.world_size, trainer.grad_accum_steps)
+    per_epoch = len(setup.train)
     steps, epochs = duration(trainer.epochs, trainer.max_steps, per_epoch)
 
     # 1. State: everything that a checkpoint holds. The moving average is a copy made before wrapping.
     memory = torch.channels_last if trainer.channels_last else torch.preserve_format
-    model = job.model.to(world.device, memory_format=memory)
-    optimizer = build_optimizer(model, job.optim)
-    schedule = build_schedule(optimizer, job.optim, steps, per_epoch)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=trainer.amp == "fp16")
+    model = setup.model.to(dist.device, memory_format=memory)
+    optimizer = build_optimizer(model, setup.optim)
+    schedule = build_schedule(optimizer, setup.optim, steps, per_epoch)
+    scaler = torch.amp.GradScaler(dist.device.type, enabled=trainer.amp == "fp16")
     ema = ModelEmaV3(model, decay=trainer.ema_decay, use_warmup=True) if trainer.ema_decay is not None else None
     state = State(model, optimizer, scaler, ema)
 
     # 2. Resume.
-    saved = checkpoint.load_last(run.checkpoints, job.progress.say)
+    saved = checkpoint.load_last(run.checkpoints, setup.progress.info)
     if saved is not None:
-        notice = state.load_state_dict(saved, world.rank, chunks)
-        job.progress.say(notice or "", quiet=notice is None)
+        notice = state.load_state_dict(saved, dist.rank, microbatches)
+        setup.progress.info(notice or "", quiet=notice is None)
         here = state.position
-        job.progress.say(f"resuming after {here.epoch} epochs and {here.step} of {per_epoch} steps")
+        setup.progress.info(f"resuming after {here.epoch} epochs and {here.step} of {per_epoch} steps")
         del saved
     position = state.position
-    if world.main:
-        run.truncate(position.update, position.epoch)
+    if dist.is_main:
+        run.truncate(position.global_step, position.epoch)
 
     # 3. Wrapping. Evaluation and checkpoints go on using the bare model.
     wrapped = torch.compile(model) if trainer.compile else model
     predict = (torch.compile(ema.module) if trainer.compile else ema.module) if ema is not None else wrapped
-    if world.size > 1:
-        ids = [world.device.index] if world.device.type == "cuda" else None
+    if dist.world_size > 1:
+        ids = [dist.device.index] if dist.device.type == "cuda" else None
         wrapped = DistributedDataParallel(wrapped, ids, find_unused_parameters=trainer.find_unused_parameters)
-    loop = Loop(job, state, wrapped, schedule, build_autocast(trainer.amp, world.device), chunks)
+    loop = Loop(setup, state, wrapped, schedule, build_autocast(trainer.amp, dist.device), microbatches)
 
     # 4. Epochs.
     with loop.profiler():
@@ -95,7 +95,7 @@ def fit(job: Job) -> State:
             if number % trainer.eval_every == 0 or number == epochs:
                 began = time.perf_counter()
                 model_in_eval = predict.eval()
-                result = evaluate(model_in_eval, job.evaluation, world, job.num_classes, job.stop, loop.autocast)
+                result = evaluate(model_in_eval, setup.evaluation, dist, setup.num_classes, setup.stop, loop.autocast)
                 position.seconds += time.perf_counter() - began
                 if result is None:
                     loop.leave()
@@ -106,49 +106,49 @@ def fit(job: Job) -> State:
 class Loop:
     """One epoch at a time: steps, records, checkpoints."""
 
-    def __init__(self, job: Job, state: State, wrapped: nn.Module, schedule, autocast: Callable, chunks):
-        self.job, self.state, self.wrapped = job, state, wrapped
-        self.schedule, self.autocast, self.chunks = schedule, autocast, chunks
+    def __init__(self, setup: Setup, state: State, wrapped: nn.Module, schedule, autocast: Callable, microbatches):
+        self.setup, self.state, self.wrapped = setup, state, wrapped
+        self.schedule, self.autocast, self.microbatches = schedule, autocast, microbatches
         self.saved_at = time.monotonic()
         self.trace: Optional[torch.profiler.profile] = None
 
     def train_epoch(self, steps: int) -> None:
-        job, here = self.job, self.state.position
+        setup, here = self.setup, self.state.position
         self.wrapped.train()
-        job.progress.start_epoch(here.epoch + 1, steps, here.step)
-        batches = job.train.epoch(here.epoch, here.step)  # a generator
+        setup.progress.start_epoch(here.epoch + 1, steps, here.step)
+        batches = setup.train.epoch(here.epoch, here.step)  # a generator
         with contextlib.closing(batches):
             while here.step < steps:
                 before = time.perf_counter()
                 loss = self.step(batches)
                 self.count(loss, time.perf_counter() - before)
-                late = time.monotonic() - self.saved_at > 60 * job.trainer.checkpoint_minutes
-                stop, late = job.world.any(job.stop.number != 0, late)
+                late = time.monotonic() - self.saved_at > 60 * setup.trainer.checkpoint_minutes
+                stop, late = setup.dist.any(setup.stop.number != 0, late)
                 if stop:
                     self.leave()
                 if late and here.step < steps:
                     self.save()
 
     def step(self, batches) -> float:
-        """One optimizer step; returns the mean loss of this process's chunks."""
-        job, state, world = self.job, self.state, self.job.world
-        accumulate, update = job.trainer.accumulate, state.position.update
+        """One optimizer step; returns the mean loss of this process's microbatches."""
+        setup, state, dist = self.setup, self.state, self.setup.dist
+        accumulate, update = setup.trainer.grad_accum_steps, state.position.global_step
         self.schedule.step_update(update)
         total, ids = 0.0, []
-        for chunk in range(accumulate):
+        for microbatch in range(accumulate):
             batch = next(batches)
-            # a chunk's masks depend on its place in the global batch, not on which process computes it
-            torch.manual_seed(derive_seed(job.seed, "step", update, world.rank * accumulate + chunk))
-            last = chunk == accumulate - 1
-            with contextlib.nullcontext() if last or world.size == 1 else self.wrapped.no_sync():
+            # a microbatch's masks depend on its place in the global batch, not on which process computes it
+            torch.manual_seed(derive_seed(setup.seed, "step", update, dist.rank * accumulate + microbatch))
+            last = microbatch == accumulate - 1
+            with contextlib.nullcontext() if last or dist.world_size == 1 else self.wrapped.no_sync():
                 with self.autocast():
-                    loss = job.loss(self.wrapped(batch.images), batch.targets) / accumulate
+                    loss = setup.loss(self.wrapped(batch.images), batch.targets) / accumulate
                 state.scaler.scale(loss).backward()
             total, ids = total + loss.detach(), ids + batch.ids.tolist()
         value = float(total)
         norm = self.clip()
         scale = state.scaler.get_scale()
-        if world.any(not (math.isfinite(value) and math.isfinite(norm)))[0]:
+        if dist.any(not (math.isfinite(value) and math.isfinite(norm)))[0]:
             self.diverge(value, norm, ids)
         state.scaler.step(state.optimizer)
         state.scaler.update()
@@ -161,8 +161,8 @@ class Loop:
         return value
 
     def clip(self) -> float:
-        """The gradient norm after unscaling, limited to optim.clip where that is given."""
-        state, limit = self.state, self.job.optim.clip
+        """The gradient norm after unscaling, limited to optim.clip_grad_norm where that is given."""
+        state, limit = self.state, self.setup.optim.clip_grad_norm
         state.scaler.unscale_(state.optimizer)
         if limit is None:
             norm = float(nn.utils.get_total_norm(p.grad for p in state.model.parameters() if p.grad is not None))
@@ -173,27 +173,27 @@ class Loop:
 
     def count(self, loss: float, seconds: float) -> None:
         """Moves the position past a step and records it every `log_every` steps."""
-        job, here = self.job, self.state.position
-        here.step, here.update = here.step + 1, here.update + 1
+        setup, here = self.setup, self.state.position
+        here.step, here.global_step = here.step + 1, here.global_step + 1
         here.loss_sum += loss
-        here.images += job.trainer.batch_size
+        here.images += setup.trainer.batch_size
         here.seconds += seconds
         here.training_seconds += seconds
         rate = self.state.optimizer.param_groups[0]["lr"]
-        if here.update % job.trainer.log_every == 0:
-            mean = float(job.world.sum(torch.tensor(loss, dtype=torch.float64))) / job.world.size
-            self.record({"kind": "step", "step": here.update, "epoch": here.epoch + 1, "loss": mean, "lr": rate})
-        job.progress.advance(loss, rate)
+        if here.global_step % setup.trainer.log_every == 0:
+            mean = float(setup.dist.sum(torch.tensor(loss, dtype=torch.float64))) / setup.dist.world_size
+            self.record({"kind": "step", "step": here.global_step, "epoch": here.epoch + 1, "loss": mean, "lr": rate})
+        setup.progress.advance(loss, rate)
         if self.trace is not None:
             self.trace.step()
 
     def finish_epoch(self, result: Optional[dict]) -> None:
         """Record, best, checkpoint; then nothing of the epoch is left to be done again."""
-        job, here = self.job, self.state.position
-        mean = float(job.world.sum(torch.tensor(here.loss_sum, dtype=torch.float64))) / job.world.size
+        setup, here = self.setup, self.state.position
+        mean = float(setup.dist.sum(torch.tensor(here.loss_sum, dtype=torch.float64))) / setup.dist.world_size
         record = {
             "kind": "epoch",
-            "step": here.update,
+            "step": here.global_step,
             "epoch": here.epoch + 1,
             "train_loss": mean / max(here.step, 1),
             "lr": self.state.optimizer.param_groups[0]["lr"],
@@ -206,25 +206,25 @@ class Loop:
         if better:
             here.best, here.best_epoch = result["top1"], here.epoch
         self.record(record)
-        job.progress.finish_epoch(record)
-        if better and job.world.main:
+        setup.progress.finish_epoch(record)
+        if better and setup.dist.is_main:
             weights = {**self.state.weights(), "epoch": here.epoch}
-            checkpoint.save(weights, job.run.checkpoints / "best.pt")
+            checkpoint.save(weights, setup.run.checkpoints / "best.pt")
         self.save()
-        if job.world.any(job.stop.number != 0)[0]:
+        if setup.dist.any(setup.stop.number != 0)[0]:
             self.leave(saved=True)
 
     def record(self, record: dict) -> None:
-        if self.job.world.main:
-            self.job.run.append(record)
-            self.job.tracker.log(record)
+        if self.setup.dist.is_main:
+            self.setup.run.append(record)
+            self.setup.tracker.log(record)
 
     def save(self) -> None:
-        here, world = self.state.position, self.job.world
-        sums = world.gather(here.loss_sum)
-        if world.main:
-            state = self.state.state_dict(sums, self.chunks)
-            checkpoint.save(state, self.job.run.checkpoints / "last.pt", keep_previous=True)
+        here, dist = self.state.position, self.setup.dist
+        sums = dist.gather(here.loss_sum)
+        if dist.is_main:
+            state = self.state.state_dict(sums, self.microbatches)
+            checkpoint.save(state, self.setup.run.checkpoints / "last.pt", keep_previous=True)
         self.saved_at = time.monotonic()
 
     def leave(self, saved: bool = False) -> None:
@@ -232,33 +232,35 @@ class Loop:
         if not saved:
             self.save()
         here = self.state.position
-        numbers = self.job.world.gather(self.job.stop.number)
-        self.job.stop.number = next(number for number in numbers if number)
+        numbers = self.setup.dist.gather(self.setup.stop.number)
+        self.setup.stop.number = next(number for number in numbers if number)
         where = f"after {here.epoch} epochs and {here.step} steps" if here.step else f"after {here.epoch} epochs"
-        raise self.job.stop.interrupted(f"interrupted {where}, all saved in {self.job.run.path}")
+        raise self.setup.stop.interrupted(f"interrupted {where}, all saved in {self.setup.run.path}")
 
     def diverge(self, loss: float, norm: float, ids: list[int]) -> None:
         """Leaves evidence and raises Diverged, in every process, before anything was updated."""
-        job, here = self.job, self.state.position
-        seen = job.world.gather({"loss": str(loss), "gradient_norm": str(norm), "sample_ids": ids})
-        path = job.run.path / "diverged.json"
-        if job.world.main:
-            path.write_text(json.dumps({"epoch": here.epoch + 1, "step": here.update + 1, "processes": seen}, indent=1))
+        setup, here = self.setup, self.state.position
+        seen = setup.dist.gather({"loss": str(loss), "gradient_norm": str(norm), "sample_ids": ids})
+        path = setup.run.path / "diverged.json"
+        if setup.dist.is_main:
+            path.write_text(
+                json.dumps({"epoch": here.epoch + 1, "step": here.global_step + 1, "processes": seen}, indent=1)
+            )
         raise Diverged(
-            f"loss {loss}, gradient norm {norm} in epoch {here.epoch + 1}, step {here.update + 1}, which changed "
+            f"loss {loss}, gradient norm {norm} in epoch {here.epoch + 1}, step {here.global_step + 1}, which changed "
             f"nothing; its samples are named in {path}; a lower optim.lr, a longer optim.warmup_epochs or "
-            "optim.clip=1 may help"
+            "optim.clip_grad_norm=1 may help"
         )
 
     @contextlib.contextmanager
     def profiler(self):
         """With trainer.profile: steps 5 to 10 traced into the run directory."""
-        if not self.job.trainer.profile or not self.job.world.main:
+        if not self.setup.trainer.profile or not self.setup.dist.is_main:
             yield
             return
-        target = self.job.run.path / "trace.json"
+        target = self.setup.run.path / "trace.json"
         ready = torch.profiler.schedule(wait=3, warmup=1, active=6, repeat=1)
         with torch.profiler.profile(schedule=ready, on_trace_ready=lambda p: p.export_chrome_trace(str(target))) as p:
             self.trace = p
             yield
-        self.job.progress.say(f"trace of 6 steps: {target} (open in https://ui.perfetto.dev)")
+        self.setup.progress.info(f"trace of 6 steps: {target} (open in https://ui.perfetto.dev)")

@@ -29,7 +29,7 @@ class Composed:
     model: str
     data: str
     image_size: int  # pixels
-    train_limit: Optional[int]
+    max_train_samples: Optional[int]
     epochs: int
     max_steps: Optional[int]
     batch_size: int
@@ -42,13 +42,13 @@ class Composed:
     @property
     def facts(self) -> str:
         """Data, resolution and length of the training, for captions."""
-        images = f", {self.train_limit:,} training images" if self.train_limit else ""
+        images = f", {self.max_train_samples:,} training images" if self.max_train_samples else ""
         steps = f", {self.max_steps} steps at most" if self.max_steps else ""
         return f"{self.data}, {self.image_size} px{images}, {self.epochs} epochs{steps}"
 
 
 @dataclass(frozen=True)
-class Task:
+class Job:
     """One process to run: a training, or the evaluation of a finished run."""
 
     script: str  # train.py or eval.py
@@ -56,7 +56,7 @@ class Task:
     run: Path  # the run directory
     result: str  # file in it that holds the figures
     composed: Composed = field(compare=False)
-    needs: Optional["Task"] = None  # whose run it starts from
+    needs: Optional["Job"] = None  # whose run it starts from
 
     @property
     def name(self) -> str:
@@ -72,8 +72,8 @@ class Task:
         return self.run / f".failed-{Path(self.result).stem}.json"
 
 
-def tasks_of(table: Table, output: str) -> dict[tuple[str, str, int], Task]:
-    """(row, column, seed) -> task. Cells that mean the same share one: compare tasks to see it.
+def jobs_of(table: Table, output: str) -> dict[tuple[str, str, int], Job]:
+    """(row, column, seed) -> job. Cells that mean the same share one: compare jobs to see it.
 
     Raises:
         ConfigError: overrides that cannot work, naming row and column.
@@ -94,15 +94,15 @@ def tasks_of(table: Table, output: str) -> dict[tuple[str, str, int], Task]:
                 before = found.get((row.of, column, seed))
                 if before is None:
                     run = Path(output) / composed.run_name(seed)
-                    task = Task("train.py", (*words, f"seed={seed}", place), run, result, composed)
+                    job = Job("train.py", (*words, f"seed={seed}", place), run, result, composed)
                 elif row.evaluate:
                     whole = (f"run={before.run}", *row.evaluate)
-                    task = Task("eval.py", whole, before.run, result, composed, before)
+                    job = Job("eval.py", whole, before.run, result, composed, before)
                 else:
                     run = Path(output) / composed.run_name(seed, before.run.name)
                     start = (f"init_from={before.run}", f"seed={seed}", place)
-                    task = Task("train.py", (*words, *row.words, *start), run, result, composed, before)
-                found[row.label, column, seed] = task
+                    job = Job("train.py", (*words, *row.words, *start), run, result, composed, before)
+                found[row.label, column, seed] = job
     cache.save()
     order = {label: number for number, label in enumerate(table.rows)}
     return dict(sorted(found.items(), key=lambda item: (item[0][2], order[item[0][0]])))  # seed by seed
@@ -148,12 +148,12 @@ def summarise(words: tuple[str, ...]) -> Composed:
     cfg = check.check(compose.compose(list(words)))
     keys = identity.canonical(cfg)
     return Composed(
-        label=f"{identity.model_label(cfg)}-{cfg.regularizer.kind}-{identity.data_label(cfg)}",
+        label=f"{identity.model_label(cfg)}-{cfg.regularizer.name}-{identity.data_label(cfg)}",
         keys={key: value for key, value in keys.items() if key != "seed"},
         model=identity.model_label(cfg),
         data=identity.data_label(cfg),
         image_size=cfg.data.image_size,
-        train_limit=cfg.data.train_limit,
+        max_train_samples=cfg.data.max_train_samples,
         epochs=cfg.trainer.epochs,
         max_steps=cfg.trainer.max_steps,
         batch_size=cfg.trainer.batch_size,
@@ -170,20 +170,20 @@ def sources() -> str:
     return digest.hexdigest()[:16]
 
 
-def state(task: Task) -> tuple[str, str]:
-    """How a task stands, and where it failed or diverged, why."""
-    run = RunDirectory(task.run)
-    if task.script == "eval.py":
-        if run.read_json(task.result):
+def state(job: Job) -> tuple[str, str]:
+    """How a job stands, and where it failed or diverged, why."""
+    run = RunDirectory(job.run)
+    if job.script == "eval.py":
+        if run.read_json(job.result):
             return DONE, ""
-        failure = run.read_json(task.failure.name)
+        failure = run.read_json(job.failure.name)
         return (FAILED, failure["reason"]) if failure else (MISSING, "")
     status = run.status()
     if run.finished:
         return DONE, ""
     found = status.get("state", MISSING)
     if found == RUNNING:
-        return (RUNNING if alive(status, task.run) else INTERRUPTED), ""
+        return (RUNNING if alive(status, job.run) else INTERRUPTED), ""
     return (INTERRUPTED if found == DONE else found), status.get("reason", "")
 
 

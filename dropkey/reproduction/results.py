@@ -5,31 +5,31 @@ from collections import Counter
 from pathlib import Path
 
 from dropkey.config.check import require
-from dropkey.config.identity import harmless
+from dropkey.config.identity import has_no_effect
 from dropkey.errors import ConfigError
 from dropkey.records import RunDirectory, replace_file
+from dropkey.reproduction.jobs import DONE, Job, state
 from dropkey.reproduction.tables import Table
-from dropkey.reproduction.tasks import DONE, Task, state
 
 FILE = "records.jsonl"
 FIGURES = ("top1", "top5", "loss", "ece")
 
 
-def gather(table: Table, tasks: dict[tuple[str, str, int], Task]) -> list[dict]:
+def gather(table: Table, jobs: dict[tuple[str, str, int], Job]) -> list[dict]:
     """A record for each (row, column, seed) of the table, done or not, from the run directories."""
-    return [record(place, task) for place, task in tasks.items()]
+    return [record(place, job) for place, job in jobs.items()]
 
 
-def record(place: tuple[str, str, int], task: Task) -> dict:
+def record(place: tuple[str, str, int], job: Job) -> dict:
     row, column, seed = place
-    found, reason = state(task)
-    run = RunDirectory(task.run)
-    entry = {"row": row, "column": column, "seed": seed, "state": found, "reason": reason, "run": task.run.name}
-    entry["facts"] = task.composed.facts
+    found, reason = state(job)
+    run = RunDirectory(job.run)
+    entry = {"row": row, "column": column, "seed": seed, "state": found, "reason": reason, "run": job.run.name}
+    entry["facts"] = job.composed.facts
     if found != DONE:
         return entry
     summary = run.summary()
-    result = summary if task.script == "train.py" else run.read_json(task.result)
+    result = summary if job.script == "train.py" else run.read_json(job.result)
     epochs = run.records("epoch")
     entropy = run.read_json("entropy.json")
     entry |= {key: result[key] for key in FIGURES}
@@ -47,9 +47,9 @@ def record(place: tuple[str, str, int], task: Task) -> dict:
         "hardware": result["hardware"],
         "entropy": entropy.get("mean"),
     }
-    if task.script == "train.py":
+    if job.script == "train.py":
         if entropy:
-            layers = [site["normalised"] for site in entropy["sites"]]
+            layers = [one["normalised"] for one in entropy["layers"]]
             entry["heads"] = [[round(head, 4) for head in layer] for layer in layers]
         keys = ("epoch", "train_loss", "eval_top1", "eval_loss")
         entry["curve"] = [[line.get(key) for key in keys] for line in epochs]
@@ -57,7 +57,7 @@ def record(place: tuple[str, str, int], task: Task) -> dict:
 
 
 def header(table: Table) -> dict:
-    extra = [word for word in table.extra if not harmless(word.lstrip("+~").split("=", 1)[0])]
+    extra = [word for word in table.extra if not has_no_effect(word.lstrip("+~").split("=", 1)[0])]
     return {"table": table.name, "scale": table.scale, "seeds": list(table.seeds), "extra": extra}
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dropkey import flips
+from dropkey import bernoulli
 
 SEEDS = [0, 1, 2, 2**31, 2**63 - 1, -1, -(2**63), 123456789]
 ROWS, COLUMNS = 2048, 512
@@ -15,9 +15,9 @@ ROWS, COLUMNS = 2048, 512
 
 def drawn(seed, ratio, rows=ROWS, columns=COLUMNS, first_column=0, first_row=0):
     cpu = torch.device("cpu")
-    return flips.flips(
-        flips.as_seed(seed, cpu),
-        flips.as_threshold(ratio, cpu),
+    return bernoulli.bernoulli(
+        bernoulli.as_seed(seed, cpu),
+        bernoulli.as_threshold(ratio, cpu),
         rows,
         columns,
         first_column=first_column,
@@ -58,7 +58,7 @@ def test_splitmix64_gives_its_published_sequence():
     """The first outputs for state 1234567 (Vigna's splitmix64.c; the state is advanced before it is mixed)."""
     golden = 0x9E3779B97F4A7C15
     states = torch.tensor([(1234567 + step * golden + 2**63) % 2**64 - 2**63 for step in (1, 2, 3)])
-    outputs = [value % 2**64 for value in flips.mix64(states).tolist()]
+    outputs = [value % 2**64 for value in bernoulli.mix64(states).tolist()]
     assert outputs == [6457827717110365317, 3203168211198807973, 9817491932198370423]
 
 
@@ -71,7 +71,7 @@ def test_a_flip_does_not_depend_on_how_many_are_drawn_with_it():
 
 def test_a_flip_does_not_depend_on_the_size_of_the_pieces(monkeypatch):
     whole = drawn(3, 0.3, 100, 90)
-    monkeypatch.setattr(flips, "CACHED", 700)
+    monkeypatch.setattr(bernoulli, "CACHED", 700)
     assert torch.equal(drawn(3, 0.3, 100, 90), whole)
 
 
@@ -101,7 +101,9 @@ def test_the_largest_ratio_below_one_almost_always_hits():
 def test_a_ratio_as_a_tensor_is_the_ratio():
     cpu = torch.device("cpu")
     for ratio in (0.0, 1e-9, 0.1, 0.3, math.nextafter(1.0, 0.0)):
-        assert flips.as_threshold(torch.tensor(ratio, dtype=torch.float64), cpu) == flips.as_threshold(ratio, cpu)
+        assert bernoulli.as_threshold(torch.tensor(ratio, dtype=torch.float64), cpu) == bernoulli.as_threshold(
+            ratio, cpu
+        )
 
 
 def test_hits_at_a_small_ratio_are_hits_at_a_larger_one():
@@ -186,7 +188,7 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_hashes_known_to_be_bad_do_not_pass(name):
-    r1, r2 = flips.row_keys(torch.tensor(1), torch.arange(ROWS)).numpy().astype(np.int64).astype(np.uint64) % 2**32
+    r1, r2 = bernoulli.row_keys(torch.tensor(1), torch.arange(ROWS)).numpy().astype(np.int64).astype(np.uint64) % 2**32
     c = np.arange(COLUMNS, dtype=np.uint64) * 0x9E3779B1
     if name != "raw columns":
         c %= 2**32

@@ -15,7 +15,9 @@ from torch import Tensor
 GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # as signed numbers, which is what torch multiplies
 FIRST, SECOND = 0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64)
 COLUMN = 0x9E3779B1 - (1 << 32)
-on_gpu: Optional[Callable[..., Tensor]] = None  # the same in one kernel, where `dropkey.operator.triton` has it
+on_gpu: Optional[Callable[..., Tensor]] = (
+    None  # the same in one kernel, where `dropkey.operator.triton_attention` has it
+)
 CACHED = 1 << 19  # flips at once on a CPU: their two 32-bit operands then stay in cache
 
 
@@ -82,7 +84,7 @@ def fill(out: Tensor, keys: Tensor, columns: Tensor, limit: Tensor, spare: Tenso
     return out.mul_(spare).lt_(limit)
 
 
-def flips(
+def bernoulli(
     seed: Tensor, threshold: Tensor, rows: int, columns: int, *, first_column: int = 0, first_row: int = 0
 ) -> Tensor:
     """Boolean, rows × columns; True with probability threshold / 2³².

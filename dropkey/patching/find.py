@@ -12,7 +12,7 @@ from dropkey.regularizers import Grid
 
 # Tables by class name, so that no library need be imported; `file.Class` where the bare name says too little.
 # What is not here is "self", or "cross" if it is called so.
-SITE_OF_CLASS = {
+KIND_OF_CLASS = {
     "OutlookAttention": "outlook",
     "TokenTransformerAttention": "token",
     "ClassAttention": "class",  # VOLO
@@ -25,7 +25,7 @@ SITE_OF_CLASS = {
 }
 # Attention whose weights appear as the result of a softmax and nowhere else: no `attn_drop`, or one that sees the
 # weights after heads are mixed.
-BARE_SOFTMAX = {
+SOFTMAX_CLASSES = {
     "BottleneckAttn",
     "HaloAttn",
     "NonLocalAttn",
@@ -44,7 +44,7 @@ BARE_SOFTMAX = {
     "RelativePositionalMultiHeadAttention",  # torchvision's MaxViT
 }
 # Softmax, or a name of attention, without each query's own distribution over keys.
-OBSTACLES = {
+UNSUPPORTED = {
     "TokenPerformer": "a performer has no softmax",
     "XCA": "its softmax is over channels, not keys",  # XCiT
     "CrossCovarianceAttn": "its softmax is over channels, not keys",  # EdgeNeXt
@@ -63,37 +63,37 @@ CROSS = re.compile("cross_?att|cross_?mha|encoder_attn|encoder_attention|encdec|
 
 
 @dataclass
-class Found:
-    """An attention module: its name in the model, its site kind and way, or why it cannot be regularized."""
+class AttentionModule:
+    """An attention module: its name in the model, its kind and mechanism, or why it cannot be regularized."""
 
     name: str
     module: nn.Module
-    site: str = "self"
-    way: str = "fused"  # or softmax, weights: see `dropkey.patching.patch`
-    holder: str = "regularize"  # attribute that takes the regularizer
-    obstacle: Optional[str] = None
+    kind: str = "self"
+    mechanism: str = "fused"  # or softmax, weights: see `dropkey.patching.patch`
+    attribute: str = "regularize"  # attribute that takes the regularizer
+    unsupported_reason: Optional[str] = None
 
 
-def find(model: nn.Module) -> Iterator[Found]:
+def find(model: nn.Module) -> Iterator[AttentionModule]:
     """Attention modules in order of definition, which is forward order, see `scripts/coverage.py`."""
     for name, module in model.named_modules():
         cls = original(type(module))
-        uses, found = names_in_forward(cls), Found(name, module, site_of(name, cls))
+        uses, found = names_in_forward(cls), AttentionModule(name, module, kind_of(name, cls))
         fused = getattr(module, "fused_attn", "scaled_dot_product_attention" in uses)
-        if reason := listed(cls, OBSTACLES):
-            found.obstacle = reason
-        elif listed(cls, BARE_SOFTMAX):
-            found.way = "softmax"
+        if reason := listed(cls, UNSUPPORTED):
+            found.unsupported_reason = reason
+        elif listed(cls, SOFTMAX_CLASSES):
+            found.mechanism = "softmax"
         elif "ALL_ATTENTION_FUNCTIONS" in uses:  # the registry of transformers
-            found.way, found.obstacle = registered(module)
+            found.mechanism, found.unsupported_reason = registered(module)
         elif isinstance(getattr(module, "attn_drop", None), nn.Module) and not wraps_attention(module):
-            found.way, found.holder = "fused" if fused else "weights", "attn_drop"
+            found.mechanism, found.attribute = "fused" if fused else "weights", "attn_drop"
             if not fused and {"attn_drop", "p", "dropout"} <= uses:  # F.dropout(weights, self.attn_drop.p)
-                found.way, found.holder = "softmax", "regularize"
+                found.mechanism, found.attribute = "softmax", "regularize"
         elif "scaled_dot_product_attention" in uses:
-            found.way = "fused" if fused else "softmax"
+            found.mechanism = "fused" if fused else "softmax"
         elif cls.__module__.startswith("transformers.") and cls.__name__.endswith("Attention") and "softmax" in uses:
-            found.obstacle = "it does not take its attention function from the registry of transformers"
+            found.unsupported_reason = "it does not take its attention function from the registry of transformers"
         elif not isinstance(module, nn.MultiheadAttention):
             continue
         yield found
@@ -105,7 +105,7 @@ def wraps_attention(module: nn.Module) -> bool:
 
 
 def registered(module: nn.Module) -> tuple[str, Optional[str]]:
-    """The way of a module that looks its attention function up in the registry of transformers, and any obstacle."""
+    """The mechanism of a module that looks its attention function up in the registry of transformers, and why it is not supported, if so."""
     name = getattr(getattr(module, "config", None), "_attn_implementation", None) or "eager"
     known = {"sdpa": "fused", "eager": "softmax"}
     if name in known:
@@ -126,9 +126,9 @@ def listed(cls: type, table):
     return None
 
 
-def site_of(name: str, cls: type) -> str:
+def kind_of(name: str, cls: type) -> str:
     called_cross = CROSS.search(cls.__name__) or CROSS.search(name.rsplit(".")[-1])
-    return listed(cls, SITE_OF_CLASS) or ("cross" if called_cross else "self")
+    return listed(cls, KIND_OF_CLASS) or ("cross" if called_cross else "self")
 
 
 @lru_cache(maxsize=None)
