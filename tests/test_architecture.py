@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "data": {"config", "errors", "seeds"},
     "models": set(),
     "operator": {"bernoulli", "regularizers"},
-    "patching": {"bernoulli", "operator", "regularizers", "schedules"},
+    "patching": {"bernoulli", "operator", "regularizers", "schedules", "seeds"},
     "engine": {"config", "errors", "records", "seeds"},
     "build": {"config", "engine", "errors", "models", "operator", "patching"},
     "reproduction": {"config", "errors", "records"},
