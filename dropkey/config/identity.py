@@ -1,6 +1,5 @@
 """A run is its config: the hash, and the directory named after it."""
 
-import copy
 import hashlib
 import json
 import re
@@ -8,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dropkey.config.check import family
-from dropkey.config.schema import RegularizerConfig, ScheduleConfig, TrainConfig
+from dropkey.config.schema import TrainConfig
 
-# Keys that do not change the result: where things lie, how it is watched, how fast it goes.
+# Keys that do not change the result: where files are, what is logged, how fast it runs.
 NO_EFFECT = (
     "output",
     "overwrite",
@@ -42,26 +41,23 @@ def has_no_effect(key: str) -> bool:
 
 
 def canonical(cfg: TrainConfig) -> dict[str, object]:
-    """What determines the result, as flat keys that differ from the schema's defaults.
+    """Every key that changes the result, flat, with its value.
 
-    Configs that mean the same training give the same dictionary: the regularizer's details vanish with
-    name=none, the end of a schedule with constant. A key added to the schema later, at its default, leaves every
-    earlier hash as it was.
+    Defaults are included: a changed default is a changed config. Configs that mean the same training give the same
+    dictionary, so keys without a meaning are left out: the regularizer's details when it is `none`, the end of a
+    constant schedule.
     """
-    cfg = copy.deepcopy(cfg)
+    keys = {key: value for key, value in flatten(asdict(cfg)).items() if not has_no_effect(key)}
     if cfg.regularizer.name == "none":
-        cfg.regularizer = RegularizerConfig(name="none")
-        cfg.schedule = ScheduleConfig()
-    if cfg.schedule.name == "constant":
-        cfg.schedule.end = 0.0
-    defaults = flatten(asdict(TrainConfig()))
-    keys = {k: v for k, v in flatten(asdict(cfg)).items() if v != defaults.get(k) and not has_no_effect(k)}
-    keys["seed"] = cfg.seed  # always, so that a run's hash is never its group's
-    if cfg.data.name == "folder":  # a folder's path is its identity; a named set is the same wherever it lies
+        keys = {k: v for k, v in keys.items() if not k.startswith(("regularizer.", "schedule."))}
+        keys["regularizer.name"] = "none"
+    elif cfg.schedule.name == "constant":
+        del keys["schedule.end"]
+    if cfg.data.name == "folder":  # a folder is identified by its path, a named data set is the same anywhere
         keys["data.root"] = str(Path(cfg.data.root).resolve())
     if cfg.init_from is not None:
         start = Path(cfg.init_from).resolve()
-        keys["init_from"] = str(start) if start.is_file() else start.name  # a run that is yet to be trained has a name
+        keys["init_from"] = str(start) if start.is_file() else start.name  # tables name runs before they exist
     return keys
 
 
@@ -75,7 +71,7 @@ def run_hash(cfg: TrainConfig) -> str:
 
 
 def group_hash(cfg: TrainConfig) -> str:
-    """Likewise without the seed: runs to be averaged share it."""
+    """The same without the seed: runs to be averaged share it."""
     return digest({k: v for k, v in canonical(cfg).items() if k != "seed"})
 
 
@@ -102,6 +98,5 @@ def run_directory(cfg: TrainConfig) -> Path:
 
 def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
     """'key: old -> new' for every key that changes the result and differs."""
-    a, b = flatten(asdict(old)), flatten(asdict(new))
-    keys = sorted(k for k in a.keys() | b.keys() if a.get(k) != b.get(k) and not has_no_effect(k))
-    return [f"{k}: {a.get(k)} -> {b.get(k)}" for k in keys]
+    a, b = canonical(old), canonical(new)
+    return [f"{k}: {a.get(k)} -> {b.get(k)}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]

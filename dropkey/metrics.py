@@ -1,0 +1,29 @@
+"""What a task measures: the names, units and directions that curves, summaries and tables show."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One figure of an evaluation.
+
+    Attributes:
+        key: its name in summary.json, and with `eval_` before it in metrics.jsonl.
+        label: its name for people.
+        unit: such as "%"; empty for a plain number.
+        digits: decimals shown.
+        higher_is_better: the direction of the best checkpoint and of a table's claims.
+    """
+
+    key: str
+    label: str
+    unit: str = ""
+    digits: int = 2
+    higher_is_better: bool = True
+
+    def format(self, value: float) -> str:
+        """top-1 33.55 %"""
+        return f"{self.label} {value:.{self.digits}f}" + (f" {self.unit}" if self.unit else "")
+
+    def better(self, value: float, than: float) -> bool:
+        return value > than if self.higher_is_better else value < than
