@@ -13,7 +13,7 @@ import torch
 from dropkey.engine.distributed import DistContext
 from dropkey.records import hardware
 
-BLAMELESS = ("analysis", "reproduction", "curves.py", "config")  # parts that change no run but through its config
+BLAMELESS = ("analysis", "reproduction", "plotting.py", "config")  # parts that change no run but through its config
 PACKAGES = ("torch", "torchvision", "timm", "hydra-core", "omegaconf", "wandb")
 
 

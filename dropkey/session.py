@@ -10,7 +10,7 @@ from typing import Optional
 
 import torch
 
-from dropkey import build, curves, data
+from dropkey import build, data, plotting
 from dropkey.config import compose, identity
 from dropkey.config.schema import TrainConfig
 from dropkey.engine import checkpoint, tracking
@@ -21,6 +21,7 @@ from dropkey.engine.optim import build_autocast, duration
 from dropkey.engine.progress import Progress
 from dropkey.engine.state import State
 from dropkey.errors import ConfigError, Diverged, Interrupted, RunError, StorageError
+from dropkey.metrics import Metric
 from dropkey.provenance import code_version, device_name, git_commit, peak_memory_mib, versions
 from dropkey.records import RunDirectory
 from dropkey.regularizers import STRUCTURED
@@ -167,7 +168,8 @@ def train_in(dist: DistContext, cfg: TrainConfig, run: RunDirectory, stop: StopS
             title = f"{identity.model_label(cfg)}, {cfg.regularizer.name}, {identity.data_label(cfg)}"
             with warn_only(progress):
                 if run.records("epoch"):
-                    curves.draw(run.records(), title, run.path / "curves.png", split_name(watched))
+                    metric = Metric("top1", "top-1", "%")
+                    plotting.curves(run.records(), title, run.path / "curves.png", split_name(watched), metric)
             tracker.finish(summary, run.path / "curves.png")
     return summary
 

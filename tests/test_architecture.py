@@ -17,7 +17,8 @@ MAY_IMPORT = {
     "schedules": set(),
     "bernoulli": set(),
     "regularizers": {"bernoulli"},
-    "curves": set(),
+    "metrics": set(),
+    "plotting": {"errors", "metrics"},
     "records": {"errors"},
     "config": {"errors"},
     "data": {"config", "errors", "seeds"},
@@ -29,7 +30,7 @@ MAY_IMPORT = {
     "reproduction": {"config", "errors", "records"},
     "provenance": {"engine", "records"},
     "session": {
-        *("build", "config", "curves", "data", "engine", "errors"),
+        *("build", "config", "data", "engine", "errors", "metrics", "plotting"),
         *("provenance", "records", "regularizers", "seeds"),
     },
     "evaluation": {
@@ -37,7 +38,7 @@ MAY_IMPORT = {
         *("provenance", "records", "seeds", "session"),
     },
     "analysis": {
-        *("build", "config", "data", "engine", "errors", "patching"),
+        *("build", "config", "data", "engine", "errors", "patching", "plotting"),
         *("provenance", "records", "regularizers", "schedules", "session"),
     },
 }
