@@ -9,7 +9,7 @@ from torch import Tensor
 
 import dropkey
 from dropkey import bernoulli
-from dropkey.operator import triton_attention
+from dropkey.operator import triton_ops
 
 RATIO = 0.1
 PLAIN = "scaled_dot_product_attention"
@@ -45,7 +45,7 @@ def flex(q: Tensor, k: Tensor, v: Tensor, seed: Optional[Tensor] = None) -> Tens
     heads, queries = q.shape[1:3]
     rows = torch.arange(q.shape[:-1].numel(), device=q.device)
     keys = bernoulli.row_keys(bernoulli.as_seed(seed, q.device), rows)[..., 0]
-    limit = bernoulli.as_limit(bernoulli.as_threshold(RATIO, q.device))
+    limit = bernoulli.signed_limit(bernoulli.as_threshold(RATIO, q.device))
 
     def drop(score, b, h, m, n):
         row = (b * heads + h) * queries + m
@@ -67,7 +67,7 @@ def compiled_flex() -> Callable:
 
 def same_kernel_without(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     nothing = bernoulli.as_threshold(0.0, q.device)
-    return triton_attention.attention(q, k, v, None, nothing, scale=q.shape[-1] ** -0.5)
+    return triton_ops.triton_attention(q, k, v, None, nothing, scale=q.shape[-1] ** -0.5)
 
 
 def ways_for(q: Tensor) -> dict[str, Callable]:

@@ -14,7 +14,7 @@ from dropkey.config.check import family
 from dropkey.config.schema import ModelConfig, RegularizerConfig, ScheduleConfig
 from dropkey.engine import checkpoint
 from dropkey.errors import ConfigError, StorageError
-from dropkey.operator import choose
+from dropkey.operator import select_impl
 
 
 def build_model(model: ModelConfig, *, image_size: int, channels: int, classes: int, fused: bool = True) -> nn.Module:
@@ -65,7 +65,7 @@ def regularize(model: nn.Module, regularizer: RegularizerConfig, schedule: Sched
         )
         if any(site.mechanism == "fused" for site in report.layers):
             example = torch.empty(1, 1, 1, 64, device=next(model.parameters()).device)
-            choose(regularizer.impl, regularizer.name, example, example, example)  # refused now, not while training
+            select_impl(regularizer.impl, regularizer.name, example, example, example)  # refused now, not while training
         return report
     except ValueError as error:
         raise ConfigError(f"regularizer={regularizer.name}: {error}") from None

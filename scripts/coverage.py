@@ -36,7 +36,7 @@ from torch.utils._pytree import tree_leaves
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from dropkey import patching, regularizers
-from dropkey.patching.find import UNSUPPORTED, find, listed
+from dropkey.patching.find import UNSUPPORTED, find_attention_modules, look_up
 from dropkey.patching.mechanisms import SOFTMAX
 
 SITES = ("self", "class", "cross", "outlook", "token")
@@ -232,10 +232,10 @@ def check(model: nn.Module, images: Tensor, ratio: float = 0.3) -> Iterator[str]
         model.train(), plain.train()
         if torch.equal(run(model, images, seed=1), run(model, images, seed=2)):
             yield "two training passes are equal"
-        masks, mask = [], regularizers.mask
+        masks, mask = [], regularizers.seeded_mask
         # ConViT mixes two softmaxes into one distribution, which is what DropKey acts on: not a logit to be masked
         single = not any(type(module).__name__.endswith("GPSA") for module in plain.modules())
-        with mock.patch.object(regularizers, "mask", lambda *a, **k: masks.append(mask(*a, **k)) or masks[-1]):
+        with mock.patch.object(regularizers, "seeded_mask", lambda *a, **k: masks.append(mask(*a, **k)) or masks[-1]):
             trained = run(model, images)
         with Watch(plain, set(names), iter(masks if single else ())):
             wanted = run(plain, images) if single else trained

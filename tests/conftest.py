@@ -56,20 +56,20 @@ def stand_in(tmp_path, monkeypatch):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """(kind, mask, arguments) of everything that patched layers have dropped since the test began."""
-    draws, mask, attend = [], regularizers.mask, layer.attend
+    """(regularizer, mask, arguments) of everything that patched layers have dropped since the test began."""
+    draws, mask, attend = [], regularizers.seeded_mask, layer.seeded_attention
 
-    def record(kind, shape, threshold, seed, **where):
-        draws.append((kind, mask(kind, shape, threshold, seed, **where), where))
+    def record(regularizer, shape, threshold, seed, **layout):
+        draws.append((regularizer, mask(regularizer, shape, threshold, seed, **layout), layout))
         return draws[-1][1]
 
-    def record_attention(q, k, v, kind, threshold, seed, *, impl, scale, bias, **where):
-        record(kind, (*q.shape[:-1], k.shape[-2]), threshold, seed, **where)
+    def record_attention(q, k, v, regularizer, threshold, seed, *, impl, scale, bias, **layout):
+        record(regularizer, (*q.shape[:-1], k.shape[-2]), threshold, seed, **layout)
         count = len(draws)
-        out = attend(q, k, v, kind, threshold, seed, impl=impl, scale=scale, bias=bias, **where)
+        out = attend(q, k, v, regularizer, threshold, seed, impl=impl, scale=scale, bias=bias, **layout)
         del draws[count:]  # the same mask, where this implementation does not draw it itself
         return out
 
-    monkeypatch.setattr(regularizers, "mask", record)
-    monkeypatch.setattr(layer, "attend", record_attention)
+    monkeypatch.setattr(regularizers, "seeded_mask", record)
+    monkeypatch.setattr(layer, "seeded_attention", record_attention)
     return draws

@@ -15,7 +15,7 @@ ROWS, COLUMNS = 2048, 512
 
 def drawn(seed, ratio, rows=ROWS, columns=COLUMNS, first_column=0, first_row=0):
     cpu = torch.device("cpu")
-    return bernoulli.bernoulli(
+    return bernoulli.draw(
         bernoulli.as_seed(seed, cpu),
         bernoulli.as_threshold(ratio, cpu),
         rows,
@@ -71,7 +71,7 @@ def test_a_flip_does_not_depend_on_how_many_are_drawn_with_it():
 
 def test_a_flip_does_not_depend_on_the_size_of_the_pieces(monkeypatch):
     whole = drawn(3, 0.3, 100, 90)
-    monkeypatch.setattr(bernoulli, "CACHED", 700)
+    monkeypatch.setattr(bernoulli, "CHUNK", 700)
     assert torch.equal(drawn(3, 0.3, 100, 90), whole)
 
 

@@ -14,7 +14,7 @@ from dropkey.config.compose import CONFIGS, compose
 from dropkey.config.schema import ModelConfig
 from dropkey.errors import ConfigError
 from dropkey.regularizers import STRUCTURED
-from tiny_models import EVERY_LAYER, FAMILIES, KINDS_AND_NONE, pictures, window_of
+from tiny_models import EVERY_LAYER, FAMILIES, REGULARIZERS_AND_NONE, images_for, window_of
 
 MODELS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
 REGULARIZERS = sorted(path.stem for path in (CONFIGS / "regularizer").glob("*.yaml"))
@@ -87,7 +87,7 @@ def test_every_regularizer_config_patches_every_family(name):
 
 
 def test_there_is_a_config_for_every_regularizer():
-    assert set(REGULARIZERS) == set(KINDS_AND_NONE)
+    assert set(REGULARIZERS) == set(REGULARIZERS_AND_NONE)
 
 
 # Whole millions as published: DeiT in its table 1 (arXiv:2012.12877, cut off), VOLO in its table 2 (arXiv:2106.13112,
@@ -110,15 +110,15 @@ def test_small_models_have_the_size_their_config_claims(name, millions):
     assert parameter_count(model) / 1e6 == pytest.approx(millions, rel=0.05)
 
 
-@pytest.mark.parametrize("kind", KINDS_AND_NONE)
+@pytest.mark.parametrize("regularizer", REGULARIZERS_AND_NONE)
 @pytest.mark.parametrize(
     "name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "volo_d1_224", "t2t_vit_7"]
 )
-def test_patching_leaves_the_parameter_count(name, kind):
+def test_patching_leaves_the_parameter_count(name, regularizer):
     model = timm_model(name)
     patching.undo(model)
     before = [parameter.requires_grad for parameter in model.parameters()]
-    patching.apply(model, kind, layers=EVERY_LAYER, window=window_of(kind))
+    patching.apply(model, regularizer, layers=EVERY_LAYER, window=window_of(regularizer))
     assert [parameter.requires_grad for parameter in model.parameters()] == before
 
 
@@ -202,14 +202,14 @@ def test_plain_attention_is_fused_on_request_and_the_process_wide_switch_stays(f
 # ---- a training step
 
 
-@pytest.mark.parametrize("kind", KINDS_AND_NONE)
+@pytest.mark.parametrize("regularizer", REGULARIZERS_AND_NONE)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_trains_a_step_with_every_regularizer(family, kind):
+def test_every_family_trains_a_step_with_every_regularizer(family, regularizer):
     model = FAMILIES[family]()
-    patching.apply(model, kind, 0.3, "constant", layers=EVERY_LAYER, window=window_of(kind))
+    patching.apply(model, regularizer, 0.3, "constant", layers=EVERY_LAYER, window=window_of(regularizer))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-3)
-    logits = model(pictures(model, 4))
+    logits = model(images_for(model, 4))
     loss = F.cross_entropy(logits[0] if isinstance(logits, tuple) else logits, torch.arange(4))
     loss.backward()
     assert loss.isfinite()
@@ -221,11 +221,11 @@ def test_every_family_trains_a_step_with_every_regularizer(family, kind):
     assert any(not torch.equal(before[name], p) for name, p in trained.items())
 
 
-@pytest.mark.parametrize("kind", [*STRUCTURED, "dropkey"])
+@pytest.mark.parametrize("regularizer", [*STRUCTURED, "dropkey"])
 @pytest.mark.parametrize("ratio", [0.7, 0.95])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_high_ratios_train_without_nan(family, ratio, kind):
+def test_high_ratios_train_without_nan(family, ratio, regularizer):
     model = FAMILIES[family]()
-    patching.apply(model, kind, ratio, "constant", layers=EVERY_LAYER, window=window_of(kind))
-    model(pictures(model)).square().sum().backward()
+    patching.apply(model, regularizer, ratio, "constant", layers=EVERY_LAYER, window=window_of(regularizer))
+    model(images_for(model)).square().sum().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)

@@ -30,8 +30,8 @@ def _seed():
 @pytest.fixture
 def drawn(monkeypatch):
     """Every mask since the test began."""
-    masks, mask = [], regularizers.mask
-    monkeypatch.setattr(regularizers, "mask", lambda *a, **k: masks.append(mask(*a, **k)) or masks[-1])
+    masks, mask = [], regularizers.seeded_mask
+    monkeypatch.setattr(regularizers, "seeded_mask", lambda *a, **k: masks.append(mask(*a, **k)) or masks[-1])
     return masks
 
 
@@ -75,7 +75,7 @@ def detr(dropout=0.0):
 
 MODELS = {"ViT": (vit, pictures), "BERT": (bert, words), "Llama": (llama, words), "BART": (bart, words)}
 MODELS["DETR"] = (detr, pictures)
-REGULARIZERS = {
+KINDS = {
     "ViT": ["self"] * 2,
     "BERT": ["self"] * 2,
     "Llama": ["self"] * 2,
@@ -120,18 +120,18 @@ def test_sites_kinds_and_ways(name, implementation):
     model, _ = build(name, implementation)
     report = patching.apply(model, layers=EVERY_LAYER)
     way = {"sdpa": "fused", "eager": "softmax"}[implementation]
-    assert [(site.kind, site.mechanism) for site in report.layers] == [(kind, way) for kind in REGULARIZERS[name]]
+    assert [(layer.kind, layer.mechanism) for layer in report.layers] == [(kind, way) for kind in KINDS[name]]
 
 
 @MODEL
 def test_sites_are_listed_in_the_order_in_which_they_run(name):
     model, inputs = build(name)
     order, layers = [], patching.apply(model, layers=EVERY_LAYER).layers
-    for site in layers:
-        module = model.get_submodule(site.name)
-        module.register_forward_pre_hook(lambda *_, name=site.name: order.append(name))
+    for layer in layers:
+        module = model.get_submodule(layer.name)
+        module.register_forward_pre_hook(lambda *_, name=layer.name: order.append(name))
     run(model, inputs)
-    assert order == [site.name for site in layers]
+    assert order == [layer.name for layer in layers]
 
 
 @IMPLEMENTATION
@@ -175,7 +175,7 @@ def test_training_is_dropkey(monkeypatch, drawn, name):
     inputs = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
     plain = copy.deepcopy(model)
     out = run(patched(model), inputs)
-    assert len(drawn) == len(REGULARIZERS[name])
+    assert len(drawn) == len(KINDS[name])
     monkeypatch.setattr(F, "scaled_dot_product_attention", dense(drawn))
     torch.testing.assert_close(out, run(plain, inputs), rtol=1e-5, atol=1e-6)  # some steps of theirs are in fp32
 
@@ -244,7 +244,7 @@ def test_a_model_whose_attention_was_switched_after_patching_says_so():
     model, inputs = build("ViT")
     patched(model)
     model.set_attn_implementation("silent")
-    with pytest.raises(RuntimeError, match="ViTAttention computed its attention by no way that can be regularized"):
+    with pytest.raises(RuntimeError, match="ViTAttention called neither scaled_dot_product_attention nor a softmax"):
         run(model, inputs)
 
 

@@ -23,13 +23,13 @@ def _seed():
 @pytest.fixture
 def drawn(monkeypatch):
     """Every mask since the test began."""
-    masks, mask = [], regularizers.mask
-    monkeypatch.setattr(regularizers, "mask", lambda *a, **k: masks.append(mask(*a, **k)) or masks[-1])
+    masks, mask = [], regularizers.seeded_mask
+    monkeypatch.setattr(regularizers, "seeded_mask", lambda *a, **k: masks.append(mask(*a, **k)) or masks[-1])
     return masks
 
 
-def patched(model, kind="dropkey", ratio=0.3, layers=("self", "class", "cross"), **others):
-    patching.apply(model, kind, ratio, "constant", layers=layers, window=window_of(kind), impl="reference", **others)
+def patched(model, regularizer="dropkey", ratio=0.3, layers=("self", "class", "cross"), **others):
+    patching.apply(model, regularizer, ratio, "constant", layers=layers, window=window_of(regularizer), impl="reference", **others)
     return model
 
 
@@ -154,10 +154,10 @@ def test_averaged_weights_are_the_mean_over_heads(need_weights):
     torch.testing.assert_close(mean, each.mean(1))
 
 
-@pytest.mark.parametrize("kind", REGULARIZERS)
-def test_both_ways_of_multihead_attention_draw_the_same_for_every_kind(kind):
+@pytest.mark.parametrize("regularizer", REGULARIZERS)
+def test_both_ways_of_multihead_attention_draw_the_same_for_every_kind(regularizer):
     """need_weights=False goes through the operator, need_weights=True through the weights."""
-    module = patched(nn.Sequential(nn.MultiheadAttention(WIDTH, HEADS)).double(), kind, grid=(3, 3))[0]
+    module = patched(nn.Sequential(nn.MultiheadAttention(WIDTH, HEADS)).double(), regularizer, grid=(3, 3))[0]
     x = torch.randn(9, 2, WIDTH, dtype=torch.float64)
     outs = [run(module, x, x, x, need_weights=need)[0] for need in (True, False)]
     torch.testing.assert_close(*outs, rtol=0, atol=1e-12)
@@ -185,7 +185,7 @@ def test_undo_gives_its_dropout_back():
 def test_a_causal_hint_without_a_mask_is_refused():
     module = patched(nn.Sequential(nn.MultiheadAttention(WIDTH, HEADS)))[0]
     x = torch.randn(5, 2, WIDTH)
-    with pytest.raises(ValueError, match="is_causal is a hint about attn_mask"):
+    with pytest.raises(ValueError, match="is_causal=True is only a hint: give attn_mask too"):
         module(x, x, x, is_causal=True)
 
 
@@ -244,7 +244,7 @@ def test_always_on_restores_the_switch_of_the_fast_path(enabled):
 def test_decoders_attend_to_themselves_and_across():
     model = nn.Transformer(16, 2, 1, 1, 32)
     report = patching.apply(model, layers=("self", "cross"))
-    assert [(site.name, site.kind) for site in report.layers] == [
+    assert [(layer.name, layer.kind) for layer in report.layers] == [
         ("encoder.layers.0.self_attn", "self"),
         ("decoder.layers.0.self_attn", "self"),
         ("decoder.layers.0.multihead_attn", "cross"),
@@ -304,15 +304,15 @@ VISION = {
     "Swin v2": lambda: swin(torchvision.models.swin_transformer.SwinTransformerBlockV2),
     "MaxViT": lambda: torchvision.models.MaxVit((32, 32), 8, 2, [8, 8], [1, 1], 4, 0.0, num_classes=3),
 }
-SITES_AND_WAYS = {"ViT": (2, "fused"), "Swin": (4, "softmax"), "Swin v2": (4, "softmax"), "MaxViT": (4, "softmax")}
+LAYERS_AND_MECHANISMS = {"ViT": (2, "fused"), "Swin": (4, "softmax"), "Swin v2": (4, "softmax"), "MaxViT": (4, "softmax")}
 VISION_MODEL = pytest.mark.parametrize("name", VISION)
 
 
 @VISION_MODEL
 def test_sites_of_torchvision_are_found(name):
     report = patching.apply(VISION[name]())
-    count, way = SITES_AND_WAYS[name]
-    assert [site.mechanism for site in report.layers] == [way] * count
+    count, mechanism = LAYERS_AND_MECHANISMS[name]
+    assert [layer.mechanism for layer in report.layers] == [mechanism] * count
 
 
 @VISION_MODEL
@@ -340,7 +340,7 @@ def test_training_of_torchvision_is_dropkey(monkeypatch, drawn, name):
     model, x = shaken(VISION[name]()).double(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
     plain = copy.deepcopy(model)
     out = patched(model)(x)
-    assert len(drawn) == SITES_AND_WAYS[name][0]
+    assert len(drawn) == LAYERS_AND_MECHANISMS[name][0]
     monkeypatch.setattr(F, "softmax", dense_weights(drawn))
     torch.testing.assert_close(out, plain(x), rtol=1e-8, atol=1e-9)
 

@@ -15,14 +15,14 @@ from dropkey import bernoulli, regularizers
 from dropkey.operator import cpu
 from dropkey.patching.patch import regularized_layers
 from dropkey.regularizers import REGULARIZERS, STRUCTURED
-from tiny_models import FAMILIES, pictures
+from tiny_models import FAMILIES, images_for
 
 IMPLS = ("reference", "cpu", "sdpa")  # triton: tests/test_triton.py
 EVERY = pytest.mark.parametrize(
-    ("kind", "impl"),
-    [(kind, impl) for kind in REGULARIZERS for impl in (IMPLS if REGULARIZERS[kind].masks_logits else ("reference",))],
+    ("regularizer", "impl"),
+    [(regularizer, impl) for regularizer in REGULARIZERS for impl in (IMPLS if REGULARIZERS[regularizer].masks_logits else ("reference",))],
 )
-KIND = pytest.mark.parametrize("kind", REGULARIZERS)
+REGULARIZER = pytest.mark.parametrize("regularizer", REGULARIZERS)
 
 
 @pytest.fixture(autouse=True)
@@ -35,13 +35,13 @@ def inputs(queries=16, keys=17):
     return [torch.randn(2, 3, n, 8, requires_grad=True) for n in (queries, keys, keys)]
 
 
-def where_keys_lie(kind):
-    return {"grid": (4, 4), "num_prefix": 1, "window": 3} if kind in STRUCTURED else {}
+def key_layout(regularizer):
+    return {"grid": (4, 4), "num_prefix": 1, "window": 3} if regularizer in STRUCTURED else {}
 
 
-def run(tensors, kind="dropkey", impl="auto", ratio=0.3, attend=dropkey.attention, **others):
+def run(tensors, regularizer="dropkey", impl="auto", ratio=0.3, attend=dropkey.attention, **others):
     """The output and the gradients."""
-    out = attend(*tensors, regularizer=kind, impl=impl, ratio=ratio, **where_keys_lie(kind), **others)
+    out = attend(*tensors, regularizer=regularizer, impl=impl, ratio=ratio, **key_layout(regularizer), **others)
     return [out, *torch.autograd.grad(out.square().sum(), tensors)]
 
 
@@ -53,25 +53,25 @@ def equal(ones, others):
 
 
 @EVERY
-def test_manual_seed_reproduces(kind, impl):
+def test_manual_seed_reproduces(regularizer, impl):
     tensors, found = inputs(), []
     for _ in range(2):
         torch.manual_seed(5)
-        found.append(run(tensors, kind, impl))
+        found.append(run(tensors, regularizer, impl))
     assert equal(*found)
 
 
 @EVERY
-def test_an_explicit_seed_reproduces_and_leaves_the_generator_alone(kind, impl):
+def test_an_explicit_seed_reproduces_and_leaves_the_generator_alone(regularizer, impl):
     tensors, before = inputs(), torch.get_rng_state()
-    assert equal(run(tensors, kind, impl, seed=5), run(tensors, kind, impl, seed=5))
+    assert equal(run(tensors, regularizer, impl, seed=5), run(tensors, regularizer, impl, seed=5))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @EVERY
-def test_other_seeds_drop_other_keys(kind, impl):
+def test_other_seeds_drop_other_keys(regularizer, impl):
     tensors = inputs()
-    outs = [run(tensors, kind, impl, seed=seed)[0] for seed in (0, 1, 2, -1, 2**62)]
+    outs = [run(tensors, regularizer, impl, seed=seed)[0] for seed in (0, 1, 2, -1, 2**62)]
     assert not any(torch.equal(one, other) for one, other in itertools.combinations(outs, 2))
 
 
@@ -81,10 +81,10 @@ def test_a_seed_may_be_a_number_or_a_tensor(seed):
     assert equal(run(tensors, seed=seed), run(tensors, seed=torch.tensor(seed)))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in REGULARIZERS if REGULARIZERS[kind].masks_logits])
-def test_every_implementation_drops_the_same_keys(kind):
+@pytest.mark.parametrize("regularizer", [regularizer for regularizer in REGULARIZERS if REGULARIZERS[regularizer].masks_logits])
+def test_every_implementation_drops_the_same_keys(regularizer):
     tensors = inputs()
-    found = {impl: run(tensors, kind, impl, seed=5) for impl in IMPLS}
+    found = {impl: run(tensors, regularizer, impl, seed=5) for impl in IMPLS}
     for impl, which in itertools.product(("cpu", "sdpa"), range(4)):
         torch.testing.assert_close(found[impl][which], found["reference"][which], rtol=1e-5, atol=1e-5)
 
@@ -101,15 +101,15 @@ def test_a_call_takes_one_seed_whatever_its_shape(shape):
 
 
 @EVERY
-def test_a_ratio_may_be_a_tensor(kind, impl):
+def test_a_ratio_may_be_a_tensor(regularizer, impl):
     tensors, ratio = inputs(), torch.tensor(0.3, dtype=torch.float64)
-    assert equal(run(tensors, kind, impl, seed=5, ratio=ratio), run(tensors, kind, impl, seed=5))
+    assert equal(run(tensors, regularizer, impl, seed=5, ratio=ratio), run(tensors, regularizer, impl, seed=5))
 
 
 @EVERY
-def test_a_ratio_of_zero_in_a_tensor_drops_nothing(kind, impl):
+def test_a_ratio_of_zero_in_a_tensor_drops_nothing(regularizer, impl):
     tensors = inputs()
-    ours, plain = run(tensors, kind, impl, ratio=torch.tensor(0.0)), run(tensors, "none", ratio=0.0)
+    ours, plain = run(tensors, regularizer, impl, ratio=torch.tensor(0.0)), run(tensors, "none", ratio=0.0)
     for one, other in zip(ours, plain, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
@@ -129,34 +129,34 @@ def counting():
 
 
 @EVERY
-def test_compiled_attention_is_eager_attention(kind, impl):
+def test_compiled_attention_is_eager_attention(regularizer, impl):
     backend = "inductor" if impl == "cpu" else "aot_eager"
     tensors, compiled = inputs(), torch.compile(dropkey.attention, fullgraph=True, backend=backend)
     for ours, eager in zip(
-        run(tensors, kind, impl, seed=5, attend=compiled), run(tensors, kind, impl, seed=5), strict=True
+        run(tensors, regularizer, impl, seed=5, attend=compiled), run(tensors, regularizer, impl, seed=5), strict=True
     ):
         torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-5)
 
 
-@KIND
-def test_another_ratio_or_seed_does_not_recompile(kind):
+@REGULARIZER
+def test_another_ratio_or_seed_does_not_recompile(regularizer):
     backend, count = counting()
     tensors, compiled = inputs(), torch.compile(dropkey.attention, fullgraph=True, backend=backend)
     counts = set()
     for ratio, seed in ((0.3, 1), (0.1, 2), (0.7, 3)):
         ratio, seed = torch.tensor(ratio, dtype=torch.float64), torch.tensor(seed)
-        ours = run(tensors, kind, ratio=ratio, seed=seed, attend=compiled)
-        torch.testing.assert_close(ours, run(tensors, kind, ratio=ratio, seed=seed), rtol=1e-5, atol=1e-5)
+        ours = run(tensors, regularizer, ratio=ratio, seed=seed, attend=compiled)
+        torch.testing.assert_close(ours, run(tensors, regularizer, ratio=ratio, seed=seed), rtol=1e-5, atol=1e-5)
         counts.add(count[0])
     assert len(counts) == 1
 
 
-@KIND
-def test_another_ratio_does_not_recompile_a_model(kind):
+@REGULARIZER
+def test_another_ratio_does_not_recompile_a_model(regularizer):
     backend, count = counting()
     model = FAMILIES["vit"]()
-    dropkey.apply(model, kind, 0.3, window=3 if kind in STRUCTURED else None)
-    compiled, images = torch.compile(model, fullgraph=True, backend=backend), pictures(model)
+    dropkey.apply(model, regularizer, 0.3, window=3 if regularizer in STRUCTURED else None)
+    compiled, images = torch.compile(model, fullgraph=True, backend=backend), images_for(model)
     counts = set()
     for ratio in (0.3, 0.1, 0.5):
         dropkey.set_ratio(model, ratio)
@@ -168,7 +168,7 @@ def test_another_ratio_does_not_recompile_a_model(kind):
 def test_a_compiled_model_follows_the_ratio():
     model = FAMILIES["vit"]()
     dropkey.apply(model, "dropkey", 0.3, "constant")
-    compiled, images, far = torch.compile(model, fullgraph=True), pictures(model), []
+    compiled, images, far = torch.compile(model, fullgraph=True), images_for(model), []
     for ratio in (1e-9, 0.9):
         dropkey.set_ratio(model, ratio, "constant")
         far.append((compiled(images) - model.eval()(images)).abs().max())
@@ -185,10 +185,10 @@ def test_manual_seed_reproduces_compiled_attention():
     assert not torch.equal(found[0][0], found[2][0])
 
 
-@KIND
-def test_the_mask_operator_is_registered_well(kind):
-    where = [4, 4, 1, 3] if kind in STRUCTURED else []
-    arguments = (torch.tensor(5), bernoulli.as_threshold(0.3, torch.device("cpu")), kind, [2, 3, 5, 17], where)
+@REGULARIZER
+def test_the_mask_operator_is_registered_well(regularizer):
+    where = [4, 4, 1, 3] if regularizer in STRUCTURED else []
+    arguments = (torch.tensor(5), bernoulli.as_threshold(0.3, torch.device("cpu")), regularizer, [2, 3, 5, 17], where)
     torch.library.opcheck(regularizers.mask_op, arguments)
 
 
@@ -209,7 +209,7 @@ def test_the_cpu_operator_is_registered_well(transposed, biased, masked):
 
 
 @EVERY
-def test_checkpointing_draws_the_same_mask_again(kind, impl):
+def test_checkpointing_draws_the_same_mask_again(regularizer, impl):
     tensors = inputs()
 
     def attend(*tensors, **others):
@@ -218,7 +218,7 @@ def test_checkpointing_draws_the_same_mask_again(kind, impl):
     found = []
     for attend_so in (dropkey.attention, attend):
         torch.manual_seed(5)
-        found.append(run(tensors, kind, impl, attend=attend_so))
+        found.append(run(tensors, regularizer, impl, attend=attend_so))
     assert equal(*found)
 
 
@@ -275,12 +275,12 @@ def test_a_copy_has_a_ratio_of_its_own():
 # ---- explicit seeds of a model's masks
 
 
-def seeded(kind="dropkey", family="vit", seed=5):
+def seeded(regularizer="dropkey", family="vit", seed=5):
     """A model whose masks have a seed, and images for it."""
     model = FAMILIES[family]()
-    dropkey.apply(model, kind, 0.3, "constant", window=3 if kind in STRUCTURED else None)
+    dropkey.apply(model, regularizer, 0.3, "constant", window=3 if regularizer in STRUCTURED else None)
     dropkey.seed_masks(model, seed)
-    return model, pictures(model)
+    return model, images_for(model)
 
 
 def step(model, images, forward=None):
@@ -293,12 +293,12 @@ def layers_of(model):
     return [layer for _, layer in regularized_layers(model)]
 
 
-@KIND
-def test_with_a_seed_other_consumers_of_random_numbers_change_no_mask(kind):
+@REGULARIZER
+def test_with_a_seed_other_consumers_of_random_numbers_change_no_mask(regularizer):
     def consume(*_):
         torch.rand(7)
 
-    model, images = seeded(kind)
+    model, images = seeded(regularizer)
     before = step(model, images)
     for block in model.blocks:
         block.attn.register_forward_pre_hook(consume)
@@ -337,9 +337,9 @@ def test_without_a_seed_again_manual_seed_reproduces():
     assert equal(*found)
 
 
-@pytest.mark.parametrize("kind", ["dropkey", "dropkey_cross", "dropout"])
-def test_another_seed_does_not_recompile_and_compiled_masks_are_eager_masks(kind):
-    model, images = seeded(kind)
+@pytest.mark.parametrize("regularizer", ["dropkey", "dropkey_cross", "dropout"])
+def test_another_seed_does_not_recompile_and_compiled_masks_are_eager_masks(regularizer):
+    model, images = seeded(regularizer)
     backend, count = counting()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     counts, outs = set(), []
