@@ -189,9 +189,9 @@ def test_a_regularizer_does_not_change_initialisation_or_data_order(tmp_path, mo
     monkeypatch.setattr(
         trainer.Trainer,
         "step",
-        lambda self, batches: (
+        lambda self, microbatches: (
             starts.append(
-                ({k: v.clone() for k, v in self.state.model.state_dict().items()}, next(batches).ids.tolist())
+                ({k: v.clone() for k, v in self.state.model.state_dict().items()}, microbatches[0].ids.tolist())
             )
             or 0.0
         ),
