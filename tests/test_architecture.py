@@ -102,12 +102,12 @@ def test_long_functions_are_still_there():
 def test_the_path_from_command_to_optimizer_step_is_short(tmp_path):
     """Six own frames at most: what a reader must hold in mind."""
     program = f"""
-import sys, traceback, torch
+import os, sys, traceback, torch
 sys.argv = ["train.py", "output={tmp_path}", "trainer.max_steps=1", "logger=none"]
 original = torch.optim.AdamW.step
 
 def step(self, *args, **kwargs):
-    own = [frame for frame in traceback.extract_stack() if frame.filename.startswith({str(ROOT)!r} + "/")]
+    own = [f for f in traceback.extract_stack() if os.path.abspath(f.filename).startswith({str(ROOT)!r} + "/")]
     own = [frame for frame in own if ".venv" not in frame.filename]
     print("FRAMES", *(f"{{frame.filename.rsplit('/')[-1]}}:{{frame.name}}" for frame in own))
     return original(self, *args, **kwargs)
