@@ -59,7 +59,8 @@ def picture(rows: list[dict], path: Path, title: str) -> None:
                 low, high = row["quartiles"]
                 axis.barh(place, row["ratio"], color=(GREY, COLORS[1])[place] if place < 2 else COLORS[0], height=0.7)
                 axis.plot([low, high], [place, place], color="black", linewidth=1)
-                axis.text(max(row["ratio"], high) + 0.04, place, f"{row['ratio']:.2f}", va="center", fontsize=8)
+                text = axis.text(max(row["ratio"], high) + 0.04, place, f"{row['ratio']:.2f}", va="center", fontsize=8)
+                text.set_in_layout(False)
             axis.axvline(1.0, color="black", linewidth=0.8, linestyle=":")
             axis.set_yticks(range(len(group)), [row["way"] for row in group], fontsize=8)
             axis.set_xlim(0, 1.18 * max(row["ratio"] for row in group) + 0.1)
