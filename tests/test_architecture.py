@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "metrics": set(),
     "bernoulli": set(),
     "regularizers": {"bernoulli"},
-    "curves": {"metrics"},
+    "plotting": {"errors", "metrics"},
     "records": {"errors", "metrics"},
     "config": {"errors"},
     "code_version": {"config"},
@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "weights": {"engine", "errors"},
     "provenance": {"engine", "records"},
     "session": {
-        *("code_version", "config", "curves", "engine", "errors", "operator", "patching", "provenance"),
+        *("code_version", "config", "plotting", "engine", "errors", "operator", "patching", "provenance"),
         *("records", "regularizers", "seeds", "tasks", "weights"),
     },
     "evaluation": {
@@ -40,10 +40,10 @@ MAY_IMPORT = {
         *("records", "seeds", "session", "tasks", "weights"),
     },
     "analysis": {
-        *("code_version", "config", "data", "datasets", "engine", "errors", "patching", "provenance"),
+        *("code_version", "config", "data", "datasets", "engine", "errors", "patching", "plotting", "provenance"),
         *("records", "regularizers", "schedules", "session", "tasks", "weights"),
     },
-    "reproduction": {"code_version", "config", "errors", "metrics", "records"},
+    "reproduction": {"code_version", "config", "errors", "metrics", "plotting", "records"},
 }
 FILES = [file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py"]
 
