@@ -3,8 +3,6 @@
 import copy
 from pathlib import Path
 
-import torch
-
 from dropkey import datasets, patching, tasks, weights
 from dropkey.code_version import code_of
 from dropkey.config import identity
@@ -60,7 +58,7 @@ def evaluate_run(cfg: EvalConfig, trained: TrainConfig, directory: Path) -> tupl
                 raise ConfigError(f"eval.monte_carlo={options.monte_carlo}: this run has no regularizer to keep on")
 
             def reseed(batch: int, index: int) -> None:
-                torch.manual_seed(derive_seed(trained.seed, "monte carlo", batch, index, dist.rank))
+                patching.seed_masks(model, derive_seed(trained.seed, "monte carlo", batch, index, dist.rank))
 
             averaged = monte_carlo(predict, task.average, options.monte_carlo, reseed)
             with patching.always_on(model):
