@@ -244,6 +244,7 @@ def seed_microbatch(seed: int, model: nn.Module, step: int, microbatch: int) -> 
     """Masks follow from (run seed, step, microbatch, layer), whatever else draws random numbers; other dropout and
     stochastic depth from torch's generator."""
     torch.manual_seed(derive_seed(seed, "step", step, microbatch))
+    patching.seed_masks(model, derive_seed(seed, "masks", step, microbatch))
 
 
 # ---------------------------------------------------------------------------------------------------- what is shown

@@ -54,8 +54,7 @@ def test_a_trained_bias_takes_its_gradient(shape):
 def test_masks_are_those_of_the_cpu():
     devices = [torch.device(name) for name in ("cpu", "cuda")]
     masks = [
-        bernoulli.draw(bernoulli.as_seed(9, at), bernoulli.as_threshold(0.3, at), 1000, 197).cpu()
-        for at in devices
+        bernoulli.draw(bernoulli.as_seed(9, at), bernoulli.as_threshold(0.3, at), 1000, 197).cpu() for at in devices
     ]
     assert torch.equal(*masks)
 

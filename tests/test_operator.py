@@ -1,22 +1,34 @@
-"""Every implementation of every regularizer against the paper's two lines in float64, and the plain cases bit for bit."""
+"""Every implementation of every regularizer against the paper's two lines in float64; plain cases bitwise identical."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from covering import pairwise
 from dropkey import bernoulli, regularizers
 from dropkey.config import schema
-from dropkey.operator import attention, select_impl, cpu
+from dropkey.operator import attention, cpu, select_impl
 from dropkey.operator.api import IMPLS
 from dropkey.regularizers import REGULARIZERS, STRUCTURED, draw_mask
 
 HERE = tuple(impl for impl in IMPLS if impl != "triton")  # that one: tests/test_triton.py
-IMPLS_OF = {regularizer: HERE if REGULARIZERS[regularizer].masks_logits else ("reference",) for regularizer in REGULARIZERS}
-EVERY = pytest.mark.parametrize(("regularizer", "impl"), [(regularizer, impl) for regularizer in REGULARIZERS for impl in IMPLS_OF[regularizer]])
+IMPLS_OF = {
+    regularizer: HERE if REGULARIZERS[regularizer].masks_logits else ("reference",) for regularizer in REGULARIZERS
+}
+COMBINATIONS = [(regularizer, impl) for regularizer in REGULARIZERS for impl in IMPLS_OF[regularizer]]
+EVERY = pytest.mark.parametrize(("regularizer", "impl"), COMBINATIONS)
 ON_LOGITS = pytest.mark.parametrize(
-    ("regularizer", "impl"), [(regularizer, impl) for regularizer in REGULARIZERS if REGULARIZERS[regularizer].masks_logits for impl in HERE]
+    ("regularizer", "impl"), [c for c in COMBINATIONS if REGULARIZERS[c[0]].masks_logits]
 )
-DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def every_with(names, *parameters):
+    """Every regularizer and implementation, with all pairs of the other parameters."""
+    combinations = [(*first, *others) for first, *others in pairwise(COMBINATIONS, *parameters)]
+    return pytest.mark.parametrize(("regularizer", "impl", *names.split()), combinations, ids=str)
+
+
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
 GRIDS = {1: ((1, 1), 0), 5: ((2, 2), 1), 15: ((3, 5), 0), 49: ((7, 7), 0), 65: ((8, 8), 1), 197: ((14, 14), 1)}
 
@@ -82,10 +94,9 @@ def assert_parity(tensors, drop, run, *, dtype=torch.float64, allowed=None, extr
 # ---- the paper's two lines
 
 
-@DTYPES
-@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (5, 5), (49, 49), (65, 65), (197, 197), (1, 65), (7, 15)])
-@EVERY
-def test_values_and_gradients_are_those_of_the_paper(regularizer, impl, queries, keys, dtype):
+@every_with("sizes dtype", [(1, 1), (5, 5), (49, 49), (65, 65), (197, 197), (1, 65), (7, 15)], DTYPES)
+def test_values_and_gradients_are_those_of_the_paper(regularizer, impl, sizes, dtype):
+    queries, keys = sizes
     tensors, layout = inputs(queries, keys, dtype), key_layout(regularizer, keys)
     torch.manual_seed(1)
     drop = draw_mask(regularizer, (2, 3, queries, keys), 0.3, **layout)
@@ -106,9 +117,7 @@ BIASES = {
 }
 
 
-@pytest.mark.parametrize("scale", [None, 0.7])
-@pytest.mark.parametrize("bias", BIASES)
-@EVERY
+@every_with("bias scale", BIASES, [None, 0.7])
 def test_bias_and_scale_enter_as_in_the_paper(regularizer, impl, bias, scale):
     tensors, layout, bias = inputs(7, 15), key_layout(regularizer, 15), BIASES[bias]()
     boolean = bias.dtype == torch.bool
@@ -146,7 +155,9 @@ def test_a_dropped_key_has_no_influence_at_all(monkeypatch, regularizer, impl):
 @ON_LOGITS
 def test_attention_stays_a_probability_distribution(regularizer, impl):
     q, k, v = inputs(65, 65)
-    out = attention(q, k, torch.ones_like(v), regularizer=regularizer, ratio=0.5, impl=impl, **key_layout(regularizer, 65))
+    out = attention(
+        q, k, torch.ones_like(v), regularizer=regularizer, ratio=0.5, impl=impl, **key_layout(regularizer, 65)
+    )
     torch.testing.assert_close(out, torch.ones_like(v), rtol=0, atol=1e-12)
 
 
@@ -167,7 +178,7 @@ def test_masking_before_the_softmax_is_masking_after_it_and_renormalising(regula
 
 
 @EVERY
-def test_each_call_draws_anew(regularizer, impl):
+def test_each_call_draws_another_mask(regularizer, impl):
     tensors, layout = inputs(49, 49), key_layout(regularizer, 49)
     first, second = (attention(*tensors, regularizer=regularizer, ratio=0.3, impl=impl, **layout) for _ in range(2))
     assert not torch.equal(first, second)
@@ -189,9 +200,7 @@ def one_query_loses_all(bias_kind):
     return drop, bias
 
 
-@DTYPES
-@pytest.mark.parametrize("bias_kind", [None, "boolean", "additive", "additive with gradient"])
-@EVERY
+@every_with("bias_kind dtype", [None, "boolean", "additive", "additive with gradient"], DTYPES)
 def test_a_query_without_keys_attends_to_nothing(monkeypatch, regularizer, impl, bias_kind, dtype):
     (q, k, v), (drop, bias) = inputs(7, 15, dtype), one_query_loses_all(bias_kind and bias_kind.split()[0])
     if bias is not None and bias.dtype != torch.bool:
@@ -206,8 +215,7 @@ def test_a_query_without_keys_attends_to_nothing(monkeypatch, regularizer, impl,
     assert not grads[0][0, 0, 2].any()
 
 
-@DTYPES
-@EVERY
+@every_with("dtype", DTYPES)
 def test_all_keys_of_all_queries_dropped_is_zero_with_zero_gradients(monkeypatch, regularizer, impl, dtype):
     tensors = inputs(7, 15, dtype)
     given(monkeypatch, torch.ones(2, 3, 7, 15, dtype=torch.bool))
@@ -216,9 +224,7 @@ def test_all_keys_of_all_queries_dropped_is_zero_with_zero_gradients(monkeypatch
     assert not any(grad.any() for grad in torch.autograd.grad(out.sum(), tensors))
 
 
-@DTYPES
-@pytest.mark.parametrize("ratio", [0.3, 0.7, 0.95])
-@EVERY
+@every_with("ratio dtype", [0.3, 0.7, 0.95], DTYPES)
 def test_peaked_attention_stays_finite(regularizer, impl, ratio, dtype):
     """Logits of some hundreds, few of them kept."""
     q, k, v = inputs(15, 15, dtype)
@@ -250,10 +256,8 @@ PLAIN = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("plain", PLAIN)
-@EVERY
-def test_plain_attention_is_torchs_bit_for_bit(regularizer, impl, plain, dtype):
+@every_with("plain dtype", PLAIN, [torch.float32, torch.bfloat16, torch.float16])
+def test_plain_attention_is_torchs_bitwise(regularizer, impl, plain, dtype):
     tensors, towards = inputs(65, 65, dtype), torch.randn(2, 3, 65, 8)
     arguments = PLAIN[plain](regularizer) | ({} if plain == "none" else {"impl": impl})
     ours, wanted = attention(*tensors, **arguments), F.scaled_dot_product_attention(*tensors)
@@ -262,8 +266,7 @@ def test_plain_attention_is_torchs_bit_for_bit(regularizer, impl, plain, dtype):
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize("plain", PLAIN)
-@pytest.mark.parametrize("bias", BIASES)
+@pytest.mark.parametrize(("plain", "bias"), pairwise(PLAIN, BIASES))
 def test_plain_attention_takes_bias_and_scale(plain, bias):
     tensors, bias = inputs(7, 15), BIASES[bias]()
     wanted = F.scaled_dot_product_attention(*tensors, attn_mask=bias, scale=0.7)
@@ -300,7 +303,9 @@ def test_an_unknown_impl_is_refused(arguments):
 
 
 @pytest.mark.parametrize("arguments", [{}, {"training": False}, {"ratio": 0.0}])
-@pytest.mark.parametrize("regularizer", [regularizer for regularizer in REGULARIZERS if not REGULARIZERS[regularizer].masks_logits])
+@pytest.mark.parametrize(
+    "regularizer", [regularizer for regularizer in REGULARIZERS if not REGULARIZERS[regularizer].masks_logits]
+)
 def test_an_impl_asked_for_and_impossible_is_refused(regularizer, arguments):
     with pytest.raises(ValueError, match=f"impl=sdpa masks logits, but {regularizer}"):
         attention(*inputs(5, 5), **{"regularizer": regularizer, "impl": "sdpa", "ratio": 0.3} | arguments)
@@ -333,13 +338,15 @@ def test_the_impls_are_those_of_the_config():
 # ---- the CPU's ways through memory
 
 
-@pytest.mark.parametrize("bias", [None, *BIASES])
-@pytest.mark.parametrize("regularizer", ["dropkey", "dropkey_column"])
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize(("batch", "heads"), [(2, 3), (3, 2)])
-@pytest.mark.parametrize("cache", [1, 2 * 7 * 15 * 4, 1 << 20])
-def test_the_order_of_computation_changes_nothing(monkeypatch, cache, batch, heads, transposed, regularizer, bias):
+ORDERS = pairwise(
+    [1, 2 * 7 * 15 * 4, 1 << 20], [(2, 3), (3, 2)], [False, True], ["dropkey", "dropkey_column"], [None, *BIASES]
+)
+
+
+@pytest.mark.parametrize(("cache", "sizes", "transposed", "regularizer", "bias"), ORDERS)
+def test_the_order_of_computation_changes_nothing(monkeypatch, cache, sizes, transposed, regularizer, bias):
     """All at once, or a few samples of a head at a time, or a few heads of a sample."""
+    batch, heads = sizes
     shapes = [(batch, heads, n, 8) for n in (7, 15, 15)]
     if transposed:
         tensors = [torch.randn(b, n, h, d, dtype=torch.float64).transpose(1, 2) for b, h, n, d in shapes]

@@ -258,7 +258,9 @@ def training_step(function, x, module):
     return [out, *torch.autograd.grad(out.square().sum(), [x, *module.parameters()])]
 
 
-@pytest.mark.parametrize(("regularizer", "backend"), [("dropkey", "aot_eager"), *((regularizer, "eager") for regularizer in REGULARIZERS)])
+@pytest.mark.parametrize(
+    ("regularizer", "backend"), [("dropkey", "aot_eager"), *((regularizer, "eager") for regularizer in REGULARIZERS)]
+)
 def test_a_patched_layer_compiles_without_graph_breaks(regularizer, backend):
     model = nn.Sequential(Attention(16, 2))
     patch(model, regularizer, grid=(4, 4))

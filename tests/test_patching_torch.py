@@ -29,7 +29,9 @@ def drawn(monkeypatch):
 
 
 def patched(model, regularizer="dropkey", ratio=0.3, layers=("self", "class", "cross"), **others):
-    patching.apply(model, regularizer, ratio, "constant", layers=layers, window=window_of(regularizer), impl="reference", **others)
+    patching.apply(
+        model, regularizer, ratio, "constant", layers=layers, window=window_of(regularizer), impl="reference", **others
+    )
     return model
 
 
@@ -304,7 +306,12 @@ VISION = {
     "Swin v2": lambda: swin(torchvision.models.swin_transformer.SwinTransformerBlockV2),
     "MaxViT": lambda: torchvision.models.MaxVit((32, 32), 8, 2, [8, 8], [1, 1], 4, 0.0, num_classes=3),
 }
-LAYERS_AND_MECHANISMS = {"ViT": (2, "fused"), "Swin": (4, "softmax"), "Swin v2": (4, "softmax"), "MaxViT": (4, "softmax")}
+LAYERS_AND_MECHANISMS = {
+    "ViT": (2, "fused"),
+    "Swin": (4, "softmax"),
+    "Swin v2": (4, "softmax"),
+    "MaxViT": (4, "softmax"),
+}
 VISION_MODEL = pytest.mark.parametrize("name", VISION)
 
 

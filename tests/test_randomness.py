@@ -1,4 +1,4 @@
-"""The contract of randomness: one seed per call, everything else a pure function of it, compiled or not."""
+"""Randomness: one seed per call, everything else a pure function of it, compiled or not; seeds of a model's masks."""
 
 import copy
 import functools
@@ -20,7 +20,11 @@ from tiny_models import FAMILIES, images_for
 IMPLS = ("reference", "cpu", "sdpa")  # triton: tests/test_triton.py
 EVERY = pytest.mark.parametrize(
     ("regularizer", "impl"),
-    [(regularizer, impl) for regularizer in REGULARIZERS for impl in (IMPLS if REGULARIZERS[regularizer].masks_logits else ("reference",))],
+    [
+        (regularizer, impl)
+        for regularizer in REGULARIZERS
+        for impl in (IMPLS if REGULARIZERS[regularizer].masks_logits else ("reference",))
+    ],
 )
 REGULARIZER = pytest.mark.parametrize("regularizer", REGULARIZERS)
 
@@ -81,7 +85,9 @@ def test_a_seed_may_be_a_number_or_a_tensor(seed):
     assert equal(run(tensors, seed=seed), run(tensors, seed=torch.tensor(seed)))
 
 
-@pytest.mark.parametrize("regularizer", [regularizer for regularizer in REGULARIZERS if REGULARIZERS[regularizer].masks_logits])
+@pytest.mark.parametrize(
+    "regularizer", [regularizer for regularizer in REGULARIZERS if REGULARIZERS[regularizer].masks_logits]
+)
 def test_every_implementation_drops_the_same_keys(regularizer):
     tensors = inputs()
     found = {impl: run(tensors, regularizer, impl, seed=5) for impl in IMPLS}
@@ -128,61 +134,45 @@ def counting():
     return backend, count
 
 
-@EVERY
-def test_compiled_attention_is_eager_attention(regularizer, impl):
-    backend = "inductor" if impl == "cpu" else "aot_eager"
-    tensors, compiled = inputs(), torch.compile(dropkey.attention, fullgraph=True, backend=backend)
-    for ours, eager in zip(
-        run(tensors, regularizer, impl, seed=5, attend=compiled), run(tensors, regularizer, impl, seed=5), strict=True
-    ):
-        torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-5)
-
-
-@REGULARIZER
-def test_another_ratio_or_seed_does_not_recompile(regularizer):
+@pytest.mark.parametrize(
+    ("regularizer", "impl"),
+    [
+        ("dropkey", "cpu"),
+        ("dropkey", "reference"),
+        ("dropkey_block", "sdpa"),
+        ("dropkey_cross", "cpu"),
+        ("dropkey_column", "reference"),
+        ("dropout", "reference"),
+        ("dropattention", "reference"),
+    ],
+)
+def test_compiled_attention_is_eager_attention_and_follows_ratio_and_seed_without_recompiling(regularizer, impl):
     backend, count = counting()
     tensors, compiled = inputs(), torch.compile(dropkey.attention, fullgraph=True, backend=backend)
     counts = set()
     for ratio, seed in ((0.3, 1), (0.1, 2), (0.7, 3)):
-        ratio, seed = torch.tensor(ratio, dtype=torch.float64), torch.tensor(seed)
-        ours = run(tensors, regularizer, ratio=ratio, seed=seed, attend=compiled)
-        torch.testing.assert_close(ours, run(tensors, regularizer, ratio=ratio, seed=seed), rtol=1e-5, atol=1e-5)
+        draw = {"ratio": torch.tensor(ratio, dtype=torch.float64), "seed": torch.tensor(seed)}
+        ours, eager = (
+            run(tensors, regularizer, impl, attend=attend, **draw) for attend in (compiled, dropkey.attention)
+        )
+        for one, other in zip(ours, eager, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
         counts.add(count[0])
     assert len(counts) == 1
 
 
-@REGULARIZER
-def test_another_ratio_does_not_recompile_a_model(regularizer):
-    backend, count = counting()
-    model = FAMILIES["vit"]()
-    dropkey.apply(model, regularizer, 0.3, window=3 if regularizer in STRUCTURED else None)
-    compiled, images = torch.compile(model, fullgraph=True, backend=backend), images_for(model)
-    counts = set()
-    for ratio in (0.3, 0.1, 0.5):
-        dropkey.set_ratio(model, ratio)
-        compiled(images).sum().backward()
-        counts.add(count[0])
-    assert len(counts) == 1
-
-
-def test_a_compiled_model_follows_the_ratio():
-    model = FAMILIES["vit"]()
-    dropkey.apply(model, "dropkey", 0.3, "constant")
-    compiled, images, far = torch.compile(model, fullgraph=True), images_for(model), []
-    for ratio in (1e-9, 0.9):
-        dropkey.set_ratio(model, ratio, "constant")
-        far.append((compiled(images) - model.eval()(images)).abs().max())
-        model.train()
-    assert far[0] < 1e-5 < 1e-3 < far[1]
-
-
-def test_manual_seed_reproduces_compiled_attention():
+def test_inductor_draws_the_masks_of_eager_code_and_follows_manual_seed():
     tensors, compiled, found = inputs(), torch.compile(dropkey.attention, fullgraph=True), []
+    ratio = torch.tensor(0.3, dtype=torch.float64)
     for seed in (5, 5, 6):
         torch.manual_seed(seed)
-        found.append(run(tensors, attend=compiled))
+        found.append(run(tensors, ratio=ratio, attend=compiled))
     assert equal(found[0], found[1])
     assert not torch.equal(found[0][0], found[2][0])
+    q, k, _ = tensors
+    weights = torch.eye(17).expand(2, 3, 17, 17)  # as values: the output is the weights
+    dropped = [attend(q, k, weights, ratio=ratio, seed=7) == 0 for attend in (compiled, dropkey.attention)]
+    assert torch.equal(*dropped)
 
 
 @REGULARIZER
@@ -192,9 +182,10 @@ def test_the_mask_operator_is_registered_well(regularizer):
     torch.library.opcheck(regularizers.mask_op, arguments)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("biased", [None, "trained", "fixed"])
-@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("transposed", "biased", "masked"),
+    [(False, None, False), (True, "trained", True), (False, "fixed", True), (True, "fixed", False)],
+)
 def test_the_cpu_operator_is_registered_well(transposed, biased, masked):
     shape = lambda n: (2, n, 3, 8) if transposed else (2, 3, n, 8)  # noqa: E731
     tensors = [torch.randn(shape(n)) for n in (6, 7, 7)]
@@ -232,7 +223,7 @@ def test_an_explicit_seed_serves_where_checkpointing_does_not_replay_the_generat
     torch.manual_seed(5)
     plain = run(tensors)
     torch.manual_seed(5)
-    assert not torch.equal(plain[1], run(tensors, attend=attend)[1])  # else the warning in the docstring is idle
+    assert not torch.equal(plain[1], run(tensors, attend=attend)[1])  # as the docstring warns
 
 
 def test_second_derivatives_are_refused_rather_than_wrong():
@@ -275,9 +266,9 @@ def test_a_copy_has_a_ratio_of_its_own():
 # ---- explicit seeds of a model's masks
 
 
-def seeded(regularizer="dropkey", family="vit", seed=5):
+def seeded(regularizer="dropkey", family="vit", seed=5, **changes):
     """A model whose masks have a seed, and images for it."""
-    model = FAMILIES[family]()
+    model = FAMILIES[family](**changes)
     dropkey.apply(model, regularizer, 0.3, "constant", window=3 if regularizer in STRUCTURED else None)
     dropkey.seed_masks(model, seed)
     return model, images_for(model)
@@ -338,13 +329,14 @@ def test_without_a_seed_again_manual_seed_reproduces():
 
 
 @pytest.mark.parametrize("regularizer", ["dropkey", "dropkey_cross", "dropout"])
-def test_another_seed_does_not_recompile_and_compiled_masks_are_eager_masks(regularizer):
-    model, images = seeded(regularizer)
+def test_a_compiled_model_follows_seed_and_ratio_without_recompiling(regularizer):
+    model, images = seeded(regularizer, depth=1)
     backend, count = counting()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     counts, outs = set(), []
-    for seed in (5, 6, 7, 5):
+    for seed, ratio in ((5, 0.3), (6, 0.3), (7, 0.1), (5, 0.3)):
         dropkey.seed_masks(model, seed)
+        dropkey.set_ratio(model, ratio)
         outs.append(step(model, images, compiled))
         torch.testing.assert_close(outs[-1], step(model, images), rtol=1e-4, atol=1e-4)
         counts.add(count[0])

@@ -45,7 +45,7 @@ def covers(regularizer, grid, window):
     return ((down == 0) & (across <= half)) | ((across == 0) & (down <= half))
 
 
-def test_the_kinds_are_those_of_the_config():
+def test_the_regularizers_are_those_of_the_config():
     assert {"none", *REGULARIZERS} == set(schema.REGULARIZER_NAMES)
 
 
@@ -64,7 +64,7 @@ def test_realised_ratio(regularizer, ratio):
 @pytest.mark.parametrize(("regularizer", "window"), WINDOWS)
 def test_realised_ratio_of_structured_regularizers_is_within_one_percent(regularizer, window, grid):
     keys = grid[0] * grid[1]
-    mask = mask_of(regularizer, window, 0.3, (16, 16, 8_000_000 // keys // 256, keys), grid)
+    mask = mask_of(regularizer, window, 0.3, (16, 16, 4_000_000 // keys // 256, keys), grid)
     assert mask.double().mean().item() == pytest.approx(0.3, rel=0.01)
 
 
@@ -153,7 +153,9 @@ def test_column_shares_one_draw_over_queries():
     assert draw_mask("dropkey_column", SHAPE, 0.3).shape == (64, 8, 1, 16)
 
 
-@pytest.mark.parametrize("regularizer", [regularizer for regularizer in REGULARIZERS if regularizer != "dropkey_column"])
+@pytest.mark.parametrize(
+    "regularizer", [regularizer for regularizer in REGULARIZERS if regularizer != "dropkey_column"]
+)
 def test_other_regularizers_draw_for_every_query(regularizer):
     assert mask_of(regularizer, 3 if regularizer in STRUCTURED else None, 0.3).shape == SHAPE
 
@@ -169,7 +171,12 @@ SHARED = {"dropkey_column": "query", "dropkey_block": "key", "dropkey_cross": "k
 
 @pytest.mark.parametrize(
     ("regularizer", "window", "axis"),
-    [(regularizer, window, axis) for regularizer, window in REGULARIZER_AND_WINDOW for axis in AXES if SHARED.get(regularizer) != axis],
+    [
+        (regularizer, window, axis)
+        for regularizer, window in REGULARIZER_AND_WINDOW
+        for axis in AXES
+        if SHARED.get(regularizer) != axis
+    ],
 )
 def test_draws_are_independent(regularizer, window, axis):
     """Same key, next sample (head, query), or next key: both are dropped as often as chance has it."""
@@ -227,7 +234,9 @@ def test_rows_sum_to_one_or_to_zero_where_all_keys_are_dropped(regularizer):
     torch.testing.assert_close(rows, (~drop.all(-1)).double(), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("regularizer", [regularizer for regularizer in REGULARIZERS if REGULARIZERS[regularizer].masks_logits])
+@pytest.mark.parametrize(
+    "regularizer", [regularizer for regularizer in REGULARIZERS if REGULARIZERS[regularizer].masks_logits]
+)
 def test_renormalised_weights_are_the_softmax_of_masked_logits(regularizer):
     logits, weights = softmaxed()
     drop = torch.rand(weights.shape) < 0.3
