@@ -121,9 +121,8 @@ def search(words: list[str]) -> None:
         study.optimize(space.score, n_trials=missing, callbacks=[enough])
     if study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
         fresh = ",".join(str(max(map(int, space.seeds)) + number) for number in (1, 2, 3))
-        print(
-            f"best   trial {study.best_trial.number}: {study.best_value:.4g}; with seeds that had no part in the choice:"
-        )
+        print(f"best   trial {study.best_trial.number}: {study.best_value:.4g}")
+        print("next   with seeds that had no part in the choice:")
         print(f"       python train.py -m {shlex.join([*space.words(study.best_params), f'seed={fresh}'])}")
 
 
