@@ -20,10 +20,11 @@ register_schemas()
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="eval")
 def main(cfg: DictConfig) -> None:
     with cli.job():
-        evaluate(check_evaluation(typed(cfg)))
+        evaluate(typed(cfg))
 
 
 def evaluate(cfg: EvalConfig) -> None:
+    cfg = check_evaluation(cfg)
     directory = Path(cfg.run) if cfg.run else Path(cfg.checkpoint).resolve().parent.parent
     if not (directory / "config.yaml").exists():
         raise ConfigError(f"{directory} is no run directory: it has no config.yaml")

@@ -26,16 +26,17 @@ register_schemas()
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")
 def main(cfg: DictConfig) -> float:
     with cli.job():
-        return train(check(typed(cfg)))
+        return train(typed(cfg))
 
 
 def train(cfg: TrainConfig) -> float:
-    """Trains a checked config, or shows its result where that is done.
+    """Trains a run, or shows its result where that is done.
 
     Returns:
-        What a sweeper optimises: the task's first metric after the last epoch, on the split that was watched. Not
-        that of the best epoch, which rewards luck, nor of the test split, which is not for choosing.
+        What a sweeper optimises: the task's first metric after the last epoch on the watched split. The best epoch
+        would reward luck, and the test split is not for choosing.
     """
+    cfg = check(cfg)
     run = RunDirectory(run_directory(cfg))
     if run.finished and not cfg.overwrite:
         summary = run.summary()
@@ -58,12 +59,7 @@ def train(cfg: TrainConfig) -> float:
             print_result(summary)
             averaged = "" if cfg.regularizer.name == "none" else " eval.monte_carlo=16"
             print(f"next   python eval.py run={run.path}{averaged}    or another seed={cfg.seed + 1}")
-    return watched(run, summary)
-
-
-def watched(run: RunDirectory, summary: dict) -> float:
-    (key, *_) = [metric["key"] for metric in summary.get("metrics", [{"key": "top1"}])]
-    return run.records("epoch")[-1][f"eval_{key}"] if cli.is_first() else float("nan")
+    return summary["objective"]
 
 
 def this_command() -> str:

@@ -4,8 +4,8 @@
     python scripts/search.py regularizer=none,dropout,dropkey regularizer.ratio=0..0.5 seed=0,1,2 trials=60
 
 `low..high` is a range, with log: before it on a logarithmic scale; `a,b,c` is a choice; every other word is an override
-for all trials. Several seeds are averaged, not searched. The search maximises what train.py returns: the metric of the
-last epoch on the validation split. A trial that diverges or cannot be trained is pruned.
+for all trials. Several seeds are averaged, not searched. The search optimises what train.py returns: the task's first
+metric after the last epoch, on the validation split. A trial that diverges or cannot be trained is pruned.
 
 The same command resumes an interrupted search, inside the interrupted run, up to `trials` in all (20); started several
 times, as on several GPUs, it shares the work. Trials are not stopped early: a regularizer that helps in the end makes
@@ -28,7 +28,7 @@ from optuna.trial import Trial, TrialState
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train
-from dropkey import cli
+from dropkey import cli, tasks
 from dropkey.config.check import check, require
 from dropkey.config.compose import compose
 from dropkey.config.identity import flatten, group_hash, has_no_effect
@@ -69,6 +69,7 @@ class Space:
             make, number = (IntDistribution, int) if key in whole else (FloatDistribution, float)
             self.searched[key] = make(*map(number, values[key]), log=key in logarithmic)
         self.output = Path(configs[0].output)
+        self.direction = "maximize" if tasks.build(configs[0]).metrics[0].higher_is_better else "minimize"
         named = sorted(word for word in words if not has_no_effect(word.partition("=")[0]))
         self.name = " ".join([*named, group_hash(configs[0])])  # a changed default begins another search
 
@@ -114,7 +115,7 @@ def search(words: list[str]) -> None:
         heartbeat_interval=HEARTBEAT,
         heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(),
     )
-    study = optuna.create_study(storage=storage, study_name=space.name, direction="maximize", load_if_exists=True)
+    study = optuna.create_study(storage=storage, study_name=space.name, direction=space.direction, load_if_exists=True)
     missing = int(trials) - len(study.get_trials(deepcopy=False, states=ENDED))
     if missing > 0:
         enough = optuna.study.MaxTrialsCallback(int(trials), states=ENDED)  # counts those of other processes

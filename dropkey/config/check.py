@@ -49,7 +49,6 @@ VALUES = (  # the range or the choices that the values of some keys must be in; 
     ("in [0, 1]", "augment.random_erasing augment.mixup_prob"),
     ("in [0.1, 1]", "data.crop_pct"),
     ((1, 3), "data.channels"),
-    (schema.DATASETS, "data.name"),
     (schema.REGULARIZER_NAMES, "regularizer.name"),
     (schema.LAYERS, "regularizer.layers"),
     (schema.IMPLS, "regularizer.impl"),
@@ -201,6 +200,8 @@ def check_regularizer(regularizer: RegularizerConfig, schedule: ScheduleConfig) 
 
 
 def check_data(data: schema.DataConfig) -> None:
+    if ":" not in data.name:  # module:function is the user's own
+        one_of("data.name", data.name, schema.DATASETS)
     require(
         data.crop_pct == 1 or not data.in_memory,
         f"data.crop_pct={data.crop_pct} needs data.in_memory=false, as images in memory have no margin; or set it to 1",

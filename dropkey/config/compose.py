@@ -21,7 +21,7 @@ from dropkey.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SCHEMAS = {"train": TrainConfig, "eval": EvalConfig}
-FREE = ("model.args", "optim.args")  # arguments of constructors, which the schema does not know
+FREE = ("task.args", "model.args", "optim.args")  # arguments of constructors, which the schema does not know
 REFUSALS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, AssertionError)  # of a composition
 
 
@@ -30,8 +30,8 @@ def register_schemas() -> None:
     for name, schema in SCHEMAS.items():
         node = OmegaConf.structured(schema)
         if schema is TrainConfig:  # so that model.args.qk_norm=true needs no +
-            OmegaConf.set_struct(node.model.args, False)
-            OmegaConf.set_struct(node.optim.args, False)
+            for key in FREE:
+                OmegaConf.set_struct(OmegaConf.select(node, key), False)
         ConfigStore.instance().store(name=f"{name}_schema", node=node)
     OmegaConf.register_new_resolver("options", lambda group: ", ".join(options(group)), replace=True)
 

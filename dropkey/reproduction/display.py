@@ -108,7 +108,7 @@ class Watch:
         for item in launcher.items:
             if item.process is not None:
                 epoch, last = progress(item.job) if item.job.script == "train.py" else (0, None)
-                figures = [f"{last['train_loss']:.4f}", f"{last['images_per_second']:,.0f}"] if last else ["", ""]
+                figures = [f"{last['train_loss']:.4f}", f"{last['samples_per_second']:,.0f}"] if last else ["", ""]
                 epochs = f"{epoch}/{item.job.composed.epochs}" if item.job.script == "train.py" else ""
                 box.add_row(item.job.name, str(item.slot), epochs, *figures, clock(time.monotonic() - item.began))
         return Group(Text(", ".join(parts), style="bold"), box)

@@ -28,10 +28,10 @@ class Cost:
     startup: float  # of that, before the first step
     bytes: int  # of its directory
     images: int  # test images
-    images_per_second: float  # while training
+    samples_per_second: float  # while training
 
     def evaluation(self, passes: int) -> float:
-        return self.startup + max(1, passes) * self.images * FORWARD / self.images_per_second
+        return self.startup + max(1, passes) * self.images * FORWARD / self.samples_per_second
 
 
 def distinct(jobs) -> list[Job]:
@@ -94,9 +94,9 @@ def progress(job: Job) -> tuple[int, Optional[dict]]:
 def of_finished(job: Job) -> Cost:
     summary = RunDirectory(job.run).summary()
     startup = 10.0  # importing torch and timm, reading data: not recorded, and small beside what it is added to
-    test = summary["images"] * FORWARD / summary["images_per_second"]
+    test = summary["images"] * FORWARD / summary["samples_per_second"]
     whole = startup + summary["seconds"] + test
-    return Cost(whole, startup, weight(job.run), summary["images"], summary["images_per_second"])
+    return Cost(whole, startup, weight(job.run), summary["images"], summary["samples_per_second"])
 
 
 def weight(directory: Path) -> int:
@@ -136,7 +136,7 @@ def probed(job: Job, slot: Slot, output: Path, say) -> Cost:
 def extrapolate(job: Job, summary: dict, wall: float, size: int) -> Cost:
     """From a probe of one evaluation and a few steps to all epochs and evaluations."""
     one = job.composed
-    rate = summary["images_per_second"]
+    rate = summary["samples_per_second"]
     steps = one.epochs * summary["steps_per_epoch"]
     steps = min(steps, one.max_steps or steps)
     training = summary["steps"] * one.batch_size / rate
