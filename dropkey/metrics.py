@@ -22,7 +22,7 @@ class Metric:
     higher_is_better: bool = True
 
     def format(self, value: float) -> str:
-        """top-1 33.55 %"""
+        """Label, value and unit, such as: loss 0.1234"""
         return f"{self.label} {value:.{self.digits}f}" + (f" {self.unit}" if self.unit else "")
 
     def better(self, value: float, than: float) -> bool:

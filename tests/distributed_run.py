@@ -13,7 +13,12 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 import runs
 import train
+<<<<<<< HEAD
 from dropkey import cli, curves
+=======
+from dropkey import plotting
+from dropkey.config import compose
+>>>>>>> main
 from dropkey.engine import trainer
 from dropkey.errors import DataError
 
@@ -32,7 +37,7 @@ def main() -> None:
             os.kill(os.getpid(), number)
 
     trainer.Trainer.count = count
-    curves.draw = lambda *args: None
+    plotting.curves = lambda *args: None
     sys.argv = ["train.py", *runs.SMALL, f"output={output}", *words]
     cli.run(train.main)
 
