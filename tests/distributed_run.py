@@ -13,12 +13,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 import runs
 import train
-<<<<<<< HEAD
-from dropkey import cli, curves
-=======
-from dropkey import plotting
-from dropkey.config import compose
->>>>>>> main
+from dropkey import cli, plotting
 from dropkey.engine import trainer
 from dropkey.errors import DataError
 

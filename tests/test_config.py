@@ -1,6 +1,7 @@
 """Composition, checks, messages and identity of a config, and Hydra's own features (faults 7, 21, 24, 26)."""
 
 import dataclasses
+import logging
 import pickle
 import re
 import shutil
@@ -33,11 +34,14 @@ def command_line(monkeypatch, capsys, *words: str, task=check) -> tuple[int, str
     """Exit code, standard output and standard error of `train.py <words>` with `task` in place of the training."""
     monkeypatch.setattr(sys, "argv", ["train.py", *words])
     monkeypatch.setattr(train, "train", task)
-    code = 0
+    code, root = 0, logging.getLogger()
+    handlers, level = root.handlers[:], root.level
     try:
         cli.run(train.main)
     except SystemExit as stopped:
         code = stopped.code
+    finally:  # --info and -sc log to a stream that ends with the test
+        root.handlers, root.level = handlers, level
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 

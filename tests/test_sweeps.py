@@ -341,7 +341,7 @@ def test_the_trial_of_a_dead_process_is_trained_again(searching, tmp_path, monke
     with pytest.raises(SystemExit):  # Optuna files nothing, as when the process is killed
         searching(Trainings(SystemExit()), trials=1)
     (dead,) = trials_in(tmp_path)
-    time.sleep(2.5)
+    time.sleep(4)  # heartbeats are stored in whole seconds
     searching(Trainings(), trials=1)
     first, second = trials_in(tmp_path)
     assert (first.state.name, second.state.name, second.params) == ("FAIL", "COMPLETE", dead.params)
