@@ -79,14 +79,6 @@ def test_training_commands_that_need_no_network_train(words, run, tmp_path, monk
     assert "top-1" in run_here(monkeypatch, capsys, train, [*short, *sizes])
 
 
-def test_the_multirun_trains_every_job(tmp_path, monkeypatch, capsys):
-    (words,) = [w for w in TRAIN if w[:1] == ["-m"] and "regularizer=none,dropout,dropkey" in w]
-    short = [*words, *runs.SMALL, "trainer.max_steps=1", f"output={tmp_path}"]
-    run_here(monkeypatch, capsys, train, short)
-    finished = [p for p in tmp_path.iterdir() if (p / "summary.json").exists()]
-    assert len(finished) == 6
-
-
 @pytest.mark.parametrize("words", EVAL, ids=" ".join)
 def test_evaluation_commands_evaluate(words, run, monkeypatch, capsys):
     assert "top-1" in run_here(monkeypatch, capsys, evaluating, named(words, run))
