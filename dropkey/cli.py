@@ -31,7 +31,8 @@ def job() -> Iterator[None]:
             report(failure)
         else:
             traceback.print_exc()
-        if HydraConfig.get().mode == RunMode.MULTIRUN and not isinstance(failure, Interrupted):
+        multirun = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+        if multirun and not isinstance(failure, Interrupted):
             raise failure from None
         sys.exit(failure.exit_code)
 

@@ -128,8 +128,6 @@ def search(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 1 or {"-h", "--help"} & set(sys.argv):
-        sys.exit(__doc__)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # the heartbeat
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    cli.run(lambda: search(sys.argv[1:]))
+    cli.run(lambda: print(__doc__) if {"-h", "--help"} & set(sys.argv) else search(sys.argv[1:]))
