@@ -499,7 +499,7 @@ def test_a_server_that_cannot_be_reached_neither_delays_nor_fails(tmp_path, key)
         timeout=90,
     )
     assert done.returncode == 0, done.stderr
-    assert ("does not answer" if key else "no API key") in done.stdout
+    assert ("W&B is offline: Failed" if key else "W&B is offline: No API key") in done.stdout
     (run,) = (tmp_path / "runs").iterdir()
     assert len(RunDirectory(run).records("epoch")) == 3
 

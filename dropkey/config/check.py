@@ -46,7 +46,7 @@ VALUES = (  # the range or the choices that the values of some keys must be in; 
         "model.drop_path regularizer.ratio schedule.end data.val_fraction data.test_fraction augment.label_smoothing "
         "trainer.ema_decay",
     ),
-    ("in [0, 1]", "augment.random_erasing augment.mixup_prob"),
+    ("in [0, 1]", "augment.hflip augment.random_erasing augment.mixup_prob"),
     ("in [0.1, 1]", "data.crop_pct"),
     ((1, 3), "data.channels"),
     (schema.REGULARIZER_NAMES, "regularizer.name"),
