@@ -25,7 +25,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dropkey.config.check import nearest, require
-from dropkey.config.compose import groups
 from dropkey.config.schema import TrainConfig
 from dropkey.errors import ConfigError, RunError
 from dropkey.records import clock
@@ -70,7 +69,7 @@ def read(words: list[str]) -> tuple[str, Options]:
             options.slurm[key.removeprefix("slurm.")] = value
         elif equals and bare in ("seed", "overwrite", "init_from"):
             raise ConfigError(f"{word}: a table sets {bare} itself" + ("; take seeds=" if bare == "seed" else ""))
-        elif equals and ("." in bare or bare in groups() or hasattr(TrainConfig(), bare)):
+        elif equals and ("." in bare or bare in ("experiment", "debug") or hasattr(TrainConfig(), bare)):
             options.extra.append(word)
         else:
             raise ConfigError(f"{word} is no option{nearest(key, kinds)}")

@@ -18,7 +18,7 @@ from typing import List, Optional
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dropkey.config import identity
-from dropkey.config.check import positive, require, within
+from dropkey.config.check import in_range, require
 from dropkey.config.script_args import arg, parse, run_script
 
 HEADS = ("rollout", "mean", "all")
@@ -75,16 +75,16 @@ def entropy(args: Args, path: Path) -> None:
 def masks(args: Args, path: Path) -> None:
     from dropkey.analysis import figures
 
-    within("ratio", args.ratio, 0, 1, high_open=True)
-    within("grid", args.grid, 2, 64)
+    in_range("ratio", args.ratio, "in [0, 1)")
+    require(2 <= args.grid <= 64, f"grid={args.grid} must be in [2, 64]")
     figures.plot_masks(args.ratio, args.grid, path)
 
 
 def schedules(args: Args, path: Path) -> None:
     from dropkey.analysis import figures
 
-    within("ratio", args.ratio, 0, 1, high_open=True)
-    positive("layers", args.layers)
+    in_range("ratio", args.ratio, "in [0, 1)")
+    in_range("layers", args.layers, "above 0")
     figures.plot_schedules(args.ratio, args.layers, path)
 
 

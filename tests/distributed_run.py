@@ -13,8 +13,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 import runs
 import train
-from dropkey import plotting
-from dropkey.config import compose
+from dropkey import cli, plotting
 from dropkey.engine import trainer
 from dropkey.errors import DataError
 
@@ -35,7 +34,7 @@ def main() -> None:
     trainer.Trainer.count = count
     plotting.curves = lambda *args: None
     sys.argv = ["train.py", *runs.SMALL, f"output={output}", *words]
-    compose.launch("train", train.main)
+    cli.run(train.main)
 
 
 if __name__ == "__main__":

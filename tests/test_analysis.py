@@ -387,7 +387,7 @@ def test_pictures_without_runs(script, capsys, tmp_path, words):
         (["maps", "run=RUN", "head=5"], "head=5: the layer has 2 heads, 0 to 1"),
         (["maps", "run=RUN", "head=most"], "head=most: choose rollout"),
         (["maps", "run=RUN", "layer=9", "head=all"], "layer=9"),
-        (["masks", "ratio=1.5"], "ratio=1.5 lies outside"),
+        (["masks", "ratio=1.5"], "ratio=1.5 must be"),
         (["masks", "output=picture.bmp"], "ends in .png"),
         (["schedules", "layers=none"], "layers=none: "),
     ],

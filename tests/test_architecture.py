@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "records": {"errors", "metrics"},
     "config": {"errors"},
     "code_version": {"config"},
+    "cli": {"config", "errors"},
     "data": {"config", "errors", "seeds"},
     "datasets": {"config", "data", "errors"},
     "models": {"config", "errors"},

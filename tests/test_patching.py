@@ -16,11 +16,22 @@ from dropkey.patching.layer import AttentionRegularizer
 from dropkey.patching.patch import regularized_layers
 from dropkey.regularizers import REGULARIZERS
 from dropkey.schedules import ratios
-from tiny_models import EVERY_LAYER, FAMILIES, REGULARIZERS_AND_NONE, deit, images_for, t2t, t2t_t, vit, volo, window_of
+from tiny_models import (
+    EVERY_LAYER,
+    FAMILIES,
+    FAMILY_AND_REGULARIZER,
+    deit,
+    images_for,
+    t2t,
+    t2t_t,
+    vit,
+    volo,
+    window_of,
+)
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
 REGULARIZER = pytest.mark.parametrize("regularizer", REGULARIZERS)
-REGULARIZER_OR_NONE = pytest.mark.parametrize("regularizer", REGULARIZERS_AND_NONE)
+BOTH = pytest.mark.parametrize(("family", "regularizer"), FAMILY_AND_REGULARIZER)
 
 
 @pytest.fixture(autouse=True)
@@ -51,8 +62,7 @@ def equal(ours, theirs):
 # ---- what must not change
 
 
-@REGULARIZER_OR_NONE
-@FAMILY
+@BOTH
 def test_state_dict_is_unchanged(family, regularizer):
     model = FAMILIES[family]()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -61,9 +71,8 @@ def test_state_dict_is_unchanged(family, regularizer):
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-@REGULARIZER_OR_NONE
-@FAMILY
-def test_evaluation_is_that_of_the_unpatched_model_bit_for_bit(family, regularizer):
+@BOTH
+def test_evaluation_is_bitwise_that_of_the_unpatched_model(family, regularizer):
     model = FAMILIES[family]().eval()
     images = images_for(model)
     before = model(images)
@@ -72,9 +81,8 @@ def test_evaluation_is_that_of_the_unpatched_model_bit_for_bit(family, regulariz
     assert torch.equal(model.train().eval()(images), before)
 
 
-@REGULARIZER
-@FAMILY
-def test_ratio_zero_trains_like_the_unpatched_model_bit_for_bit(family, regularizer):
+@BOTH
+def test_ratio_zero_trains_bitwise_like_the_unpatched_model(family, regularizer):
     model = FAMILIES[family]()
     images = images_for(model)
     before = run_and_gradients(model, images)
@@ -84,7 +92,7 @@ def test_ratio_zero_trains_like_the_unpatched_model_bit_for_bit(family, regulari
 
 
 @REGULARIZER
-def test_the_last_layer_of_a_decreasing_schedule_trains_bit_for_bit_like_the_unpatched_one(regularizer):
+def test_the_last_layer_of_a_decreasing_schedule_trains_bitwise_like_the_unpatched_one(regularizer):
     model = vit()
     attention, tokens = model.blocks[-1].attn, torch.randn(2, 17, 32)
     before = attention(tokens)
@@ -95,8 +103,7 @@ def test_the_last_layer_of_a_decreasing_schedule_trains_bit_for_bit_like_the_unp
 # ---- what must change
 
 
-@REGULARIZER
-@FAMILY
+@BOTH
 def test_every_layer_draws_one_mask_in_training(drawn, family, regularizer):
     model = FAMILIES[family]()
     report = patch(model, regularizer, 0.3)
@@ -104,8 +111,7 @@ def test_every_layer_draws_one_mask_in_training(drawn, family, regularizer):
     assert [name for name, *_ in drawn] == [regularizer] * len(report.layers)
 
 
-@REGULARIZER
-@FAMILY
+@BOTH
 def test_training_passes_differ(family, regularizer):
     model = FAMILIES[family]()
     patch(model, regularizer)
@@ -132,9 +138,8 @@ def test_an_own_attention_dropout_is_replaced(family):
 # ---- taking it back, doing it twice
 
 
-@REGULARIZER
-@FAMILY
-def test_undo_restores_classes_dropout_and_training_bit_for_bit(family, regularizer):
+@BOTH
+def test_undo_restores_classes_dropout_and_training_bitwise(family, regularizer):
     model = FAMILIES[family]()
     for module in model.modules():
         if isinstance(getattr(module, "attn_drop", None), nn.Dropout):
@@ -165,8 +170,7 @@ def test_undo_of_an_unpatched_model_does_nothing():
     assert repr(model) == text
 
 
-@pytest.mark.parametrize("regularizer", ["dropkey", "dropkey_cross", "dropattention"])
-@FAMILY
+@BOTH
 def test_applying_twice_is_applying_once(family, regularizer):
     once = FAMILIES[family]()
     twice = copy.deepcopy(once)
@@ -351,8 +355,7 @@ def test_set_ratio_gives_what_apply_would_give(schedule):
 # ---- Monte Carlo
 
 
-@REGULARIZER
-@FAMILY
+@BOTH
 def test_always_on_acts_in_evaluation_and_ends(family, regularizer):
     model = FAMILIES[family]().eval()
     patch(model, regularizer)

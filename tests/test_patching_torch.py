@@ -10,6 +10,7 @@ import torchvision
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from covering import pairwise
 from dropkey import patching, regularizers
 from dropkey.regularizers import REGULARIZERS
 from tiny_models import window_of
@@ -116,9 +117,7 @@ def call(module, arguments, **others):
     return (out if module.batch_first else out.transpose(0, 1)), weights
 
 
-@pytest.mark.parametrize("need_weights", [True, False])
-@pytest.mark.parametrize("masked", MASKS)
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize(("name", "masked", "need_weights"), pairwise(MODULES, MASKS, [True, False]))
 def test_multihead_attention_is_the_dense_recomputation(drawn, name, masked, need_weights):
     model = patched(nn.Sequential(nn.MultiheadAttention(WIDTH, HEADS, dropout=0.5, **MODULES[name]).double()))
     module, masks = model[0], MASKS[masked]()
@@ -211,7 +210,7 @@ def test_the_fast_path_of_evaluation_is_still_taken():
     assert fast_calls(patched(model), x) == 2
 
 
-def test_evaluation_of_an_encoder_is_that_of_the_unpatched_one_bit_for_bit():
+def test_evaluation_of_an_encoder_is_that_of_the_unpatched_one_bitwise():
     model, x = encoder().eval(), torch.randn(2, 7, 16)
     padding = torch.zeros(2, 7, dtype=torch.bool)
     padding[0, 4:] = True
@@ -316,14 +315,14 @@ VISION_MODEL = pytest.mark.parametrize("name", VISION)
 
 
 @VISION_MODEL
-def test_sites_of_torchvision_are_found(name):
+def test_layers_of_torchvision_are_found(name):
     report = patching.apply(VISION[name]())
     count, mechanism = LAYERS_AND_MECHANISMS[name]
     assert [layer.mechanism for layer in report.layers] == [mechanism] * count
 
 
 @VISION_MODEL
-def test_evaluation_of_torchvision_is_unchanged_bit_for_bit(name):
+def test_evaluation_of_torchvision_is_unchanged_bitwise(name):
     model, x = VISION[name]().eval(), torch.randn(2, 3, 32, 32)
     before, keys = model(x), list(model.state_dict())
     patched(model)
@@ -353,7 +352,7 @@ def test_training_of_torchvision_is_dropkey(monkeypatch, drawn, name):
 
 
 @VISION_MODEL
-def test_torchvision_without_a_ratio_trains_as_the_unpatched_model_bit_for_bit(name):
+def test_torchvision_without_a_ratio_trains_as_the_unpatched_model_bitwise(name):
     model, x = shaken(VISION[name]()), torch.randn(2, 3, 32, 32)
     plain = copy.deepcopy(model)
     assert torch.equal(run(patched(model, ratio=0.0), x), run(plain, x))
@@ -392,7 +391,7 @@ def test_copies_train_alike(name, way):
     assert all(torch.equal(a, b) for a, b in zip(step(twin, x, twin), step(model, x, model), strict=True))
 
 
-@SAMPLE
+@pytest.mark.parametrize("name", ["encoder", "Swin v2"])
 def test_compiled_without_graph_breaks_they_train_alike(name):
     build, shape = SAMPLES[name]
     model, x = patched(shaken(build())), torch.randn(shape)

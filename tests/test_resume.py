@@ -158,7 +158,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path, monkeypatch, capsys):
     cfg = runs.config(tmp_path)
     run = runs.train(tmp_path)
     before = (run.checkpoints / "last.pt").stat().st_mtime_ns
-    train.main(cfg)
+    train.train(cfg)
     assert "done already" in capsys.readouterr().out
     assert (run.checkpoints / "last.pt").stat().st_mtime_ns == before
 
@@ -199,3 +199,21 @@ def test_a_regularizer_does_not_change_initialisation_or_data_order(tmp_path, mo
     for kind in ("none", "dropkey"):
         runs.train(tmp_path, f"regularizer={kind}", "trainer.max_steps=1")
     assert runs.unequal(starts[0], starts[1]) is None
+
+
+def test_other_consumers_of_random_numbers_do_not_change_the_masks(tmp_path, monkeypatch):
+    plain = runs.train(tmp_path / "plain")
+    original = trainer.Trainer.step
+
+    def draw_something_else(*_):
+        torch.rand(3)
+
+    def step(self, microbatches):
+        handle = self.model.patch_embed.register_forward_hook(draw_something_else)
+        loss = original(self, microbatches)
+        handle.remove()
+        return loss
+
+    monkeypatch.setattr(trainer.Trainer, "step", step)
+    disturbed = runs.train(tmp_path / "disturbed")
+    assert runs.unequal(runs.state(plain), runs.state(disturbed)) is None
