@@ -214,7 +214,7 @@ def test_python_examples_run(code, monkeypatch):
         out = dropkey.attention(q, q, q, regularizer="drophead", ratio=0.5)
         silent = (out == 0).flatten(2).all(-1).float().mean()
         assert 0.3 < silent < 0.7
-        near = regularizers.draw("dropkey_far", (2, 2, 9, 9), 0.9).diagonal(dim1=-2, dim2=-1)
+        near = regularizers.draw_mask("dropkey_far", (2, 2, 9, 9), 0.9).diagonal(dim1=-2, dim2=-1)
         assert not near.any()
 
 
