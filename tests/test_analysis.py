@@ -255,7 +255,7 @@ def test_rollout_takes_class_attention_as_layers_that_move_the_class_token_alone
         ("t2t_small", (8, 8), "the last 3 of 4 attention layers (those with the same tokens); class token"),
     ],
 )
-def test_maps_cover_the_image_and_say_what_they_show(family, grid, said):
+def test_maps_cover_the_image_and_their_caption_describes_them(family, grid, said):
     model = tiny_models.FAMILIES[family]()
     found = attention_maps(model, tiny_models.images_for(model))
     assert found.values.shape == (2, 1, *grid) and said in found.caption
@@ -345,7 +345,7 @@ def test_the_record_is_the_same_to_the_byte_when_made_again(two):
     assert file.read_bytes() == first
 
 
-def test_a_record_of_other_code_or_of_an_unfinished_run_is_made_anew(two, monkeypatch):
+def test_a_record_of_other_code_or_of_an_unfinished_run_is_made_again(two, monkeypatch):
     entropies.record_entropy(two[1])
     assert entropies.record_entropy(two[1])[1] is True
     monkeypatch.setattr(entropies, "code_of", lambda cfg: {"engine": "another"})

@@ -50,7 +50,7 @@ def test_dropkey_is_as_exact_as_plain_attention(benchmark):
     assert max(off) < 1e-5
 
 
-def test_a_way_that_fails_says_why_and_leaves_the_others_going(benchmark):
+def test_a_way_that_fails_gives_its_reason_and_the_others_go_on(benchmark):
     def broken():
         raise RuntimeError("no kernel image\nand more")
 
@@ -74,7 +74,7 @@ def test_what_cannot_be_measured_here_ends_in_a_line(benchmark, words):
 
 
 @pytest.mark.parametrize("file", sorted(RESULTS.glob("*.json")), ids=lambda file: file.stem)
-def test_committed_results_say_what_they_were_measured_with(file):
+def test_committed_results_have_their_hardware_and_versions(file):
     result = json.loads(file.read_text())
     assert {"hardware", "threads", "rounds", "versions", "commit"} <= result.keys()
     assert result["rounds"] >= 5

@@ -64,7 +64,7 @@ def test_auto_is_triton_on_a_gpu():
     assert dropkey.operator.select_impl("auto", "dropkey", *tensors) == "triton"
 
 
-def test_runs_are_equal_to_the_bit():
+def test_runs_are_bitwise_identical():
     tensors = inputs(4, 6, 577, 577, 64, torch.bfloat16)
     first, second = run(tensors, impl="triton"), run(tensors, impl="triton")
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -104,7 +104,7 @@ def test_a_graph_that_is_replayed_draws_new_masks_and_follows_the_ratio():
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_a_compiled_model_trains_and_draws_anew(mode):
+def test_a_compiled_model_trains_and_draws_new_masks(mode):
     model = FAMILIES["vit"]().cuda()
     dropkey.apply(model, "dropkey", 0.3)
     compiled, images = torch.compile(model, mode=mode), images_for(model).cuda()

@@ -54,7 +54,7 @@ def key_layout(regularizer, keys):
     return {"grid": grid, "num_prefix": num_prefix, "window": 3} if regularizer in STRUCTURED else {}
 
 
-RATIO = round(0.3 * 2**32) / 2**32  # what 0.3 is in steps of the coin flips
+RATIO = round(0.3 * 2**32) / 2**32  # what 0.3 is in units of 2^-32
 
 
 def paper(q, k, v, drop, *, regularizer="dropkey", ratio=RATIO, scale=None, bias=None, penalty=-1e12):

@@ -218,22 +218,22 @@ COPIES = {
 
 
 @pytest.mark.parametrize("build", [vit, volo, t2t_t])
-@pytest.mark.parametrize("way", COPIES)
-def test_copies_keep_masks_in_force(way, build):
+@pytest.mark.parametrize("copy_of", COPIES)
+def test_copies_keep_masks_in_force(copy_of, build):
     model = build()
     patch(model)
     images = images_for(model)
-    twin = COPIES[way](model)
+    twin = COPIES[copy_of](model)
     assert equal(run_and_gradients(twin, images), run_and_gradients(model, images))
     assert not torch.equal(run(twin, images, seed=1), run(twin, images, seed=2))
 
 
-@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
-def test_copies_can_be_changed_and_taken_back_by_themselves(way):
+@pytest.mark.parametrize("copy_of", ["deepcopy", "pickle", "torch.save"])
+def test_copies_can_be_changed_and_taken_back_by_themselves(copy_of):
     model = vit()
     text = repr(model)
     patch(model)
-    twin = COPIES[way](model)
+    twin = COPIES[copy_of](model)
     patching.set_ratio(twin, 0.0)
     assert all(layer.ratio == 0.3 for _, layer in regularized_layers(model))
     patching.undo(twin)

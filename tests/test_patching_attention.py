@@ -107,7 +107,7 @@ def unfused(module):
     return fused(module, False)
 
 
-# name: module, shape of its input, dense recomputation, the way patching reports
+# name: module, shape of its input, dense recomputation, the mechanism reported
 LAYERS = {
     "timm, fused": (lambda: fused(Attention(16, 2)), (2, 17, 16), dense_self, "fused"),
     "timm, parts": (lambda: unfused(Attention(16, 2)), (2, 17, 16), dense_self, "weights"),
@@ -124,10 +124,10 @@ LAYERS = {
 @REGULARIZER
 @pytest.mark.parametrize("layer", LAYERS)
 def test_training_is_the_dense_recomputation_with_the_same_mask(drawn, layer, regularizer):
-    build, shape, dense, way = LAYERS[layer]
+    build, shape, dense, mechanism = LAYERS[layer]
     model = nn.Sequential(build()).double()
     report = patch(model, regularizer, grid=(4, 4))
-    assert [layer.mechanism for layer in report.layers] == [way]
+    assert [layer.mechanism for layer in report.layers] == [mechanism]
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     out = model(x)
     ((_, drop, _),) = drawn
@@ -172,7 +172,7 @@ def test_grouped_queries_are_diverted_too(drawn):
     torch.testing.assert_close(out, wanted)
 
 
-def test_a_layer_that_is_told_to_show_its_weights_stays_regularized(drawn):
+def test_a_layer_that_is_asked_for_its_weights_stays_regularized(drawn):
     """As tools that plot attention maps do: they set fused_attn to False."""
     model = nn.Sequential(Attention(16, 2)).double()
     patch(model)

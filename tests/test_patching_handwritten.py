@@ -1,4 +1,4 @@
-"""Attention as people write it in models of their own, and what they are told where it cannot be regularized."""
+"""Attention as people write it in models of their own, and the errors where it cannot be regularized."""
 
 import pytest
 import torch
@@ -118,7 +118,7 @@ class UsedTwice(nn.Module):
         return self.again(self.first(x))
 
 
-# name: model, (kind, way) of each layer
+# name: model, (kind, mechanism) of each layer
 MODELS = {
     "scaled_dot_product_attention": (Fused, [("self", "fused")]),
     "einsum": (Einsum, [("self", "weights")]),

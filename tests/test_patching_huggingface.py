@@ -117,15 +117,15 @@ def gradients(model, inputs):
 
 @IMPLEMENTATION
 @MODEL
-def test_sites_kinds_and_ways(name, implementation):
+def test_layers_kinds_and_mechanisms(name, implementation):
     model, _ = build(name, implementation)
     report = patching.apply(model, layers=EVERY_LAYER)
-    way = {"sdpa": "fused", "eager": "softmax"}[implementation]
-    assert [(layer.kind, layer.mechanism) for layer in report.layers] == [(kind, way) for kind in KINDS[name]]
+    mechanism = {"sdpa": "fused", "eager": "softmax"}[implementation]
+    assert [(layer.kind, layer.mechanism) for layer in report.layers] == [(kind, mechanism) for kind in KINDS[name]]
 
 
 @MODEL
-def test_sites_are_listed_in_the_order_in_which_they_run(name):
+def test_layers_are_listed_in_forward_order(name):
     model, inputs = build(name)
     order, layers = [], patching.apply(model, layers=EVERY_LAYER).layers
     for layer in layers:
@@ -237,7 +237,7 @@ def test_attention_outside_the_registry_is_skipped_with_the_reason():
         patching.apply(transformers.FunnelModel(config))
 
 
-def test_a_model_whose_attention_was_switched_after_patching_says_so():
+def test_a_model_whose_attention_was_switched_after_patching_raises():
     def silent(module, query, key, value, attention_mask, **_):
         return value.transpose(1, 2), None
 

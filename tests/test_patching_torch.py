@@ -156,7 +156,7 @@ def test_averaged_weights_are_the_mean_over_heads(need_weights):
 
 
 @pytest.mark.parametrize("regularizer", REGULARIZERS)
-def test_both_ways_of_multihead_attention_draw_the_same_for_every_kind(regularizer):
+def test_both_paths_of_multihead_attention_draw_the_same_for_every_kind(regularizer):
     """need_weights=False goes through the operator, need_weights=True through the weights."""
     module = patched(nn.Sequential(nn.MultiheadAttention(WIDTH, HEADS)).double(), regularizer, grid=(3, 3))[0]
     x = torch.randn(9, 2, WIDTH, dtype=torch.float64)
@@ -258,7 +258,7 @@ def test_attention_across_is_left_alone_by_default():
     assert report.skipped[0][1].startswith("cross attention is not among layers=")
 
 
-def test_a_transformer_trains_with_masks_at_every_site(drawn):
+def test_a_transformer_trains_with_masks_at_every_layer(drawn):
     model = patched(nn.Transformer(16, 2, 1, 2, 32, dropout=0.0))
     x, y = torch.randn(6, 2, 16), torch.randn(4, 2, 16)
     model(x, y, tgt_mask=nn.Transformer.generate_square_subsequent_mask(4), tgt_is_causal=True).sum().backward()
@@ -383,11 +383,11 @@ def step(function, x, model, seed=1):
 
 
 @SAMPLE
-@pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies_train_alike(name, way):
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_train_alike(name, copy_of):
     build, shape = SAMPLES[name]
     model, x = patched(shaken(build())), torch.randn(shape)
-    twin = way(model)
+    twin = copy_of(model)
     assert all(torch.equal(a, b) for a, b in zip(step(twin, x, twin), step(model, x, model), strict=True))
 
 

@@ -369,10 +369,10 @@ def test_another_seed_before_the_backward_pass_changes_no_gradient(impl):
     assert equal(found, wanted[1:])
 
 
-@pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_a_copy_keeps_the_seed_and_is_seeded_by_itself(way):
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_keeps_the_seed_and_is_seeded_by_itself(copy_of):
     model, images = seeded()
-    before, twin = step(model, images), way(model)
+    before, twin = step(model, images), copy_of(model)
     assert equal(step(twin, images), before)
     dropkey.seed_masks(twin, 6)
     assert equal(step(model, images), before)
