@@ -34,7 +34,8 @@ def main() -> None:
     trainer.Trainer.count = count
     plotting.curves = lambda *args: None
     sys.argv = ["train.py", *runs.SMALL, f"output={output}", *words]
-    cli.run(train.main)
+    with cli.command():
+        train.main()
 
 
 if __name__ == "__main__":
