@@ -5,8 +5,7 @@ import sys
 from typing import Optional
 
 import runs
-from dropkey import plotting
-from dropkey.cli import run
+from dropkey import cli, plotting
 from dropkey.engine.trainer import Trainer
 from dropkey.errors import DataError
 
@@ -28,4 +27,5 @@ def main(output: str, overrides: tuple[str, ...], event: Optional[tuple[int, int
     Trainer.count = count
     plotting.curves = lambda *args: None
     sys.argv = ["train.py", *runs.SMALL, f"output={output}", *overrides]
-    run(train.main)
+    with cli.command():
+        train.main()
