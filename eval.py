@@ -41,4 +41,5 @@ def evaluate(cfg: EvalConfig) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, EvalConfig)
+    with cli.command(EvalConfig):
+        main()

@@ -76,4 +76,5 @@ def print_result(summary: dict) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    with cli.command():
+        main()

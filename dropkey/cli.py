@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 import traceback
-from typing import Callable, Iterator
+from typing import Iterator
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -21,7 +21,7 @@ def job() -> Iterator[None]:
     """Wraps the body of a @hydra.main function.
 
     A failure is printed when it happens and ends the process. In a multirun only an interruption does: Hydra runs
-    the other jobs first and then raises the first failure, which must survive pickling, in `run`.
+    the other jobs first and then raises the first failure, which must survive pickling, in `command`.
     """
     try:
         yield
@@ -37,11 +37,12 @@ def job() -> Iterator[None]:
         sys.exit(failure.exit_code)
 
 
-def run(main: Callable[[], None], schema: type = TrainConfig) -> None:
-    """Calls a @hydra.main function; what its jobs have not printed is printed here."""
+@contextlib.contextmanager
+def command(schema: type = TrainConfig) -> Iterator[None]:
+    """Wraps the call of a @hydra.main function; what its jobs have not printed is printed here."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises errors instead of printing them
     try:
-        main()
+        yield
         return
     except KeyboardInterrupt:  # outside a training, where nothing is to be saved
         sys.exit(128 + signal.SIGINT)

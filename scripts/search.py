@@ -130,4 +130,5 @@ def search(words: list[str]) -> None:
 if __name__ == "__main__":
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # the heartbeat
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    cli.run(lambda: print(__doc__) if {"-h", "--help"} & set(sys.argv) else search(sys.argv[1:]))
+    with cli.command():
+        print(__doc__) if {"-h", "--help"} & set(sys.argv) else search(sys.argv[1:])

@@ -40,7 +40,8 @@ def command_line(monkeypatch, capsys, *words: str, task=check) -> tuple[int, str
     code, root = 0, logging.getLogger()
     handlers, level = root.handlers[:], root.level
     try:
-        cli.run(train.main)
+        with cli.command():
+            train.main()
     except SystemExit as stopped:
         code = stopped.code
     finally:  # --info and -sc log to a stream that ends with the test
@@ -426,8 +427,8 @@ def test_a_local_file_changes_training_and_leaves_evaluation_alone(tmp_path):
 
 def test_eval_explains_data_without_a_set(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["eval.py", "run=x", "data.root=/new"])
-    with pytest.raises(SystemExit) as stopped:
-        cli.run(evaluating.main, EvalConfig)
+    with pytest.raises(SystemExit) as stopped, cli.command(EvalConfig):
+        evaluating.main()
     assert stopped.value.code == 2
     assert "root=<directory> says where" in capsys.readouterr().err
 

@@ -68,7 +68,8 @@ def run_here(monkeypatch, capsys, script, words: list[str]) -> str:
     """The output of train.py or eval.py, run in this process: importing torch takes seconds each time."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", [script.__file__, *words])
-    cli.run(script.main)
+    with cli.command():
+        script.main()
     return capsys.readouterr().out
 
 

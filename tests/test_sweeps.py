@@ -59,7 +59,8 @@ def test_a_sweeper_is_given_the_metric_of_each_job_finished_ones_included(tmp_pa
     words = ["-m", "seed=1,2", f"output={tmp_path}", "+hydra.callbacks.test._target_=test_sweeps.Returned"]
     monkeypatch.setattr(sys, "argv", ["train.py", *words])
     for said in ("next ", "done already"):
-        cli.run(train.main)
+        with cli.command():
+            train.main()
         assert capsys.readouterr().out.count(said) == 2
     assert Returned.values == [41.0, 42.0] * 2
 
@@ -99,7 +100,8 @@ JOBS = """
             os.kill(os.getpid(), signal.SIGKILL)
 
     if __name__ == "__main__":
-        cli.run(main)
+        with cli.command():
+            main()
 """
 RESULT = {"objective": 50.0, "top1": 50.0, "metrics": [], "samples": 1, "epochs": 1, "seconds": 1.0}
 LAUNCHERS = {
@@ -412,8 +414,8 @@ def test_a_mistake_ends_in_one_line_before_anything_is_trained(words, message, t
     monkeypatch.chdir(tmp_path)
     trainings = Trainings()
     monkeypatch.setattr(train, "train", trainings)
-    with pytest.raises(SystemExit) as stopped:
-        cli.run(lambda: search.search(words.split()))
+    with pytest.raises(SystemExit) as stopped, cli.command():
+        search.search(words.split())
     error = capsys.readouterr().err
     assert stopped.value.code == 2
     assert message in error
