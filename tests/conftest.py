@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +26,11 @@ def no_cache_at_home(tmp_path_factory):
     os.environ["DROPKEY_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     yield
     del os.environ["DROPKEY_CACHE"]
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
 
 
 @pytest.fixture
@@ -56,20 +62,24 @@ def stand_in(tmp_path, monkeypatch):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """(regularizer, mask, arguments) of everything that patched layers have dropped since the test began."""
-    draws, mask, attend = [], regularizers.seeded_mask, layer.seeded_attention
+    """Lists `regularizers`, `masks`, `layouts`: what patched layers have drawn since the test began."""
+    seen = SimpleNamespace(regularizers=[], masks=[], layouts=[])
+    draw, attend = regularizers.seeded_mask, layer.seeded_attention
 
     def record(regularizer, shape, threshold, seed, **layout):
-        draws.append((regularizer, mask(regularizer, shape, threshold, seed, **layout), layout))
-        return draws[-1][1]
+        seen.regularizers.append(regularizer)
+        seen.masks.append(draw(regularizer, shape, threshold, seed, **layout))
+        seen.layouts.append(layout)
+        return seen.masks[-1]
 
-    def record_attention(q, k, v, regularizer, threshold, seed, *, impl, scale, bias, **layout):
+    def record_attention(q, k, v, regularizer, threshold, seed, **options):
+        """Not every implementation draws the mask by itself."""
+        layout = {key: value for key, value in options.items() if key in ("grid", "num_prefix", "window")}
         record(regularizer, (*q.shape[:-1], k.shape[-2]), threshold, seed, **layout)
-        count = len(draws)
-        out = attend(q, k, v, regularizer, threshold, seed, impl=impl, scale=scale, bias=bias, **layout)
-        del draws[count:]  # the same mask, where this implementation does not draw it itself
-        return out
+        with monkeypatch.context() as unrecorded:
+            unrecorded.setattr(regularizers, "seeded_mask", draw)
+            return attend(q, k, v, regularizer, threshold, seed, **options)
 
     monkeypatch.setattr(regularizers, "seeded_mask", record)
     monkeypatch.setattr(layer, "seeded_attention", record_attention)
-    return draws
+    return seen

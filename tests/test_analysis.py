@@ -25,11 +25,6 @@ from dropkey.errors import ConfigError
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def vit(fused=True, **changes):
     model = tiny_models.vit(**changes).eval()
     for block in model.blocks:

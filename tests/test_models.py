@@ -52,11 +52,6 @@ DEPTH = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def composed(*overrides):
     return check(compose(list(overrides)))
 

@@ -33,11 +33,6 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2, to
 GRIDS = {1: ((1, 1), 0), 5: ((2, 2), 1), 15: ((3, 5), 0), 49: ((7, 7), 0), 65: ((8, 8), 1), 197: ((14, 14), 1)}
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def inputs(queries, keys, dtype=torch.float64, width=8):
     return [torch.randn(2, 3, n, width).to(dtype).requires_grad_() for n in (queries, keys, keys)]
 

@@ -33,11 +33,6 @@ from tiny_models import (
 REGULARIZER = pytest.mark.parametrize("regularizer", REGULARIZERS)
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def patch(module, regularizer="dropkey", ratio=0.3, **others):
     others = {"layers": EVERY_LAYER, "window": window_of(regularizer)} | others
     return patching.apply(module, regularizer, ratio, "constant", **others)
@@ -130,7 +125,7 @@ def test_training_is_the_dense_recomputation_with_the_same_mask(drawn, layer, re
     assert [layer.mechanism for layer in report.layers] == [mechanism]
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     out = model(x)
-    ((_, drop, _),) = drawn
+    (drop,) = drawn.masks
     wanted = dense(model[0], x, drop, regularizer)
     torch.testing.assert_close(out, wanted, rtol=0, atol=1e-12)
     towards, trained = torch.randn_like(out), [x, *model.parameters()]
@@ -146,7 +141,7 @@ def test_masks_of_the_caller_hold_besides(drawn, regularizer, masked):
     patch(model, regularizer, grid=(4, 4))
     x = torch.randn(2, 17, 16, dtype=torch.float64)
     out = model[0](x, **arguments)
-    ((_, drop, _),) = drawn
+    (drop,) = drawn.masks
     allowed = arguments.get("attn_mask", torch.ones(17, 17, dtype=torch.bool).tril())
     bias = torch.zeros(allowed.shape, dtype=torch.float64).masked_fill(~allowed, -1e12)
     wanted = dense_self(model[0], x, drop, regularizer, bias)
@@ -167,7 +162,7 @@ def test_grouped_queries_are_diverted_too(drawn):
     patch(model)
     q, (k, v) = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 2, 9, 8)
     out = model[0](q, k, v)
-    ((_, drop, _),) = drawn
+    (drop,) = drawn.masks
     wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=~drop, enable_gqa=True)
     torch.testing.assert_close(out, wanted)
 
@@ -182,7 +177,7 @@ def test_a_layer_that_is_asked_for_its_weights_stays_regularized(drawn):
         torch.manual_seed(1)
         outs.append(model(x))
     torch.testing.assert_close(*outs, rtol=0, atol=1e-12)
-    assert len(drawn) == 2
+    assert len(drawn.masks) == 2
 
 
 @REGULARIZER
@@ -253,14 +248,14 @@ def test_structured_regularizers_see_the_grid_of_every_layer(drawn, name, regula
     patch(model, regularizer)
     size = {"volo": (32, 32), "volo, non-square": (40, 80), "volo, 9 x 4": (72, 32)}.get(name)
     model(torch.randn(2, 3, *size) if size else images_for(model))
-    assert [(layout["grid"], layout["num_prefix"]) for *_, layout in drawn] == wanted
+    assert [(layout["grid"], layout["num_prefix"]) for layout in drawn.layouts] == wanted
 
 
 def test_a_grid_can_be_given(drawn):
     model = nn.Sequential(Attention(16, 2))
     patch(model, "dropkey_block", grid=(2, 8))
     model(torch.randn(2, 17, 16))
-    assert drawn[0][2]["grid"] == (2, 8)
+    assert drawn.layouts[0]["grid"] == (2, 8)
 
 
 # ---- compiled, checkpointed, bf16

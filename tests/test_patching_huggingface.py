@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dropkey import patching, regularizers
+from dropkey import patching
 
 transformers = pytest.importorskip("transformers")
 
@@ -21,19 +21,6 @@ DETR = {
     **{f"{part}_attention_heads": 2 for part in ("encoder", "decoder")},
     **{"d_model": 16, "num_queries": 5, "dropout": 0.0},
 }
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """Every mask since the test began."""
-    masks, mask = [], regularizers.seeded_mask
-    monkeypatch.setattr(regularizers, "seeded_mask", lambda *a, **k: masks.append(mask(*a, **k)) or masks[-1])
-    return masks
 
 
 def words():
@@ -176,8 +163,8 @@ def test_training_is_dropkey(monkeypatch, drawn, name):
     inputs = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
     plain = copy.deepcopy(model)
     out = run(patched(model), inputs)
-    assert len(drawn) == len(KINDS[name])
-    monkeypatch.setattr(F, "scaled_dot_product_attention", dense(drawn))
+    assert len(drawn.masks) == len(KINDS[name])
+    monkeypatch.setattr(F, "scaled_dot_product_attention", dense(drawn.masks))
     torch.testing.assert_close(out, run(plain, inputs), rtol=1e-5, atol=1e-6)  # some steps of theirs are in fp32
 
 
@@ -207,7 +194,7 @@ def test_a_causal_query_that_lost_all_its_keys_gives_0(drawn, implementation):
     attention.o_proj.register_forward_pre_hook(lambda _, arguments: outs.append(arguments[0]))
     run(model, inputs)
     allowed = torch.ones(7, 7, dtype=torch.bool).tril()
-    lost = ~(allowed & ~drawn[0]).any(-1).transpose(1, 2)  # B Q H
+    lost = ~(allowed & ~drawn.masks[0]).any(-1).transpose(1, 2)  # B Q H
     out = outs[0].unflatten(-1, (4, -1))
     assert 0 < lost.sum() < lost.numel()
     assert torch.equal((out == 0).all(-1), lost)

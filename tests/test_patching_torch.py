@@ -11,22 +11,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from covering import pairwise
-from dropkey import patching, regularizers
+from dropkey import patching
 from dropkey.regularizers import REGULARIZERS
 from tiny_models import window_of
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """Every mask since the test began."""
-    masks, mask = [], regularizers.seeded_mask
-    monkeypatch.setattr(regularizers, "seeded_mask", lambda *a, **k: masks.append(mask(*a, **k)) or masks[-1])
-    return masks
 
 
 def patched(model, regularizer="dropkey", ratio=0.3, layers=("self", "class", "cross"), **others):
@@ -129,11 +116,11 @@ def test_multihead_attention_is_the_dense_recomputation(drawn, name, masked, nee
         allowed = allowed + (mask.unflatten(0, (2, HEADS)) if mask.dim() == 3 else mask)
     if "key_padding_mask" in masks:
         allowed = allowed + as_float(masks["key_padding_mask"])[:, None, None]
-    wanted, wanted_weights = dense(module, *arguments, drawn[0], allowed)
+    wanted, wanted_weights = dense(module, *arguments, drawn.masks[0], allowed)
     torch.testing.assert_close(out, wanted, rtol=0, atol=1e-12)
     if need_weights:
         torch.testing.assert_close(weights, wanted_weights, rtol=0, atol=1e-12)
-    assert len(drawn) == 1 and (weights is None) == (not need_weights)
+    assert len(drawn.masks) == 1 and (weights is None) == (not need_weights)
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
@@ -263,7 +250,7 @@ def test_a_transformer_trains_with_masks_at_every_layer(drawn):
     x, y = torch.randn(6, 2, 16), torch.randn(4, 2, 16)
     model(x, y, tgt_mask=nn.Transformer.generate_square_subsequent_mask(4), tgt_is_causal=True).sum().backward()
     shapes = [(6, 6), (4, 4), (4, 6), (4, 4), (4, 6)]
-    assert [mask.shape for mask in drawn] == [(2, 2, *shape) for shape in shapes]
+    assert [mask.shape for mask in drawn.masks] == [(2, 2, *shape) for shape in shapes]
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
@@ -346,8 +333,8 @@ def test_training_of_torchvision_is_dropkey(monkeypatch, drawn, name):
     model, x = shaken(VISION[name]()).double(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
     plain = copy.deepcopy(model)
     out = patched(model)(x)
-    assert len(drawn) == LAYERS_AND_MECHANISMS[name][0]
-    monkeypatch.setattr(F, "softmax", dense_weights(drawn))
+    assert len(drawn.masks) == LAYERS_AND_MECHANISMS[name][0]
+    monkeypatch.setattr(F, "softmax", dense_weights(drawn.masks))
     torch.testing.assert_close(out, plain(x), rtol=1e-8, atol=1e-9)
 
 

@@ -17,11 +17,6 @@ GRIDS = [(4, 4), (8, 8), (14, 14), (6, 10)]
 SHAPE = (64, 8, 12, 16)
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def mask_of(regularizer, window, ratio, shape=SHAPE, grid=(4, 4), num_prefix=0):
     layout = {"grid": grid, "num_prefix": num_prefix, "window": window} if regularizer in STRUCTURED else {}
     return draw_mask(regularizer, shape, ratio, **layout)
