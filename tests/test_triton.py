@@ -85,36 +85,13 @@ def assert_parity(tensors, ratio=0.3, bias=None, scale=0.25, column=False):
 # ---- the mask
 
 
-def mix64(z):
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
-    return z ^ (z >> 31)
-
-
-def draw_by_definition(seed, threshold, row, column):
-    """The definition, in integers without limit."""
-    state = mix64((mix64(seed % 2**64) + row * 0x9E3779B97F4A7C15) % 2**64)
-    c = column * 0x9E3779B1 % 2**32
-    x = (state % 2**32 + c) * ((state >> 32) ^ c) % 2**32
-    return (x if x < 2**31 else x - 2**32) < threshold - 2**31
-
-
-@pytest.mark.parametrize("shape", [(67, 40), (5, 300), (1, 1)])
-@pytest.mark.parametrize("seed", [0, 1, -1, 2**63 - 1, -(2**63), 123456789])
-def test_every_draw_is_the_one_defined(seed, shape):
-    found = triton_ops.draw(seed_of(seed), threshold_of(0.3), *shape, first_column=7)
-    wanted = [
-        [draw_by_definition(seed, round(0.3 * 2**32), row, column + 7) for column in range(shape[1])]
-        for row in range(shape[0])
-    ]
-    assert found.tolist() == wanted
-    assert found.dtype == torch.bool
-
-
 @pytest.mark.parametrize("ratio", [0.0, 1e-3, 0.3, 0.97, 1.0])
-def test_draws_are_those_of_torch(ratio):
-    found = triton_ops.draw(seed_of(), threshold_of(ratio), 130, 65)
-    assert torch.equal(found, bernoulli.draw(seed_of(), threshold_of(ratio), 130, 65))
+@pytest.mark.parametrize("shape", [(67, 40), (5, 300), (1, 1), (130, 65)])
+def test_draws_are_those_of_torch(shape, ratio):
+    for seed in (0, 1, -1, 2**63 - 1, -(2**63), 123456789):
+        arguments = seed_of(seed), threshold_of(ratio), *shape
+        found = triton_ops.draw(*arguments, first_column=7)
+        assert torch.equal(found, bernoulli.draw(*arguments, first_column=7))
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0)])
