@@ -27,7 +27,7 @@ class NoOpTracker:
 
 
 def start(cfg: TrainConfig, directory: Path, info: Callable[[str], None]):
-    """A tracker for the run in `directory`; where W&B cannot be used as asked, one line is logged and it goes offline or
+    """A tracker for the run in `directory`. If W&B cannot be used as asked, one line is logged and it goes offline or
     stays off."""
     if cfg.logger.name == "none":
         return NoOpTracker()
