@@ -46,7 +46,7 @@ def table() -> None:
         todo = jobs.jobs_of(mini, folder)
         for task in todo.values():
             session.train(check(compose(list(task.words))), RunDirectory(task.run))
-            entropy.record(task.run)
+            entropy.record_entropy(task.run)
         last = RunDirectory(todo["DropKey, constant", "ViT 2 x 32", 2].run)
         last.set_status("diverged", reason="loss nan")  # made up: no run of this size does
         results.write(FILE, mini, results.gather(mini, todo))
