@@ -33,7 +33,7 @@ def test_words_become_typed_values():
     words = (
         "draw output=1e3 head=2 scale=1e-3 all=true layers=3,4 limit=null mode=exact slurm.partition=gpu slurm.mem=010"
     )
-    expected = Args("draw", "1e3", 2, 1e-3, True, [3, 4], None, "exact", {"partition": "gpu"})
+    expected = Args("draw", "1e3", 2, 1e-3, True, [3, 4], None, "exact", {"partition": "gpu", "mem": "010"})
     assert parse(Args, words.split()) == expected
 
 
