@@ -54,13 +54,14 @@ def evaluate_run(cfg: EvalConfig, trained: TrainConfig, directory: Path) -> tupl
             "data": settings.data.name,
             "root": settings.data.root,
             "monte_carlo": options.monte_carlo,
+            "settings": identity.evaluation_settings(cfg),
             "checkpoint": str(file),
             "run": str(directory),
             "hardware": f"{dist.world_size} x {device_name(dist)}",
             "versions": versions(),
             "code": code_version(),
         }
-        name = evaluation_name(cfg, settings)
+        name = identity.evaluation_name(cfg)
         if dist.is_main:
             write_json(directory / name, result)
         return result, directory / name
@@ -89,18 +90,6 @@ def match_data(other: DataConfig, trained: TrainConfig, split: str) -> DataConfi
     held_out = other.val_fraction if split == "val" else 0.0
     eyes = {key: getattr(own, key) for key in ("image_size", "channels", "mean", "std")}
     return dataclasses.replace(other, **eyes, val_fraction=held_out)
-
-
-def evaluation_name(cfg: EvalConfig, settings: TrainConfig) -> str:
-    """eval-test.json, eval-val-best-mc16.json, eval-test-cifar10.json: one file per question."""
-    parts = ["eval", cfg.eval.split]
-    if cfg.data is not None:
-        parts.append(identity.data_label(settings))
-    if cfg.checkpoint or cfg.eval.weights != "last":
-        parts.append(Path(cfg.checkpoint).stem if cfg.checkpoint else cfg.eval.weights)
-    if cfg.eval.monte_carlo:
-        parts.append(f"mc{cfg.eval.monte_carlo}")
-    return "-".join(parts) + ".json"
 
 
 def describe(result: dict) -> str:
