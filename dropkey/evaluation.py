@@ -6,16 +6,19 @@ from pathlib import Path
 
 import torch
 
-from dropkey import build, data, patching, session
+from dropkey import patching, tasks, weights
+from dropkey.code_version import code_of
 from dropkey.config import identity
 from dropkey.config.schema import DataConfig, EvalConfig, TrainConfig
 from dropkey.engine.distributed import DistContext
-from dropkey.engine.evaluate import average, evaluate
+from dropkey.engine.evaluate import evaluate, monte_carlo
 from dropkey.engine.optim import build_autocast
 from dropkey.errors import ConfigError
-from dropkey.provenance import code_version, device_name, versions
+from dropkey.metrics import Metric
+from dropkey.provenance import device_name, versions
 from dropkey.records import write_json
 from dropkey.seeds import derive_seed
+from dropkey.session import build_regularized, rounded
 
 
 def evaluate_run(cfg: EvalConfig, trained: TrainConfig, directory: Path) -> tuple[dict, Path]:
@@ -28,28 +31,42 @@ def evaluate_run(cfg: EvalConfig, trained: TrainConfig, directory: Path) -> tupl
         ConfigError, DataError, StorageError: see dropkey.errors.
     """
     options = cfg.eval
-    dist = DistContext.start(options.device)
-    try:
+    with DistContext.start(options.device) as dist:
         settings = copy.deepcopy(trained)
-        settings.regularizer.impl = "auto"  # what computed attention there may not exist here
+        settings.regularizer.impl = "auto"  # the implementation used in training may not exist here
         if cfg.root is not None:
             settings.data.root = cfg.root
         if cfg.data is not None:
             settings.data = match_data(cfg.data, trained, options.split)
-        dataset = data.load(settings.data)
-        model, _ = session.prepare_model(settings, dataset, dist)
-        file = Path(cfg.checkpoint) if cfg.checkpoint else build.find_checkpoint(directory, options.weights)
-        fresh = build.load_weights(model, file)
-        if fresh:
+        task = tasks.build(settings)
+        data = task.load_data()
+        model, _ = build_regularized(task, data, dist)
+        file = Path(cfg.checkpoint) if cfg.checkpoint else weights.find_checkpoint(directory, options.weights)
+        if weights.load_weights(model, file):
             raise ConfigError(
-                f"{file} knows other classes than the {dataset.num_classes} of data={settings.data.name}; "
-                "evaluation needs the classes of training (init_from=... fine-tunes to others)"
+                f"{file} knows other classes than data={settings.data.name} ({task.describe_data(data)}); evaluation "
+                "needs the classes of training (init_from=... fine-tunes to others)"
             )
         model.eval()
-        loader = session.loader_of(dataset, options.split, settings, dist, options.batch_size)
+        loader = task.eval_loader(data, options.split, dist, options.batch_size)
         autocast = build_autocast(trained.trainer.amp, dist.device)
-        result = evaluate_with(model, options.monte_carlo, trained, loader, dist, dataset.num_classes, autocast)
-        result |= {
+
+        def predict(batch):
+            return task.predict(model, batch)
+
+        if options.monte_carlo == 0:
+            result = evaluate(predict, task.scores(), loader, dist, autocast=autocast)
+        else:
+            if trained.regularizer.name == "none" or trained.regularizer.ratio == 0:
+                raise ConfigError(f"eval.monte_carlo={options.monte_carlo}: this run has no regularizer to keep on")
+
+            def reseed(batch: int, index: int) -> None:
+                torch.manual_seed(derive_seed(trained.seed, "monte carlo", batch, index, dist.rank))
+
+            averaged = monte_carlo(predict, task.average, options.monte_carlo, reseed)
+            with patching.always_on(model):
+                result = evaluate(averaged, task.scores(), loader, dist, autocast=autocast)
+        result = rounded(task, result) | {
             "split": options.split,
             "data": settings.data.name,
             "root": settings.data.root,
@@ -59,28 +76,12 @@ def evaluate_run(cfg: EvalConfig, trained: TrainConfig, directory: Path) -> tupl
             "run": str(directory),
             "hardware": f"{dist.world_size} x {device_name(dist)}",
             "versions": versions(),
-            "code": code_version(),
+            "code": code_of(settings, cuda=dist.device.type == "cuda"),
         }
-        name = identity.evaluation_name(cfg)
+        path = directory / identity.evaluation_name(cfg)
         if dist.is_main:
-            write_json(directory / name, result)
-        return result, directory / name
-    finally:
-        dist.close()
-
-
-def evaluate_with(model, passes: int, trained: TrainConfig, loader, dist: DistContext, classes: int, autocast) -> dict:
-    """One plain pass, or the average of `passes` with the regularizer on."""
-    if passes == 0:
-        return evaluate(model, loader, dist, classes, autocast=autocast)
-    if trained.regularizer.name == "none" or trained.regularizer.ratio == 0:
-        raise ConfigError(f"eval.monte_carlo={passes}: this run has no regularizer that could be left on")
-
-    def reseed(batch: int, index: int) -> None:
-        torch.manual_seed(derive_seed(trained.seed, "monte carlo", batch, index, dist.rank))
-
-    with patching.always_on(model):
-        return evaluate(average(model, passes, reseed), loader, dist, classes, autocast=autocast)
+            write_json(path, result)
+        return result, path
 
 
 def match_data(other: DataConfig, trained: TrainConfig, split: str) -> DataConfig:
@@ -94,7 +95,5 @@ def match_data(other: DataConfig, trained: TrainConfig, split: str) -> DataConfi
 
 def describe(result: dict) -> str:
     passes = f", mean of {result['monte_carlo']} passes" if result["monte_carlo"] else ""
-    return (
-        f"{result['split']:<6} top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss {result['loss']:.4f}, "
-        f"calibration error {result['ece']:.2f} %  ({result['count']:,} images of {result['data']}{passes})"
-    )
+    figures = ", ".join(Metric(**metric).format(result[metric["key"]]) for metric in result["metrics"])
+    return f"{result['split']:<6} {figures}  ({result['samples']:,} samples of {result['data']}{passes})"

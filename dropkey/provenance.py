@@ -1,6 +1,5 @@
 """What a figure was measured with: versions, commit, code, hardware, memory."""
 
-import hashlib
 import importlib.metadata
 import resource
 import subprocess
@@ -13,7 +12,6 @@ import torch
 from dropkey.engine.distributed import DistContext
 from dropkey.records import hardware
 
-BLAMELESS = ("analysis", "reproduction", "curves.py", "config")  # parts that change no run but through its config
 PACKAGES = ("torch", "torchvision", "timm", "hydra-core", "omegaconf", "wandb")
 
 
@@ -48,15 +46,3 @@ def git_commit() -> Optional[str]:
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
-
-
-def code_version() -> str:
-    """Ten hexadecimal digits over the source that trains and evaluates: the same for runs that may be compared, as a
-    commit is not, since most commits touch something else."""
-    package = Path(__file__).parent
-    digest = hashlib.sha256()
-    for file in sorted(package.rglob("*.py")):
-        name = file.relative_to(package)
-        if name.parts[0] not in BLAMELESS:
-            digest.update(str(name).encode() + b"\0" + file.read_bytes() + b"\0")
-    return digest.hexdigest()[:10]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Callable, Iterator, Optional
 
 from dropkey.errors import Busy, StorageError
+from dropkey.metrics import Metric
 
 
 def replace_file(path: Path, write: Callable, verify: Optional[Callable[[Path], None]] = None) -> None:
@@ -171,12 +172,9 @@ def clock(seconds: float) -> str:
 
 
 def headline(summary: dict) -> str:
-    """A run's result as one line for people."""
-    return (
-        f"test   top-1 {summary['top1']:.2f} %, top-5 {summary['top5']:.2f} %, loss {summary['loss']:.4f}, "
-        f"calibration error {summary['ece']:.2f} %  ({summary['images']:,} images, epoch {summary['epochs']}, "
-        f"{clock(summary['seconds'])})"
-    )
+    """A run's result on the test split as one line."""
+    figures = ", ".join(Metric(**metric).format(summary[metric["key"]]) for metric in summary["metrics"])
+    return f"test   {figures}  ({summary['samples']:,} samples, epoch {summary['epochs']}, {clock(summary['seconds'])})"
 
 
 def hardware() -> str:

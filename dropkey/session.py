@@ -1,278 +1,296 @@
-"""One run from checked config to summary; what train.py does once torch may be imported."""
+"""One run from checked config to summary: what train.py does once torch may be imported."""
 
 import contextlib
-import dataclasses
 import errno
 import logging
 import os
 import sys
-from typing import Optional
+from typing import Iterator
 
 import torch
+from torch import nn
 
-from dropkey import build, curves, data
+from dropkey import curves, patching, tasks, weights
+from dropkey.code_version import code_of
 from dropkey.config import compose, identity
 from dropkey.config.schema import TrainConfig
 from dropkey.engine import checkpoint, tracking
 from dropkey.engine.distributed import DistContext, StopSignal, is_loss_of_a_peer
 from dropkey.engine.evaluate import evaluate
-from dropkey.engine.loop import Setup, fit
 from dropkey.engine.optim import build_autocast, duration
 from dropkey.engine.progress import Progress
-from dropkey.engine.state import State
+from dropkey.engine.trainer import Trainer
 from dropkey.errors import ConfigError, Diverged, Interrupted, RunError, StorageError
-from dropkey.provenance import code_version, device_name, git_commit, peak_memory_mib, versions
+from dropkey.operator import choose
+from dropkey.provenance import device_name, git_commit, peak_memory_mib, versions
 from dropkey.records import RunDirectory
 from dropkey.regularizers import STRUCTURED
 from dropkey.seeds import derive_seed
+from dropkey.tasks.base import Task
 
 
 def train(cfg: TrainConfig, run: RunDirectory) -> dict:
-    """Trains `cfg` in `run` and returns the summary. Leaves a status behind however it ends.
+    """Trains `cfg` in `run`, from where the run stands, and returns the summary. Leaves a status however it ends.
 
     Raises:
         RunError: with the exit code that fits (see dropkey.errors).
     """
-    stop = StopSignal()
-    with stop:
-        dist = DistContext.start(cfg.trainer.device)
+    with (
+        StopSignal() as stop,
+        DistContext.start(cfg.trainer.device) as dist,
+        one_line_errors(cfg, run),
+        recorded_status(cfg, run, dist),
+    ):
+        # 1. Data and model, the same in every process.
+        dist.barrier()  # the first process has prepared the directory
+        resumes = dist.broadcast((run.checkpoints / "last.pt").exists())
+        task = tasks.build(cfg)
+        progress = Progress(cfg.trainer.epochs, shown_metrics(task), run.log, show=dist.is_main)
+        data = task.load_data()
+        model, report = build_regularized(task, data, dist, pretrained=cfg.model.pretrained and not resumes)
+        if dist.any(stop.number != 0)[0]:
+            raise stop.interrupted(f"interrupted before the first step of {run.path}, nothing is lost")
+        train_loader = task.train_loader(data, dist)
+        _, progress.epochs = duration(cfg.trainer.epochs, cfg.trainer.max_steps, len(train_loader))
+        if cfg.init_from is not None and not resumes:
+            progress.info(weights.start_from(model, cfg.init_from))
+
+        # 2. Where people see it.
+        watched = "test" if data.val is None else "val"
+        introduce(cfg, run, task, data, model, report, dist, progress)
+        tracker = tracking.start(cfg, run.path, progress.info) if dist.is_main else tracking.NoOpTracker()
+
+        # 3. Training, then the final evaluation of the last epoch's weights.
+        summary = None
         try:
-            if not dist.is_main:
-                return train_in(dist, cfg, run, stop)
-            with run.lock():
-                return train_recording_status(dist, cfg, run, stop)
-        except torch.OutOfMemoryError as error:
-            raise RunError(
-                f"{str(error).splitlines()[0]}; trainer.grad_accum_steps={2 * cfg.trainer.grad_accum_steps} takes half the memory"
-            ) from None
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-                raise
-            raise StorageError(f"cannot write in {run.path}: {error}") from None
-        except RuntimeError as error:
-            if not is_loss_of_a_peer(error):
-                raise
-            raise RunError("another process of this setup ended, for the reason it gives; this one stops too") from None
+            trainer = Trainer(
+                task=task,
+                model=model,
+                train_loader=train_loader,
+                eval_loader=task.eval_loader(data, watched, dist),
+                seed_microbatch=lambda step, microbatch: seed_microbatch(cfg.seed, model, step, microbatch),
+                options=cfg.trainer,
+                optim=cfg.optim,
+                run=run,
+                dist=dist,
+                stop=stop,
+                tracker=tracker,
+                progress=progress,
+            )
+            with local_errors(dist):
+                state = trainer.fit()
+            evaluated = state.evaluated.eval()
+            test = task.eval_loader(data, "test", dist)
+            autocast = build_autocast(cfg.trainer.amp, dist.device)
+            result = evaluate(lambda b: task.predict(evaluated, b), task.scores(), test, dist, stop, autocast)
+            if result is None:
+                raise stop.interrupted(f"interrupted in the final evaluation, all saved in {run.path}")
+            summary = summarise(cfg, run, task, state.position, result, watched, model, dist)
+            summary |= {"steps_per_epoch": len(train_loader), "data": data.fingerprint()}
+            if dist.is_main:
+                run.write_summary(summary)
         finally:
-            dist.close()
-
-
-def train_recording_status(dist: DistContext, cfg: TrainConfig, run: RunDirectory, stop: StopSignal) -> dict:
-    """`train_in` in the first process, which keeps status.json."""
-    restarts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")  # with the same arguments, but not to start over
-    if cfg.overwrite and not any(int(os.environ.get(name, 0)) for name in restarts):
-        run.clear()
-    refuse_other_config(cfg, run)
-    run.set_status("running")
-    try:
-        summary = train_in(dist, cfg, run, stop)
-    except (Interrupted, KeyboardInterrupt) as error:
-        run.set_status("interrupted", reason=str(error) or "Ctrl-C twice")
-        raise
-    except Diverged as error:
-        run.set_status("diverged", reason=str(error))
-        raise
-    except BaseException as error:
-        record_failure(run, f"{type(error).__name__}: {error}")
-        raise
-    run.set_status("done")
+            progress.close()
+            train_loader.close()
+            if dist.is_main:
+                draw_curves(cfg, run, task, watched, progress)
+                tracker.finish(summary, run.path / "curves.png")
     return summary
 
 
-def record_failure(run: RunDirectory, reason: str) -> None:
-    """The failure itself matters more than that it could not be written down (a full disk, info)."""
-    try:
-        run.set_status("failed", reason=reason)
-    except RunError as error:
-        print(f"status.json could not be written either: {error}", file=sys.stderr)
-
-
-def refuse_other_config(cfg: TrainConfig, run: RunDirectory) -> None:
-    if run.config.exists():
-        before = compose.load(run.config)
-        if identity.canonical(before) != identity.canonical(cfg):
-            changes = "; ".join(identity.differences(before, cfg))
-            raise ConfigError(f"{run.config} was changed ({changes}); restore it, or start over with overwrite=true")
-    else:
-        run.path.mkdir(parents=True, exist_ok=True)
-    compose.save(cfg, run.config)
-
-
-def train_in(dist: DistContext, cfg: TrainConfig, run: RunDirectory, stop: StopSignal) -> dict:
-    """Data, model, training, final evaluation, summary: the same in every process."""
-    dist.any(False)  # nobody looks for checkpoints before the first process has prepared the directory
-    resumed = dist.broadcast((run.checkpoints / "last.pt").exists())
-    if dist.device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    progress = Progress(cfg.trainer.epochs, run.log, show=dist.is_main)
-    if dist.is_main:
-        checkpoint.remove_temporaries(run.checkpoints)
-        logging.basicConfig(format="%(message)s")
-        logging.getLogger("dropkey").setLevel(logging.INFO)  # decoding a folder takes a while, and says so
-    dataset = data.load(cfg.data)
-    model, report = prepare_model(cfg, dataset, dist, pretrained=cfg.model.pretrained and not resumed)
-    if dist.any(stop.number != 0)[0]:
-        raise stop.interrupted(f"interrupted before the first step of {run.path}, nothing is lost")
-    trainer = cfg.trainer
-    train_loader = data.train_loader(
-        dataset,
-        cfg.data,
-        cfg.augment,
-        batch_size=trainer.batch_size,
-        grad_accum_steps=trainer.grad_accum_steps,
-        seed=cfg.seed,
-        rank=dist.rank,
-        world_size=dist.world_size,
-        device=dist.device,
-    )
-    if trainer.overfit:
-        train_loader = data.FirstBatch(train_loader, trainer.grad_accum_steps)
-    watched = "test" if dataset.val is None else "val"
-    _, progress.epochs = duration(trainer.epochs, trainer.max_steps, len(train_loader))
-    load_start(cfg, model, resumed, progress)
-    introduce(cfg, run, dataset, model, report, dist, progress)
-    tracker = start_tracker(cfg, run, dist, progress)
-
-    setup = Setup(
-        model=model,
-        loss=torch.nn.CrossEntropyLoss(),  # of class ids, or of mixed and smoothed targets
-        train=train_loader,
-        evaluation=loader_of(dataset, watched, cfg, dist),
-        num_classes=dataset.num_classes,
-        trainer=trainer,
-        optim=cfg.optim,
-        seed=cfg.seed,
-        run=run,
-        dist=dist,
-        stop=stop,
-        tracker=tracker,
-        progress=progress,
-    )
-    summary = None
-    try:
-        state = fit_or_speak_up(setup)
-        test = loader_of(dataset, "test", cfg, dist)
-        autocast = build_autocast(trainer.amp, dist.device)
-        result = evaluate(state.evaluated.eval(), test, dist, dataset.num_classes, stop, autocast)
-        if result is None:
-            raise stop.interrupted(f"interrupted in the final evaluation, all saved in {run.path}")
-        summary = summarise(cfg, run, state.position, result, watched, model, dist)
-        summary |= {"steps_per_epoch": len(train_loader), "data": dataset.fingerprint()}
-        if dist.is_main:
-            run.write_summary(summary)
-    finally:
-        progress.close()
-        train_loader.close()
-        if dist.is_main:
-            title = f"{identity.model_label(cfg)}, {cfg.regularizer.name}, {identity.data_label(cfg)}"
-            with warn_only(progress):
-                if run.records("epoch"):
-                    curves.draw(run.records(), title, run.path / "curves.png", split_name(watched))
-            tracker.finish(summary, run.path / "curves.png")
-    return summary
+# ------------------------------------------------------------------------------------------------- status and errors
 
 
 @contextlib.contextmanager
-def warn_only(progress: Progress):
-    """For what decorates a run: it must neither fail it nor hide why it failed."""
+def recorded_status(cfg: TrainConfig, run: RunDirectory, dist: DistContext) -> Iterator[None]:
+    """In the first process: the run is locked, prepared, and its status.json kept.
+
+    Raises:
+        Busy, ConfigError: another process trains the run; its config.yaml was edited.
+    """
+    if not dist.is_main:
+        yield
+        return
+    with run.lock():
+        prepare_directory(cfg, run)
+        run.set_status("running")
+        try:
+            yield
+        except (Interrupted, KeyboardInterrupt) as error:
+            run.set_status("interrupted", reason=str(error) or "Ctrl-C twice")
+            raise
+        except Diverged as error:
+            run.set_status("diverged", reason=str(error))
+            raise
+        except BaseException as error:
+            try:
+                run.set_status("failed", reason=f"{type(error).__name__}: {error}")
+            except RunError as unwritten:  # a full disk, say: the failure itself matters more
+                print(f"status.json could not be written either: {unwritten}", file=sys.stderr)
+            raise
+        run.set_status("done")
+
+
+def prepare_directory(cfg: TrainConfig, run: RunDirectory) -> None:
+    restarts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")  # with the same arguments, but not to start over
+    if cfg.overwrite and not any(int(os.environ.get(name, 0)) for name in restarts):
+        run.clear()
+    if run.config.exists():
+        changes = identity.differences(compose.load(run.config), cfg)
+        if changes:
+            raise ConfigError(
+                f"{run.config} was changed ({'; '.join(changes)}); restore it, or start over with overwrite=true"
+            )
+    run.path.mkdir(parents=True, exist_ok=True)
+    compose.save(cfg, run.config)
+    checkpoint.remove_temporaries(run.checkpoints)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("dropkey").setLevel(logging.INFO)  # decoding a folder takes a while, and is logged
+
+
+@contextlib.contextmanager
+def one_line_errors(cfg: TrainConfig, run: RunDirectory) -> Iterator[None]:
+    """Failures outside this program, as one line that names the way out."""
     try:
         yield
-    except Exception as error:
-        progress.info(f"no curves.png: {type(error).__name__}: {error}")
+    except torch.OutOfMemoryError as error:
+        more = 2 * cfg.trainer.grad_accum_steps
+        raise RunError(
+            f"{str(error).splitlines()[0]}; trainer.grad_accum_steps={more} takes about half the memory"
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        raise StorageError(f"cannot write in {run.path}: {error}") from None
+    except RuntimeError as error:
+        if not is_loss_of_a_peer(error):
+            raise
+        raise RunError("another process of this job ended, for the reason it gives; this one stops too") from None
 
 
-def fit_or_speak_up(setup: Setup) -> State:
-    """`fit`; an error that the other processes do not share, such as an unreadable image, is marked as such."""
+@contextlib.contextmanager
+def local_errors(dist: DistContext) -> Iterator[None]:
+    """Marks errors that the other processes do not share, such as an unreadable image."""
     try:
-        return fit(setup)
-    except (Interrupted, Diverged):  # agreed on by all
+        yield
+    except (Interrupted, Diverged):  # agreed on by all processes
         raise
     except RunError as error:
-        error.one_process = setup.dist.world_size > 1
+        error.one_process = dist.world_size > 1
         raise
 
 
-def split_name(split: str) -> str:
-    return {"val": "validation"}.get(split, split)
+# ------------------------------------------------------------------------------------------------------------- model
 
 
-def prepare_model(cfg: TrainConfig, dataset, dist: DistContext, pretrained: bool = False):
-    """The model, initialised from the seed alone (so the same under every regularizer), and what was patched."""
+def build_regularized(task: Task, data, dist: DistContext, *, pretrained: bool = False):
+    """The model, initialised from the seed alone (so the same under every regularizer), and what was patched.
+
+    Raises:
+        ConfigError: a regularizer that cannot act on this model.
+    """
+    cfg = task.cfg
+    if dist.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
     torch.manual_seed(derive_seed(cfg.seed, "initialisation"))
-    model = build.build_model(
-        dataclasses.replace(cfg.model, pretrained=pretrained),
-        image_size=dataset.image_size,
-        channels=dataset.channels,
-        classes=dataset.num_classes,
-        fused=not (dist.device.type == "cpu" and cfg.trainer.amp == "bf16"),
-    )
-    model.to(dist.device)  # first, because what computes attention depends on it
-    report = build.regularize(model, cfg.regularizer, cfg.schedule)
+    fused = not (dist.device.type == "cpu" and cfg.trainer.amp == "bf16")
+    model = task.build_model(data, pretrained=pretrained, fused=fused)
+    model.to(dist.device)  # first, because the device decides how attention is computed
+    report = regularize(model, cfg)
     if cfg.regularizer.name in STRUCTURED:
-        shape = (1, dataset.channels, dataset.image_size, dataset.image_size)
-        build.try_grids(model, torch.zeros(shape, device=dist.device))
+        try_grids(task, model, task.example(data, dist))
     return model, report
 
 
-def loader_of(dataset, split: str, cfg: TrainConfig, dist: DistContext, batch_size: Optional[int] = None):
-    return data.eval_loader(
-        dataset,
-        split,
-        cfg.data,
-        batch_size=batch_size or cfg.trainer.eval_batch_size,
-        rank=dist.rank,
-        world_size=dist.world_size,
-        device=dist.device,
-    )
+def regularize(model: nn.Module, cfg: TrainConfig) -> patching.Report:
+    """`patching.apply` from the config; its refusals become ConfigError."""
+    regularizer, schedule = cfg.regularizer, cfg.schedule
+    try:
+        report = patching.apply(
+            model,
+            regularizer.name,
+            regularizer.ratio,
+            schedule.name,
+            end=schedule.end,
+            window=regularizer.window,
+            layers=tuple(regularizer.layers),
+            impl=regularizer.impl,
+        )
+        if any(layer.mechanism == "fused" for layer in report.layers):
+            example = torch.empty(1, 1, 1, 64, device=next(model.parameters()).device)
+            choose(regularizer.impl, regularizer.name, example, example, example)  # refused now, not while training
+        return report
+    except ValueError as error:
+        raise ConfigError(f"regularizer={regularizer.name}: {error}") from None
 
 
-def load_start(cfg: TrainConfig, model: torch.nn.Module, resumed: bool, progress: Progress) -> None:
-    if cfg.init_from is None or resumed:
-        return
-    file = build.find_checkpoint(cfg.init_from)
-    fresh = build.load_weights(model, file)
-    extra = f"; new: {', '.join(fresh)}" if fresh else ""
-    progress.info(f"weights from {file}{extra}")
+def try_grids(task: Task, model: nn.Module, batch) -> None:
+    """One forward pass with the regularizer on: only then each layer learns how many keys it has.
+
+    Raises:
+        ConfigError: DropKey-Block or DropKey-Cross in a layer whose keys form no known grid.
+    """
+    mode = model.training
+    try:
+        with torch.no_grad(), patching.always_on(model.eval()):
+            task.predict(model, batch)
+    except ValueError as error:
+        raise ConfigError(f"regularizer.window: {error}; take regularizer=dropkey for this model") from None
+    finally:
+        model.train(mode)
 
 
-def introduce(cfg, run, dataset, model, report, dist, progress) -> None:
+def seed_microbatch(seed: int, model: nn.Module, step: int, microbatch: int) -> None:
+    """Masks follow from (run seed, step, microbatch, layer), whatever else draws random numbers; other dropout and
+    stochastic depth from torch's generator."""
+    torch.manual_seed(derive_seed(seed, "step", step, microbatch))
+
+
+# ---------------------------------------------------------------------------------------------------- what is shown
+
+
+def shown_metrics(task: Task) -> list:
+    return [task.metrics[0], *(metric for metric in task.metrics[1:] if metric.key == "loss")]
+
+
+def introduce(cfg, run, task, data, model, report, dist, progress) -> None:
     """The first lines of a run: where, what, on what, and which attention layers are regularized."""
-    sizes = ", ".join(
-        f"{len(images):,} {name}"
-        for name, images in (("training", dataset.train), ("validation", dataset.val), ("test", dataset.test))
-        if images is not None
-    )
     processes = f"{dist.world_size} processes, " if dist.world_size > 1 else ""
+    patch = f", patch {cfg.model.patch_size}" if cfg.model.patch_size else ""
     progress.info(f"run    {run.path}")
-    progress.info(
-        f"model  {cfg.model.name}, {build.parameter_count(model):,} parameters, {dataset.image_size} px"
-        + (f", patch {cfg.model.patch_size}" if cfg.model.patch_size else "")
-    )
-    progress.info(f"data   {cfg.data.name}: {sizes} images of {dataset.num_classes} classes")
+    progress.info(f"model  {cfg.model.name}, {weights.parameter_count(model):,} parameters{patch}")
+    progress.info(f"data   {cfg.data.name}: {task.describe_data(data)}")
     progress.info(f"device {processes}{dist.device.type}, amp {cfg.trainer.amp}")
     progress.info(str(report))
 
 
-def start_tracker(cfg: TrainConfig, run: RunDirectory, dist: DistContext, progress: Progress):
-    return tracking.start(cfg, run.path, progress.info) if dist.is_main else tracking.NoOpTracker()
+def draw_curves(cfg: TrainConfig, run: RunDirectory, task: Task, watched: str, progress: Progress) -> None:
+    """A picture must neither fail a run nor hide why it failed."""
+    title = f"{identity.model_label(cfg)}, {cfg.regularizer.name}, {identity.data_label(cfg)}"
+    split = {"val": "validation"}.get(watched, watched)
+    try:
+        if run.records("epoch"):
+            curves.draw(run.records(), title, run.path / "curves.png", split, task.metrics[0])
+    except Exception as error:
+        progress.info(f"no curves.png: {type(error).__name__}: {error}")
 
 
-def summarise(cfg, run, position, result: dict, watched: str, model, dist: DistContext) -> dict:
-    """summary.json: figures of the last epoch's weights on the test split, and what they were measured on."""
+def summarise(cfg, run, task: Task, position, result: dict, watched: str, model: nn.Module, dist: DistContext) -> dict:
+    """summary.json: figures of the last epoch's weights on the test split, and what they were measured with.
+
+    `objective` is what a sweep optimises: the first metric on the watched split after the last epoch."""
+    first = task.metrics[0]
     return {
-        "top1": round(result["top1"], 4),
-        "top5": round(result["top5"], 4),
-        "loss": round(result["loss"], 6),
-        "ece": round(result["ece"], 4),
-        "images": result["count"],
-        "best_top1": round(position.best, 4),
+        **rounded(task, result),
+        f"best_{first.key}": round(position.best, first.digits + 2),
         "best_epoch": position.best_epoch,
         "best_split": watched,
+        "objective": position.last,
         "epochs": position.epoch,
         "steps": position.global_step,
         "seconds": round(position.seconds, 2),
-        "images_per_second": round(position.images / max(position.training_seconds, 1e-9), 1),
-        "parameters": build.parameter_count(model),
+        "samples_per_second": round(position.samples / max(position.training_seconds, 1e-9), 1),
+        "parameters": weights.parameter_count(model),
         "peak_memory_mib": peak_memory_mib(dist),
         "run": str(run.path),
         "hash": identity.run_hash(cfg),
@@ -281,5 +299,11 @@ def summarise(cfg, run, position, result: dict, watched: str, model, dist: DistC
         "hardware": f"{dist.world_size} x {device_name(dist)}",
         "versions": versions(),
         "commit": git_commit(),
-        "code": code_version(),
+        "code": code_of(cfg, cuda=dist.device.type == "cuda"),
     }
+
+
+def rounded(task: Task, result: dict) -> dict:
+    """Figures of an evaluation with two more digits than are shown, and what they are."""
+    figures = {metric.key: round(result[metric.key], metric.digits + 2) for metric in task.metrics}
+    return {**figures, "samples": result["samples"], "metrics": [vars(metric) for metric in task.metrics]}

@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from dropkey.config.schema import AugmentConfig, DataConfig
-from dropkey.data import load, train_loader
+from dropkey.data import train_loader
+from dropkey.datasets import load
 
 LIGHT = AugmentConfig(hflip=True, crop_padding=2, random_erasing=0.5)
 HEAVY = AugmentConfig(hflip=True, crop_scale=[0.3, 1.0], rand_augment="rand-m9-mstd0.5-inc1", random_erasing=0.25)

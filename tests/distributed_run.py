@@ -15,7 +15,7 @@ import runs
 import train
 from dropkey import curves
 from dropkey.config import compose
-from dropkey.engine import loop as training_loop
+from dropkey.engine import trainer
 from dropkey.errors import DataError
 
 
@@ -23,16 +23,16 @@ def main() -> None:
     output, event, *words = sys.argv[1:]
     number, step, rank = (int(part) for part in event.split(":"))
     first_life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    original = training_loop.Loop.count
+    original = trainer.Trainer.count
 
     def count(self, loss, seconds):
         original(self, loss, seconds)
-        if number and first_life and self.setup.dist.rank == rank and self.state.position.global_step == step:
+        if number and first_life and self.dist.rank == rank and self.state.position.global_step == step:
             if number == -1:
                 raise DataError("images/broken.png cannot be read")
             os.kill(os.getpid(), number)
 
-    training_loop.Loop.count = count
+    trainer.Trainer.count = count
     curves.draw = lambda *args: None
     sys.argv = ["train.py", *runs.SMALL, f"output={output}", *words]
     compose.launch("train", train.main)

@@ -14,7 +14,7 @@ from dropkey import session
 from dropkey.config.check import check
 from dropkey.config.compose import compose
 from dropkey.config.identity import run_directory
-from dropkey.engine.loop import Loop
+from dropkey.engine.trainer import Trainer
 from dropkey.records import RunDirectory
 
 SMALL = (
@@ -29,7 +29,7 @@ SMALL = (
     "optim.warmup_epochs=1",
     "logger=none",
 )  # 3 steps per epoch
-TIMES = ("seconds", "images_per_second")
+TIMES = ("seconds", "samples_per_second")
 
 
 @functools.lru_cache(maxsize=None)
@@ -50,9 +50,9 @@ def train(output: Path, *overrides: str) -> RunDirectory:
     return run
 
 
-def on_step(monkeypatch, number: int, action: Callable[[Loop], None], times: int = 1) -> None:
+def on_step(monkeypatch, number: int, action: Callable[[Trainer], None], times: int = 1) -> None:
     """Has `action` called right after optimizer step `number` (counted over the run), `times` times at most."""
-    original, left = Loop.count, [times]
+    original, left = Trainer.count, [times]
 
     def count(self, loss, seconds):
         original(self, loss, seconds)
@@ -60,7 +60,7 @@ def on_step(monkeypatch, number: int, action: Callable[[Loop], None], times: int
             left[0] -= 1
             action(self)
 
-    monkeypatch.setattr(Loop, "count", count)
+    monkeypatch.setattr(Trainer, "count", count)
 
 
 def send(number: int = signal.SIGTERM) -> Callable:

@@ -350,7 +350,7 @@ def test_the_record_is_the_same_to_the_byte_when_made_again(two):
 def test_a_record_of_other_code_or_of_an_unfinished_run_is_made_anew(two, monkeypatch):
     entropies.record(two[1])
     assert entropies.record(two[1])[1] is True
-    monkeypatch.setattr(entropies, "code_version", lambda: "another")
+    monkeypatch.setattr(entropies, "code_of", lambda cfg: {"engine": "another"})
     assert entropies.record(two[1])[1] is False
     monkeypatch.setattr(entropies.RunDirectory, "finished", False)
     assert entropies.record(two[1])[1] is False

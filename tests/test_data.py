@@ -14,8 +14,9 @@ import torchvision
 import dropkey.data
 from data_samples import HEAVY, digits_config, folder_config, image_folder, write_images
 from dropkey.config.schema import DataConfig
-from dropkey.data import cache, load, train_loader
-from dropkey.errors import ConfigError, DataError
+from dropkey.data import cache, train_loader
+from dropkey.datasets import load
+from dropkey.errors import DataError
 from dropkey.seeds import derive_seed
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -174,10 +175,6 @@ def test_empty_held_out_splits_and_too_large_limits_are_refused(tmp_path):
     fails(["val split is empty", "val_fraction=0.1"], folder_config(root, val_fraction=0.1, test_fraction=0.5))
     fails(["test split is empty", "test_fraction=0.0"], folder_config(root, test_fraction=0.0))
     fails(["max_train_samples=99999", "1293 images"], digits_config(max_train_samples=99999))
-
-
-def test_centre_crop_with_images_in_memory_is_refused():
-    fails(["data.crop_pct=0.9", "data.in_memory=false", "data.crop_pct=1"], digits_config(crop_pct=0.9), ConfigError)
 
 
 def test_too_many_pixels_for_memory_are_refused(tmp_path, monkeypatch):

@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 
 from data_samples import folder_config, image_folder, write_images
-from dropkey.data import cache, load
+from dropkey.data import cache
 from dropkey.data.images import Files, Pixels, open_image, resize_center_crop, to_tensor
+from dropkey.datasets import load
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

@@ -22,8 +22,9 @@ from data_samples import (
     write_images,
 )
 from dropkey.config.schema import AugmentConfig
-from dropkey.data import Dataset, Split, epoch_order, eval_loader, load, train_loader
+from dropkey.data import Dataset, Split, epoch_order, eval_loader, train_loader
 from dropkey.data.images import Pixels, resize_center_crop, to_tensor
+from dropkey.datasets import load
 from dropkey.errors import ConfigError, DataError
 
 # ------------------------------------------------------------------------------------------------- order

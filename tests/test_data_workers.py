@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from data_samples import LIGHT, assert_equal, batches, folder_config
-from dropkey.data import load, train_loader
+from dropkey.data import train_loader
+from dropkey.datasets import load
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,7 +36,8 @@ PROGRAM = """
 import os, signal, sys
 sys.path[:0] = {paths}
 from data_samples import LIGHT, folder_config
-from dropkey.data import load, train_loader
+from dropkey.data import train_loader
+from dropkey.datasets import load
 data = folder_config({root!r}, in_memory=False, num_workers=2)
 loader = train_loader(load(data), data, LIGHT, batch_size=2, seed=0)
 for batch in loader.epoch(0):

@@ -60,7 +60,7 @@ def test_two_processes_give_the_result_of_one_with_the_same_global_batch(tmp_pat
     one = runs.train(tmp_path / "one", "regularizer=none")
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)
     assert two.summary()["top1"] == one.summary()["top1"]
-    assert two.summary()["images"] == one.summary()["images"]
+    assert two.summary()["samples"] == one.summary()["samples"]
     assert two.path.name == one.path.name
 
 

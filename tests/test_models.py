@@ -6,9 +6,9 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from dropkey.build import build_model, parameter_count, regularize
 
 from dropkey import patching
-from dropkey.build import build_model, parameter_count, regularize
 from dropkey.config.check import check, default_patch
 from dropkey.config.compose import CONFIGS, compose
 from dropkey.config.schema import ModelConfig

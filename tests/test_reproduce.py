@@ -151,7 +151,7 @@ def test_a_probe_counts_all_epochs_and_evaluations():
     table = tables.load("schedule", "cpu", (0,))
     composed = jobs.Composed("x", {}, "m", "d", 8, None, epochs=10, max_steps=None, batch_size=32, eval_every=5)
     task = jobs.Job("train.py", (), Path(table.name), "summary.json", composed)
-    summary = {"images_per_second": 64.0, "steps": 4, "steps_per_epoch": 20, "seconds": 3.0, "images": 100}
+    summary = {"samples_per_second": 64.0, "steps": 4, "steps_per_epoch": 20, "seconds": 3.0, "images": 100}
     cost = plan.extrapolate(task, summary, wall=9.0, size=7)
     # 6 s around it, 10 x 20 steps of 0.5 s, 2 evaluations of 1 s
     assert (cost.seconds, cost.startup, cost.bytes) == (6 + 100 + 2, 6, 7)

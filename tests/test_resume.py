@@ -8,7 +8,7 @@ import torch
 import runs
 from dropkey import curves
 from dropkey.config.schema import REGULARIZER_NAMES, SCHEDULES
-from dropkey.engine import loop as training_loop
+from dropkey.engine import trainer
 from dropkey.errors import Interrupted
 
 EVERYTHING = (
@@ -72,14 +72,14 @@ def test_images_decoded_as_they_come_resume_to_the_same_bits(tmp_path, monkeypat
 
 def test_interruption_in_evaluation_resumes_to_the_same_bits(tmp_path, monkeypatch):
     whole = runs.train(tmp_path / "whole")
-    original = training_loop.evaluate
+    original = trainer.evaluate
 
     def interrupted(*args, **kwargs):
         runs.send()(None)
         return original(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training_loop, "evaluate", interrupted)
+        patch.setattr(trainer, "evaluate", interrupted)
         with pytest.raises(Interrupted):
             runs.train(tmp_path / "parts")
     parts = runs.train(tmp_path / "parts")
@@ -115,17 +115,13 @@ def test_a_crash_without_warning_resumes_from_the_last_checkpoint_to_the_same_bi
 
 def test_the_sample_stream_is_that_of_the_uninterrupted_run(tmp_path, monkeypatch):
     seen = []
-    original = training_loop.Loop.step
+    original = trainer.Trainer.step
 
-    def step(self, batches):
-        def noting():
-            for batch in batches:
-                seen.append((self.state.position.global_step, batch.ids.tolist()))
-                yield batch
+    def step(self, microbatches):
+        seen.extend((self.state.position.global_step, batch.ids.tolist()) for batch in microbatches)
+        return original(self, microbatches)
 
-        return original(self, noting())
-
-    monkeypatch.setattr(training_loop.Loop, "step", step)
+    monkeypatch.setattr(trainer.Trainer, "step", step)
     runs.train(tmp_path / "whole")
     whole, seen[:] = list(seen), []
     with monkeypatch.context() as patch:
@@ -138,8 +134,8 @@ def test_the_sample_stream_is_that_of_the_uninterrupted_run(tmp_path, monkeypatc
 
 def test_a_worse_epoch_after_resuming_does_not_replace_the_best(tmp_path, monkeypatch):
     figures = iter([50.0, 90.0, 10.0, 20.0])
-    result = {"top5": 0.0, "loss": 1.0, "ece": 0.0, "count": 1}
-    monkeypatch.setattr(training_loop, "evaluate", lambda *a, **k: {"top1": next(figures), **result})
+    result = {"top5": 0.0, "loss": 1.0, "ece": 0.0, "samples": 1}
+    monkeypatch.setattr(trainer, "evaluate", lambda *a, **k: {"top1": next(figures), **result})
     with monkeypatch.context() as patch:
         runs.on_step(patch, 7, runs.send())
         with pytest.raises(Interrupted):
@@ -191,7 +187,7 @@ def test_torchruns_restart_does_not_start_over_although_asked_to_overwrite(tmp_p
 def test_a_regularizer_does_not_change_initialisation_or_data_order(tmp_path, monkeypatch):
     starts = []
     monkeypatch.setattr(
-        training_loop.Loop,
+        trainer.Trainer,
         "step",
         lambda self, batches: (
             starts.append(

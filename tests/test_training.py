@@ -12,16 +12,17 @@ import torch
 import eval as evaluating
 import runs
 import train as training
-from dropkey import build, curves, evaluation, session
+from dropkey import curves, evaluation, weights
 from dropkey.config.schema import REGULARIZER_NAMES, DataConfig, EvalConfig, EvaluationConfig
-from dropkey.engine import distributed, tracking
-from dropkey.engine import loop as training_loop
+from dropkey.engine import distributed, tracking, trainer
 from dropkey.engine.evaluate import evaluate
 from dropkey.engine.optim import build_optimizer, build_schedule, duration
 from dropkey.errors import Busy, ConfigError, Diverged, Interrupted, RunError, StorageError
+from dropkey.models import create
 from dropkey.operator import triton_attention
 from dropkey.records import RunDirectory
 from dropkey.regularizers import REGULARIZERS
+from dropkey.tasks import classification
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "losses.json").read_text())
@@ -57,7 +58,7 @@ def test_a_run_leaves_all_its_files(finished):
 
 
 def test_the_summary_has_every_figure_that_was_promised(finished):
-    keys = "top1 top5 loss best_top1 epochs seconds images_per_second parameters peak_memory_mib versions commit run"
+    keys = "top1 top5 loss best_top1 epochs seconds samples_per_second parameters peak_memory_mib versions commit run"
     assert set(keys.split()) <= finished.summary().keys()
     assert "hardware" in finished.summary()
 
@@ -126,19 +127,19 @@ def test_compiled_training_gives_the_losses_of_eager_training(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update_and_leaves_evidence(tmp_path, monkeypatch):
-    original = training_loop.Loop.step
+    original = trainer.Trainer.step
 
     def poisoned(self, batches):
         if self.state.position.global_step == 4:
             self.before = {k: v.clone() for k, v in self.state.model.state_dict().items()}
-            self.setup.loss = lambda logits, targets: logits.sum() * float("nan")
+            self.task.losses = lambda model, batch: {"cross_entropy": model(batch.images).sum() * float("nan")}
         try:
             return original(self, batches)
         except Diverged:
             assert runs.unequal(self.before, dict(self.state.model.state_dict())) is None
             raise
 
-    monkeypatch.setattr(training_loop.Loop, "step", poisoned)
+    monkeypatch.setattr(trainer.Trainer, "step", poisoned)
     with pytest.raises(Diverged, match=r"epoch 2, step 5") as error:
         runs.train(tmp_path)
     assert error.value.exit_code == 4
@@ -162,7 +163,7 @@ def test_fp16_that_only_skips_steps_is_called_diverged(tmp_path, monkeypatch):
 
 
 def train_with_nan_gradients(output, monkeypatch, *words):
-    original = training_loop.Loop.step
+    original = trainer.Trainer.step
 
     def step(self, batches):
         for parameter in self.state.model.parameters():
@@ -170,7 +171,7 @@ def train_with_nan_gradients(output, monkeypatch, *words):
                 parameter.register_hook(lambda gradient: gradient * float("nan"))
         return original(self, batches)
 
-    monkeypatch.setattr(training_loop.Loop, "step", step)
+    monkeypatch.setattr(trainer.Trainer, "step", step)
     return runs.train(output, *words)
 
 
@@ -199,7 +200,7 @@ def test_memory_that_is_short_names_the_key_that_halves_it(tmp_path, monkeypatch
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
     runs.on_step(monkeypatch, 1, short)
-    with pytest.raises(RunError, match=r"trainer\.accumulate=2 takes half the memory"):
+    with pytest.raises(RunError, match=r"trainer\.grad_accum_steps=2 takes about half the memory"):
         runs.train(tmp_path)
 
 
@@ -212,14 +213,13 @@ def test_block_on_a_model_without_a_known_grid_is_refused_before_training(tmp_pa
 
 def test_a_resumed_run_does_not_fetch_published_weights_again(tmp_path, monkeypatch):
     asked = []
-    original = build.build_model
+    original = classification.create_model
 
-    def building(model, **sizes):
-        asked.append(model.pretrained)
-        model.pretrained = False  # there is no network here
-        return original(model, **sizes)
+    def building(model, *, pretrained, **sizes):
+        asked.append(pretrained)
+        return original(model, **sizes)  # there is no network here
 
-    monkeypatch.setattr(build, "build_model", building)
+    monkeypatch.setattr(classification, "create_model", building)
     with monkeypatch.context() as patch:
         runs.on_step(patch, 4, runs.send())
         with pytest.raises(Interrupted):
@@ -318,7 +318,7 @@ def test_figures_are_those_of_a_plain_computation():
     logits, targets = torch.randn(53, 8), torch.randint(0, 8, (53,))
     batches = [fit_batch(logits[i : i + 10], targets[i : i + 10]) for i in range(0, 53, 10)]
     world = distributed.DistContext(0, 1, torch.device("cpu"))
-    result = evaluate(lambda images: images, batches, world, 8)
+    result = evaluate(lambda batch: batch.images, classification.ClassificationScores(), batches, world)
     probabilities = logits.softmax(-1).double()
     confidence, predicted = probabilities.max(-1)
     right = (predicted == targets).double()
@@ -354,7 +354,7 @@ def test_more_monte_carlo_passes_come_closer_to_their_limit(finished):
 
 def test_monte_carlo_without_a_regularizer_is_refused(tmp_path):
     run = runs.train(tmp_path, "regularizer=none", "trainer.max_steps=1")
-    with pytest.raises(ConfigError, match="no regularizer that could be left on"):
+    with pytest.raises(ConfigError, match="no regularizer to keep on"):
         evaluated(run, monte_carlo=4)
 
 
@@ -376,7 +376,7 @@ def test_another_data_set_of_the_same_classes_can_be_evaluated(finished, tmp_pat
         write_images(tmp_path / "train" / name, 2, size=(28, 28))
     other = DataConfig(name="folder", root=str(tmp_path), in_memory=False, num_workers=0, image_size=224)
     result = evaluated(finished, data=other)
-    assert (result["count"], result["data"]) == (20, "folder")
+    assert (result["samples"], result["data"]) == (20, "folder")
 
 
 def test_data_that_has_moved_is_found_with_root(finished):
@@ -453,26 +453,26 @@ def test_position_embeddings_follow_the_image_size(finished, tmp_path):
 def test_checkpoints_of_other_programs_load(finished, tmp_path, key):
     import argparse
 
-    weights = {f"module.{k}": v for k, v in runs.state(finished)["ema"].items()}
-    content = weights if key is None else {key: weights, "args": argparse.Namespace(lr=1.0), "epoch": 7}
+    saved = {f"module.{k}": v for k, v in runs.state(finished)["ema"].items()}
+    content = saved if key is None else {key: saved, "args": argparse.Namespace(lr=1.0), "epoch": 7}
     torch.save(content, tmp_path / "official.pth.tar")
-    found = build.read_weights(tmp_path / "official.pth.tar")
+    found = weights.read_weights(tmp_path / "official.pth.tar")
     assert runs.unequal(found, dict(runs.state(finished)["ema"])) is None
 
 
 def test_safetensors_load(finished, tmp_path):
     from safetensors.torch import save_file
 
-    weights = dict(runs.state(finished)["ema"])
-    save_file({k: v.contiguous() for k, v in weights.items()}, tmp_path / "weights.safetensors")
-    assert runs.unequal(build.read_weights(tmp_path / "weights.safetensors"), weights) is None
+    saved = dict(runs.state(finished)["ema"])
+    save_file({k: v.contiguous() for k, v in saved.items()}, tmp_path / "weights.safetensors")
+    assert runs.unequal(weights.read_weights(tmp_path / "weights.safetensors"), saved) is None
 
 
 def test_published_weights_that_cannot_be_fetched_end_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     cfg = runs.config(tmp_path, "model.pretrained=true")
     with pytest.raises(ConfigError, match="is there a network"):
-        build.build_model(cfg.model, image_size=8, channels=1, classes=10)
+        create.create_model(cfg.model, image_size=8, channels=1, num_classes=10, pretrained=True)
 
 
 # -------------------------------------------------------------------------------------------------------- tracking
@@ -518,12 +518,6 @@ def test_a_tracker_that_fails_does_not_fail_the_run(tmp_path, monkeypatch):
     run = runs.train(tmp_path, "logger=wandb", "trainer.max_steps=1")
     assert run.status()["state"] == "done"
     assert "W&B is off for this run: quota exceeded" in (run.path / "log.txt").read_text()
-
-
-def test_only_the_first_process_talks_to_wandb(tmp_path):
-    world = distributed.DistContext(1, 2, torch.device("cpu"))
-    cfg = runs.config(tmp_path, "logger=wandb")
-    assert isinstance(session.start_tracker(cfg, RunDirectory(tmp_path), world, None), tracking.NoOpTracker)
 
 
 # ---- implementations of attention

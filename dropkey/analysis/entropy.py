@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from dropkey.analysis import attention as capture
-from dropkey.analysis.trained import open_run
+from dropkey.analysis.trained import config_of, open_run
+from dropkey.code_version import code_of
 from dropkey.errors import Diverged
-from dropkey.provenance import code_version, device_name, versions
+from dropkey.provenance import device_name, versions
 from dropkey.records import RunDirectory, write_json
 
 IMAGES = 512
@@ -75,7 +76,7 @@ def record(path: str | Path, root: Optional[str] = None) -> tuple[dict, bool]:
         Diverged: weights that are NaN.
     """
     run = RunDirectory(Path(path))
-    made_by = {"code": code_version(), "measure": digest()}
+    made_by = {"code": code_of(config_of(path)), "measure": digest()}
     old, summary = run.read_json(RECORD), run.summary()
     now = {"epoch": summary.get("epochs"), "step": summary.get("steps"), **made_by}
     if run.finished and all(old.get(key) == value for key, value in now.items()):
@@ -113,6 +114,6 @@ def rounded(values: list[float]) -> list[float]:
 
 
 def digest() -> str:
-    """Ten hexadecimal digits over the source that measures: `code_version` leaves this package out."""
+    """Ten hexadecimal digits over the source that measures: `dropkey.code_version` leaves this package out."""
     files = [Path(capture.__file__), Path(__file__)]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:10]

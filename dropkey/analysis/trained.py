@@ -8,7 +8,7 @@ from typing import Iterator, Optional
 import torch
 from torch import Tensor, nn
 
-from dropkey import build, data, session
+from dropkey import data, datasets, tasks, weights
 from dropkey.config import compose, identity
 from dropkey.config.schema import DataConfig, RegularizerConfig, TrainConfig
 from dropkey.data.augment import per_channel
@@ -16,6 +16,8 @@ from dropkey.engine import checkpoint
 from dropkey.engine.distributed import DistContext
 from dropkey.errors import ConfigError
 from dropkey.records import RunDirectory
+from dropkey.session import build_regularized
+from dropkey.tasks.base import Task
 
 BATCH = 64  # images at a time, whatever the run was evaluated with: 3,136 tokens make 40 MB of weights for each
 
@@ -29,12 +31,13 @@ class Trained:
     model: nn.Module
     dataset: data.Dataset
     dist: DistContext
+    task: Task
     position: dict[str, int]  # epoch and optimizer step (`update`) of the checkpoint
 
     def batches(self, ids: Tensor) -> Iterator[Tensor]:
         """The test images at those positions, normalised as the model takes them: B C H W each, B up to 64."""
         some = dataclasses.replace(self.dataset, test=self.dataset.test.subset(ids))
-        for batch in session.loader_of(some, "test", self.cfg, self.dist, BATCH):
+        for batch in self.task.eval_loader(some, "test", self.dist, BATCH):
             yield batch.images
 
     def images(self, ids: Tensor) -> Tensor:
@@ -93,13 +96,15 @@ def open_run(path: str | Path, root: Optional[str] = None) -> Trained:
     cfg.regularizer = RegularizerConfig(name="none")  # nothing is dropped in evaluation
     cfg.data.root = root or cfg.data.root
     dist = DistContext.start("auto")
-    dataset = test_images(cfg.data)
-    model, _ = session.prepare_model(cfg, dataset, dist)
-    file = build.find_checkpoint(run.path)
-    if build.load_weights(model, file):
+    task, dataset = tasks.build(cfg), test_images(cfg.data)
+    model, _ = build_regularized(task, dataset, dist)
+    file = weights.find_checkpoint(run.path)
+    if weights.load_weights(model, file):
         raise ConfigError(f"{file} knows other classes than the {dataset.num_classes} in {cfg.data.root}; see root=")
     position = checkpoint.load(file)["position"]
-    return Trained(run, cfg, model.eval(), dataset, dist, {key: position[key] for key in ("epoch", "global_step")})
+    return Trained(
+        run, cfg, model.eval(), dataset, dist, task, {key: position[key] for key in ("epoch", "global_step")}
+    )
 
 
 _latest: dict[str, data.Dataset] = {}  # the one data set loaded last
@@ -110,7 +115,7 @@ def test_images(wanted: DataConfig) -> data.Dataset:
     wanted = dataclasses.replace(wanted, max_train_samples=None, val_fraction=0.0)
     if repr(wanted) not in _latest:
         _latest.clear()
-        _latest[repr(wanted)] = data.load(wanted)
+        _latest[repr(wanted)] = datasets.load(wanted)
     return _latest[repr(wanted)]
 
 

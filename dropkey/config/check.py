@@ -182,7 +182,8 @@ def check_regularizer(regularizer: RegularizerConfig, schedule: ScheduleConfig) 
 
 
 def check_data(data: DataConfig) -> None:
-    one_of("data.name", data.name, schema.DATASETS)
+    if ":" not in data.name:
+        one_of("data.name", data.name, schema.DATASETS)
     positive("data.image_size", data.image_size)
     require(data.channels in (1, 3), f"data.channels={data.channels} must be 1 or 3")
     within("data.val_fraction", data.val_fraction, 0, 1, high_open=True)

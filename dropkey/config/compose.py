@@ -33,6 +33,7 @@ def register_schemas() -> None:
     for name, schema in SCHEMAS.items():
         node = OmegaConf.structured(schema)
         if name == "train":  # arguments of constructors are free: model.args.qk_norm=true needs no +
+            OmegaConf.set_struct(node.task.args, False)
             OmegaConf.set_struct(node.model.args, False)
             OmegaConf.set_struct(node.optim.args, False)
         ConfigStore.instance().store(name=f"{name}_schema", node=node)
@@ -40,7 +41,7 @@ def register_schemas() -> None:
 
 def typed(cfg: DictConfig):
     """The dataclass behind a composed config; raises ConfigError for keys and values that the schema lacks."""
-    unknown = [key for key in extra_keys(cfg) if not key.startswith(("model.args.", "optim.args."))]
+    unknown = [key for key in extra_keys(cfg) if not key.startswith(("task.args.", "model.args.", "optim.args."))]
     if unknown:
         keys = valid_keys("eval" if OmegaConf.get_type(cfg) is EvalConfig else "train")
         raise ConfigError(f"{unknown[0]} is no key of the config; {nearest_key(unknown[0], keys, groups())}")
@@ -106,7 +107,7 @@ def valid_keys(config_name: str) -> list[str]:
     keys = flatten(dataclasses.asdict(SCHEMAS[config_name]()))
     if config_name == "eval":
         keys |= flatten({"data": dataclasses.asdict(TrainConfig().data)})
-    return sorted([*keys, "model.args", "optim.args"] if config_name == "train" else keys)
+    return sorted([*keys, "task.args", "model.args", "optim.args"] if config_name == "train" else keys)
 
 
 def explain(error: BaseException, overrides: list[str], config_name: str) -> str:
@@ -127,7 +128,7 @@ def explain(error: BaseException, overrides: list[str], config_name: str) -> str
                     return f"{key}={value} does not exist{nearest(value, options[key])}"
         elif key.startswith(("hydra.", "hydra/")) or any(k.startswith(key + ".") for k in keys):
             continue
-        elif key not in keys and not key.startswith(("model.args.", "optim.args.")):
+        elif key not in keys and not key.startswith(("task.args.", "model.args.", "optim.args.")):
             return f"{key} is no key of the config; {nearest_key(key, keys, options)}"
         elif config_name == "eval" and key.startswith("data."):
             return f"{key} needs data=<set>; root=<directory> says where the run's own data lies now"

@@ -85,9 +85,8 @@ def model_label(cfg: TrainConfig) -> str:
 
 
 def data_label(cfg: TrainConfig | EvalConfig) -> str:
-    if cfg.data.name != "folder":
-        return cfg.data.name
-    return re.sub(r"[^\w.]+", "_", Path(cfg.data.root).resolve().name) or "folder"
+    name = cfg.data.name if cfg.data.name != "folder" else Path(cfg.data.root).resolve().name
+    return re.sub(r"[^\w.]+", "_", name) or "folder"
 
 
 def training_facts(cfg: TrainConfig) -> str:

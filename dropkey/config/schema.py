@@ -18,6 +18,12 @@ SPLITS = ("test", "val", "train")
 
 
 @dataclass
+class TaskConfig:
+    name: str = "classification"  # one of dropkey.tasks.TASKS, or module:Class
+    args: Dict[str, Any] = field(default_factory=dict)  # further arguments of the class
+
+
+@dataclass
 class ModelConfig:
     name: str = "vit_tiny_patch16_224"  # any timm architecture, or a t2t_vit_* of dropkey.models
     patch_size: Optional[int] = None  # pixels; null: the model's own, on images below 96 px a smaller one that fits
@@ -125,6 +131,7 @@ class TrainConfig:
     output: str = "runs"  # directory that holds run directories
     overwrite: bool = False  # start over, even where the run has a checkpoint or is finished
     init_from: Optional[str] = None  # weights to start from: a run directory or a checkpoint file
+    task: TaskConfig = field(default_factory=TaskConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     regularizer: RegularizerConfig = field(default_factory=RegularizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

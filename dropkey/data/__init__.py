@@ -1,15 +1,12 @@
-"""Data sets, splits, loaders and augmentation.
+"""Splits, readers, caches, augmentation and loaders; the data sets themselves are in dropkey.datasets.
 
-    dataset = load(cfg.data)
-    loader = train_loader(dataset, cfg.data, cfg.augment, batch_size=128, seed=0, device="cpu")
-    for batch in loader.epoch(0):
-        ...  # batch.images, batch.targets, batch.ids
-
-Importing this touches no files; `load` reads them.
+dataset = datasets.load(cfg.data)
+loader = train_loader(dataset, cfg.data, cfg.augment, batch_size=128, seed=0, device="cpu")
+for batch in loader.epoch(0):
+    ...  # batch.images, batch.targets, batch.ids
 """
 
 from dropkey.data.loaders import Batch, EvalLoader, FirstBatch, TrainLoader, epoch_order, eval_loader, train_loader
-from dropkey.data.sources import load
 from dropkey.data.splits import Dataset, Split
 
 __all__ = [
@@ -21,6 +18,5 @@ __all__ = [
     "TrainLoader",
     "epoch_order",
     "eval_loader",
-    "load",
     "train_loader",
 ]

@@ -2,10 +2,14 @@
 
 import hashlib
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from dropkey.data.images import Files, Pixels
+from dropkey.config.schema import DataConfig
+from dropkey.data.cache import require_room
+from dropkey.data.images import Files, Pixels, convert, resize_center_crop, to_picture, to_tensor
 from dropkey.errors import DataError
 from dropkey.seeds import derive_seed
 
@@ -22,6 +26,10 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @staticmethod
+    def whole(images: Files | Pixels, targets) -> "Split":
+        return Split(images, torch.arange(len(images)), torch.as_tensor(np.asarray(targets), dtype=torch.int64))
 
     def subset(self, positions: torch.Tensor) -> "Split":
         return Split(self.images, self.rows[positions], self.targets[positions])
@@ -48,6 +56,27 @@ class Dataset:
             digest.update(split.images.content())
             digest.update(split.rows.numpy().tobytes() + split.targets.numpy().tobytes())
         return digest.hexdigest()[:10]
+
+
+class RawSplits(NamedTuple):
+    """What a data set brings of its own; splits that it lacks are held out afterwards."""
+
+    classes: list[str]
+    train: Split
+    val: Split | None
+    test: Split | None
+
+
+def array_split(images: np.ndarray, targets, data: DataConfig) -> Split:
+    """Images uint8 N C H W with data.channels channels, at data.image_size where they are to be kept in memory."""
+    size = data.image_size if data.in_memory else images.shape[-1]
+    shape = (len(images), data.channels, size, size)
+    require_room(shape)
+    if images.shape != shape:
+        given, images = images, np.empty(shape, dtype=np.uint8)
+        for row, image in enumerate(given):
+            images[row] = to_tensor(resize_center_crop(convert(to_picture(image), data.channels), size)).numpy()
+    return Split.whole(Pixels(np.ascontiguousarray(images)), targets)
 
 
 def ranks_within_class(targets: torch.Tensor, purpose: str) -> torch.Tensor:

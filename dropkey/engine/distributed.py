@@ -69,6 +69,14 @@ class DistContext:
             dist.all_reduce(tensor)
         return tensor
 
+    def mean(self, value: float) -> float:
+        """The mean over processes."""
+        return float(self.sum(torch.tensor(value, dtype=torch.float64))) / self.world_size
+
+    def barrier(self) -> None:
+        """Waits for all processes."""
+        self.any(False)
+
     def any(self, *flags: bool) -> list[bool]:
         """For each flag, whether it is set in any process. Every process must call it equally often."""
         if self.world_size == 1:
@@ -93,7 +101,10 @@ class DistContext:
         dist.broadcast_object_list(box)
         return box[0]
 
-    def close(self) -> None:
+    def __enter__(self) -> "DistContext":
+        return self
+
+    def __exit__(self, *_) -> None:
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 

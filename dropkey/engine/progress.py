@@ -1,30 +1,38 @@
 """What a person sees of a training: a bar on a terminal, a line per epoch everywhere, the same lines in log.txt."""
 
-from typing import Callable, Optional
+from typing import Callable, Optional, Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from dropkey.metrics import Metric
 from dropkey.records import clock
 
 
 class Progress:
-    """NoOpTracker in all processes but the first.
+    """The console and log of a training; silent in all processes but the first.
 
     Args:
         epochs: in all.
+        metrics: those shown after each evaluation.
         log: receives each line too.
         show: False silences it.
     """
 
-    def __init__(self, epochs: int, log: Callable[[str], None] = lambda text: None, show: bool = True):
-        self.epochs, self.log, self.show = epochs, log, show
+    def __init__(
+        self,
+        epochs: int,
+        metrics: Sequence[Metric] = (),
+        log: Callable[[str], None] = lambda text: None,
+        show: bool = True,
+    ):
+        self.epochs, self.metrics, self.log, self.show = epochs, metrics, log, show
         self.console = Console(highlight=False, soft_wrap=True)
         self.bar: Optional[Bar] = None
 
-    def info(self, text: str, *, quiet: bool = False) -> None:
-        if self.show and not quiet:
+    def info(self, text: str) -> None:
+        if self.show:
             self.console.print(text, markup=False)
             self.log(text)
 
@@ -43,9 +51,10 @@ class Progress:
     def finish_epoch(self, record: dict) -> None:
         self.close()
         text = f"epoch {record['epoch']:>{len(str(self.epochs))}}/{self.epochs}  train loss {record['train_loss']:.4f}"
-        if "eval_top1" in record:
-            text += f"  top-1 {record['eval_top1']:6.2f} %  loss {record['eval_loss']:.4f}"
-        self.info(f"{text}  {record['images_per_second']:,.0f} images/s  {clock(record['seconds'])}")
+        for metric in self.metrics:
+            if (value := record.get(f"eval_{metric.key}")) is not None:
+                text += f"  {metric.format(value)}"
+        self.info(f"{text}  {record['samples_per_second']:,.0f} samples/s  {clock(record['seconds'])}")
 
     def close(self) -> None:
         if self.bar is not None:

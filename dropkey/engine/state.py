@@ -1,4 +1,4 @@
-"""All that a training must remember: saved, it goes on to the same bits.
+"""Everything that a training must remember: it resumes bitwise identically.
 
 No random state is in it: every draw derives from (run seed, step, purpose), see `dropkey.seeds`.
 """
@@ -20,10 +20,11 @@ class Position:
     epoch: int = 0  # epochs finished, evaluation included
     step: int = 0  # optimizer steps done in the epoch under way
     global_step: int = 0  # optimizer steps done in all
-    best: float = -1.0  # highest top-1 of an evaluation so far
+    best: Optional[float] = None  # value of the watched metric, of all evaluations so far
     best_epoch: int = 0
+    last: Optional[float] = None  # value of the watched metric at the last evaluation
     loss_sum: float = 0.0  # of the epoch under way, this process's share
-    images: int = 0  # in all
+    samples: int = 0  # trained on, in all
     seconds: float = 0.0  # of training and evaluation, over all sessions
     training_seconds: float = 0.0  # of that, optimizer steps alone
 
@@ -50,18 +51,18 @@ class State:
             "ema": None if self.ema is None else self.ema.module.state_dict(),
         }
 
-    def state_dict(self, loss_sums: list[float], microbatches: tuple[int, int]) -> dict:
-        """Tensors and plain Python only. `loss_sums` of all processes; `microbatches` = (processes, accumulate)."""
+    def state_dict(self, loss_sums: list[float], shape: tuple[int, int]) -> dict:
+        """Tensors and plain Python only. `loss_sums` of all processes; `shape` = (processes, microbatches of each)."""
         return {
             **self.weights(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "position": asdict(self.position),
             "loss_sums": loss_sums,
-            "microbatches": list(microbatches),
+            "shape": list(shape),
         }
 
-    def load_state_dict(self, state: dict, rank: int, microbatches: tuple[int, int]) -> Optional[str]:
+    def load_state_dict(self, state: dict, rank: int, shape: tuple[int, int]) -> Optional[str]:
         """Returns a notice if the job's shape has changed, else None.
 
         Raises:
@@ -76,19 +77,14 @@ class State:
         if self.ema is not None and state["ema"] is not None:
             self.ema.module.load_state_dict(state["ema"])
         self.position = Position(**state["position"])
-        sums, before = state["loss_sums"], tuple(state["microbatches"])
-        if len(sums) == microbatches[0]:
+        sums, before = state["loss_sums"], tuple(state["shape"])
+        if before == shape:
             self.position.loss_sum = sums[rank]
-        else:
-            self.position.loss_sum = sum(sums) if rank == 0 else 0.0
-        if before != microbatches:
-            return (
-                f"resuming with {microbatches[0]} processes x {microbatches[1]} microbatches, before {before[0]} x {before[1]}: "
-                "same global batch and data order"
-                + (
-                    ""
-                    if before[0] * before[1] == microbatches[0] * microbatches[1]
-                    else ", but other masks, because each microbatch draws its own"
-                )
-            )
-        return None
+            return None
+        # each process holds its share of the sum, whose mean over processes is the loss
+        self.position.loss_sum = sum(sums) * shape[0] / before[0] if rank == 0 else 0.0
+        masks = "" if before[0] * before[1] == shape[0] * shape[1] else ", other masks (each microbatch draws its own)"
+        return (
+            f"resuming with {shape[0]} processes x {shape[1]} microbatches instead of {before[0]} x {before[1]}: same "
+            f"global batch and data order{masks}"
+        )

@@ -1,3 +1,6 @@
-"""Models written here; importing this package makes them known to `timm.create_model`."""
+"""Models by name: those of timm, and those written here, which importing this package registers with timm."""
 
-from . import t2t_vit  # noqa: F401 (registers the t2t_vit models)
+from dropkey.models import t2t_vit  # noqa: F401  (registers the t2t_vit models)
+from dropkey.models.create import create_model
+
+__all__ = ["create_model"]

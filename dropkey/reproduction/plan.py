@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
-from dropkey.code_version import code_of
+from dropkey.code_version import changed_parts, code_of
 from dropkey.config import identity
 from dropkey.records import RunDirectory
 from dropkey.reproduction.jobs import DIVERGED, DONE, FAILED, INTERRUPTED, RUNNING, Job, state
@@ -56,20 +56,19 @@ def progress(job: Job) -> tuple[int, Optional[dict]]:
 
 
 def outdated(jobs: Sequence[Job]) -> dict[Job, str]:
-    """Finished jobs that cannot be compared with those still to run, and why: the code that both use, or torch, has
-    changed. Empty if all jobs are finished."""
+    """Finished jobs that cannot be compared with those still to run, and why: a part of the code that both use, or
+    torch, has changed. Empty if all jobs are finished."""
     left = [job for job in jobs if state(job)[0] != DONE]
-    now = {part: digest for job in left for part, digest in code_of(job.config).items()}
-    torch = importlib.metadata.version("torch")
-    found = {}
-    for job in jobs if left else ():
-        if state(job)[0] != DONE:
+    used = {part for job in left for part in code_of(job.config, cuda=True)}
+    torch, found = importlib.metadata.version("torch"), {}
+    for job in jobs:
+        if job in left or not left:
             continue
         result = RunDirectory(job.run).read_json(job.result)
-        changed = [part for part, digest in result["code"].items() if now.get(part, digest) != digest]
+        changed = [part for part in changed_parts(result["code"]) if part in used]
         reasons = [f"the code of {', '.join(changed)} has changed"] if changed else []
         if result["versions"]["torch"] != torch:
-            reasons.append(f"it used torch {result['versions']['torch']}, now {torch}")
+            reasons.append(f"it used torch {result['versions']['torch']}, now it is {torch}")
         if reasons:
             found[job] = " and ".join(reasons)
     return found

@@ -1,0 +1,48 @@
+"""Data sets: each is one file here, with a function `read(data)`, and one config in configs/data/.
+
+dataset = load(cfg.data)  # cfg.data.name is a key of DATASETS, or `module:function` of your own
+"""
+
+import importlib
+
+from dropkey.config.check import nearest
+from dropkey.config.schema import DataConfig
+from dropkey.data.splits import Dataset, hold_out, limit
+from dropkey.errors import ConfigError, DataError
+
+DATASETS = {name: f"dropkey.datasets.{name}:read" for name in ("digits", "cifar10", "cifar100", "imagenet", "folder")}
+
+
+def load(data: DataConfig) -> Dataset:
+    """The data set with its splits: test is its own, else its val, else held out of train; val likewise.
+
+    Raises:
+        DataError: images missing, unreadable, too many for memory, or unlike what `data` says of them.
+        ConfigError: no such data set; data.crop_pct below 1 with images kept in memory.
+    """
+    classes, train, val, test = reader(data.name)(data)
+    if data.num_classes is not None and data.num_classes != len(classes):
+        raise DataError(
+            f"data.num_classes={data.num_classes} but {data.name} has {len(classes)} classes"
+            + (f" under {data.root}" if data.name in ("folder", "imagenet") else "")
+            + f"; set data.num_classes={len(classes)}, or null to take what is found"
+        )
+    if test is None and val is not None:
+        test, val = val, None
+    if test is None:
+        train, test = hold_out(train, data.test_fraction, "test")
+    if val is None and data.val_fraction > 0:
+        train, val = hold_out(train, data.val_fraction, "val")
+    if data.max_train_samples is not None:
+        train = limit(train, data.max_train_samples)
+    return Dataset(train, val, test, classes, data.channels, data.image_size)
+
+
+def reader(name: str):
+    module, _, function = DATASETS.get(name, name).partition(":")
+    if not function:
+        raise ConfigError(f"data.name={name} does not exist{nearest(name, DATASETS)} (or module:function)")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"data.name={name}: {error}") from None

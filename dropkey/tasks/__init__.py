@@ -1,0 +1,32 @@
+"""What is learned: each task is one file here and one config in configs/task/.
+
+task = tasks.build(cfg)  # cfg.task.name is a key of TASKS, or `module:Class` of your own
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from dropkey.config.check import nearest
+from dropkey.config.schema import TrainConfig
+from dropkey.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dropkey.tasks.base import Task
+
+TASKS = {"classification": "dropkey.tasks.classification:Classification"}
+
+
+def build(cfg: TrainConfig) -> "Task":
+    """The task that `cfg.task` names.
+
+    Raises:
+        ConfigError: no such task, or arguments that it does not take.
+    """
+    place = TASKS.get(cfg.task.name, cfg.task.name)
+    module, _, name = place.partition(":")
+    if not name:
+        raise ConfigError(f"task.name={cfg.task.name} does not exist{nearest(cfg.task.name, TASKS)} (or module:Class)")
+    try:
+        return getattr(importlib.import_module(module), name)(cfg, **cfg.task.args)
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ConfigError(f"task.name={cfg.task.name}: {error}") from None

@@ -1,0 +1,100 @@
+"""What the training loop asks of a task, and nothing else: see `Task`."""
+
+from abc import ABC, abstractmethod
+from typing import Any, Iterator, Optional, Protocol
+
+from torch import Tensor, nn
+
+from dropkey.config.schema import TrainConfig
+from dropkey.metrics import Metric
+
+
+class Batch(Protocol):
+    """A microbatch, on the device. Its `len` is its number of samples."""
+
+    ids: Tensor  # int64, on the CPU: positions in the split, named when training diverges
+
+    def __len__(self) -> int: ...
+
+
+class TrainLoader(Protocol):
+    """One process's part of every epoch; `len` is the number of optimizer steps per epoch."""
+
+    def __len__(self) -> int: ...
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """`grad_accum_steps` microbatches for each optimizer step from step `start` on; a function of its arguments and
+        of the run's seed, so that a resumed epoch continues exactly."""
+
+    def close(self) -> None: ...
+
+
+class Scores(Protocol):
+    """Sums over one process's samples of a split."""
+
+    def update(self, outputs: Any, batch: Batch) -> None: ...
+
+    def compute(self, dist) -> dict[str, float]:
+        """The figures over all processes, the same in each: a value per metric, and `samples`."""
+
+
+class Task(ABC):
+    """What is learned, from which data, and how it is measured.
+
+    `metrics` are the figures of an evaluation; the first is watched during training, and its direction decides which
+    checkpoint is best. `dist` below is the process's `dropkey.engine.distributed.DistContext`.
+    """
+
+    metrics: tuple[Metric, ...]
+
+    def __init__(self, cfg: TrainConfig):
+        self.cfg = cfg
+
+    # ------------------------------------------------------------------------------------------- data and model
+
+    @abstractmethod
+    def load_data(self) -> Any:
+        """A data set with the splits `train`, `val` (or None) and `test`, and a `fingerprint()`."""
+
+    @abstractmethod
+    def describe_data(self, data: Any) -> str:
+        """Sizes and kinds of samples, for the first lines of a run."""
+
+    @abstractmethod
+    def build_model(self, data: Any, *, pretrained: bool, fused: bool) -> nn.Module:
+        """The model with its head for these data, not yet regularized; initialised from torch's generator."""
+
+    @abstractmethod
+    def train_loader(self, data: Any, dist) -> TrainLoader: ...
+
+    @abstractmethod
+    def eval_loader(self, data: Any, split: str, dist, batch_size: Optional[int] = None) -> Any:
+        """Every sample of the split once over all processes, in equally many batches per process, some perhaps empty."""
+
+    @abstractmethod
+    def example(self, data: Any, dist) -> Batch:
+        """One sample as the model takes it, for a trial forward pass."""
+
+    # ----------------------------------------------------------------------------------------------------- loss
+
+    @abstractmethod
+    def normalisers(self, batch: Batch) -> dict[str, float]:
+        """What each of the `losses` is divided by: summed over the microbatches and processes of an optimizer step
+        before dividing (at least 1). Read from the batch alone, on the host: samples, boxes, ..."""
+
+    @abstractmethod
+    def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Sums over the microbatch, under the keys of `normalisers`. Their normalised sum is minimised."""
+
+    # ----------------------------------------------------------------------------------------------- evaluation
+
+    @abstractmethod
+    def predict(self, model: nn.Module, batch: Batch) -> Any:
+        """What `Scores.update` takes."""
+
+    @abstractmethod
+    def average(self, outputs: list[Any]) -> Any:
+        """Several stochastic predictions of one batch as one (Monte Carlo)."""
+
+    @abstractmethod
+    def scores(self) -> Scores: ...

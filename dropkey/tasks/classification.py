@@ -1,0 +1,121 @@
+"""Image classification: one class per image."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dropkey import data as loaders
+from dropkey import datasets
+from dropkey.metrics import Metric
+from dropkey.models import create_model
+from dropkey.tasks.base import Task
+
+BINS = 15  # of the calibration error (Guo et al., 2017)
+
+
+class Classification(Task):
+    """Cross-entropy of class ids, or of the soft targets that mixup, cutmix and label smoothing make."""
+
+    metrics = (
+        Metric("top1", "top-1", "%"),
+        Metric("top5", "top-5", "%"),
+        Metric("loss", "loss", digits=4, higher_is_better=False),
+        Metric("ece", "calibration error", "%", higher_is_better=False),
+    )
+
+    def load_data(self) -> loaders.Dataset:
+        return datasets.load(self.cfg.data)
+
+    def describe_data(self, data: loaders.Dataset) -> str:
+        named = (("training", data.train), ("validation", data.val), ("test", data.test))
+        sizes = ", ".join(f"{len(split):,} {name}" for name, split in named if split is not None)
+        return f"{sizes} images of {data.num_classes} classes, {data.image_size} px"
+
+    def build_model(self, data: loaders.Dataset, *, pretrained: bool, fused: bool) -> nn.Module:
+        return create_model(
+            self.cfg.model,
+            image_size=data.image_size,
+            channels=data.channels,
+            num_classes=data.num_classes,
+            pretrained=pretrained,
+            fused=fused,
+        )
+
+    def train_loader(self, data: loaders.Dataset, dist) -> loaders.TrainLoader:
+        cfg = self.cfg
+        loader = loaders.train_loader(
+            data,
+            cfg.data,
+            cfg.augment,
+            batch_size=cfg.trainer.batch_size,
+            grad_accum_steps=cfg.trainer.grad_accum_steps,
+            seed=cfg.seed,
+            rank=dist.rank,
+            world_size=dist.world_size,
+            device=dist.device,
+        )
+        return loaders.FirstBatch(loader, cfg.trainer.grad_accum_steps) if cfg.trainer.overfit else loader
+
+    def eval_loader(self, data: loaders.Dataset, split: str, dist, batch_size=None) -> loaders.EvalLoader:
+        return loaders.eval_loader(
+            data,
+            split,
+            self.cfg.data,
+            batch_size=batch_size or self.cfg.trainer.eval_batch_size,
+            rank=dist.rank,
+            world_size=dist.world_size,
+            device=dist.device,
+        )
+
+    def example(self, data: loaders.Dataset, dist) -> loaders.Batch:
+        images = torch.zeros(1, data.channels, data.image_size, data.image_size, device=dist.device)
+        zero = torch.zeros(1, dtype=torch.int64)
+        return loaders.Batch(images, zero.to(dist.device), zero)
+
+    def normalisers(self, batch: loaders.Batch) -> dict[str, float]:
+        return {"cross_entropy": len(batch)}
+
+    def losses(self, model: nn.Module, batch: loaders.Batch) -> dict[str, Tensor]:
+        return {"cross_entropy": F.cross_entropy(model(batch.images), batch.targets, reduction="sum")}
+
+    def predict(self, model: nn.Module, batch: loaders.Batch) -> Tensor:
+        return model(batch.images)
+
+    def average(self, outputs: list[Tensor]) -> Tensor:
+        """The mean of the probabilities, as log-probabilities."""
+        return torch.stack([logits.float().softmax(-1) for logits in outputs]).mean(0).log()
+
+    def scores(self) -> "ClassificationScores":
+        return ClassificationScores()
+
+
+class ClassificationScores:
+    """Top-1 and top-5, cross-entropy and expected calibration error."""
+
+    def __init__(self):
+        self.totals = torch.zeros(4, dtype=torch.float64)  # correct, correct among five, summed loss, images
+        self.bins = torch.zeros(3, BINS, dtype=torch.float64)  # images, correct, summed confidence
+
+    def update(self, outputs: Tensor, batch: loaders.Batch) -> None:
+        """`outputs`: logits or log-probabilities, B x classes."""
+        logits, targets = outputs.float().cpu(), batch.targets.cpu()  # float64 sums, which not every device has
+        hits = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == targets[:, None]
+        correct, loss = hits[:, 0], F.cross_entropy(logits, targets, reduction="none")
+        self.totals += torch.tensor([correct.sum(), hits.any(-1).sum(), loss.double().sum(), len(targets)])
+        confidence = logits.softmax(-1).amax(-1)
+        which = (confidence.nan_to_num() * BINS).long().clamp_(max=BINS - 1)
+        values = torch.stack([torch.ones_like(confidence), correct.float(), confidence]).double()
+        self.bins.index_add_(1, which, values)
+
+    def compute(self, dist) -> dict[str, float]:
+        """Percent, but for `loss` (nats)."""
+        totals, bins = dist.sum(self.totals), dist.sum(self.bins)
+        correct, among_five, loss, count = totals.tolist()
+        gap = (bins[1] - bins[2]).abs().sum().item()
+        return {
+            "top1": 100 * correct / count,
+            "top5": 100 * among_five / count,
+            "loss": loss / count,
+            "ece": 100 * gap / count,
+            "samples": int(count),
+        }
