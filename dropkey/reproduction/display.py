@@ -95,7 +95,9 @@ class Watch:
         if self.durations:
             average = sum(self.durations) / len(self.durations)
             title += f", about {clock((len(states) - over) * average / len(launcher.slots))} left"
-        grid = Grid("run", "slot", "epoch", "training loss", "samples/s", "time", box=None, pad_edge=False, padding=(0, 2))
+        grid = Grid(
+            "run", "slot", "epoch", "training loss", "samples/s", "time", box=None, pad_edge=False, padding=(0, 2)
+        )
         for one in running:
             epoch, last = (0, None) if one.job.evaluation else progress(one.job)
             loss = [f"{last['train_loss']:.4f}", f"{last['samples_per_second']:,.0f}"] if last else ["", ""]

@@ -46,7 +46,9 @@ def estimate(jobs: Sequence[Job]) -> tuple[float, int, int]:
 def cost_key(job: Job) -> str:
     """Trainings with the same key take the same time per epoch."""
     keys = identity.canonical(job.config)
-    return str({k: v for k, v in keys.items() if k.startswith(("model.", "data.", "trainer.")) and k != "trainer.epochs"})
+    return str(
+        {k: v for k, v in keys.items() if k.startswith(("model.", "data.", "trainer.")) and k != "trainer.epochs"}
+    )
 
 
 def progress(job: Job) -> tuple[int, Optional[dict]]:

@@ -1,6 +1,7 @@
-"""The report of a table: Markdown, HTML with the pictures inside, LaTeX, CSV, JSON. The same records give the same bytes.
+"""The report of a table: Markdown, HTML with the pictures inside, LaTeX, CSV and JSON.
 
-The text is in templates/. The HTML page is the Markdown report, rendered by markdown-it.
+The text is in templates/; the HTML page is the Markdown report, rendered by markdown-it. The same records give the
+same bytes.
 """
 
 import csv
@@ -67,7 +68,7 @@ def markdown(comparison: Comparison, drawn: dict[str, str]) -> str:
     pairs = max((one.n for one in compared), default=0)
     environment = jinja2.Environment(**OPTIONS)
     environment.filters |= {"cell": escape_markdown, "named": named, "in_units": in_units}
-    return environment.get_template("report.md.j2").render(
+    text = environment.get_template("report.md.j2").render(
         table=table,
         metric=comparison.metric,
         drawn=drawn,
@@ -87,6 +88,7 @@ def markdown(comparison: Comparison, drawn: dict[str, str]) -> str:
         unfinished=[escape_markdown(line) for line in unfinished(comparison)],
         provenance=provenance(comparison),
     )
+    return re.sub(r"\n{3,}", "\n\n", text)
 
 
 def page(title: str, text: str, drawn: dict[str, str]) -> str:
@@ -105,7 +107,9 @@ def latex(comparison: Comparison) -> str:
     table, rows = comparison.table, []
     for row in table.rows:
         cells = [comparison.cells[row, column] for column in table.columns]
-        ours = [text for cell in cells for text in (mean(cell, comparison.metric), in_brackets(cell, comparison.metric))]
+        ours = [
+            text for cell in cells for text in (mean(cell, comparison.metric), in_brackets(cell, comparison.metric))
+        ]
         rows.append([row, *ours, *papers(comparison, row)])
     caption = f"{table.title}. {about(comparison)} {overview_caption(comparison)}".replace("`", "")
     marks = {"variable_start_string": "<<", "variable_end_string": ">>", "block_start_string": "<%"}
@@ -118,7 +122,19 @@ def latex(comparison: Comparison) -> str:
 def comma_separated(comparison: Comparison) -> str:
     """A line per cell and seed."""
     metrics = [metric.key for metric in comparison.metrics]
-    keys = ["row", "column", "seed", "state", "reason", *metrics, "train_loss", "entropy", "epochs", "seconds", "samples"]
+    keys = [
+        "row",
+        "column",
+        "seed",
+        "state",
+        "reason",
+        *metrics,
+        "train_loss",
+        "entropy",
+        "epochs",
+        "seconds",
+        "samples",
+    ]
     keys += ["monte_carlo", "facts", "run", "code", "data", "commit", "torch", "hardware"]
     text = io.StringIO()
     writer = csv.DictWriter(text, keys, extrasaction="ignore", lineterminator="\n")
@@ -190,7 +206,7 @@ def in_units(metric: Metric) -> str:
 
 
 def escape_markdown(text: str) -> str:
-    return re.sub(r"([\\`*|<\[])", r"\\\1", text)
+    return re.sub(r"([\\`*|<])", r"\\\1", text)
 
 
 def escape_latex(value) -> str:

@@ -28,7 +28,9 @@ def gather(table: Table, jobs: dict[tuple[str, str, int], Job]) -> tuple[dict, l
     results = {job: RunDirectory(job.run).read_json(job.result) for job in jobs.values() if state(job)[0] == DONE}
     metrics = {json.dumps(result["metrics"]): job.name for job, result in results.items()}
     require(len(metrics) < 2, f"the runs of this table have different metrics: {' and '.join(metrics.values())}")
-    shown = [override for override in table.overrides if not identity.has_no_effect(override.lstrip("+~").split("=")[0])]
+    shown = [
+        override for override in table.overrides if not identity.has_no_effect(override.lstrip("+~").split("=")[0])
+    ]
     head = {
         "table": table.name,
         "scale": table.scale,

@@ -110,7 +110,9 @@ def load(table: str, scale: str, seeds: Optional[tuple[int, ...]] = None, overri
         baseline=baseline,
         seeds=read_seeds(seeds if seeds is not None else chosen.get("seeds", 5)),
         rows=rows,
-        columns={str(label): read_overrides(value, f"{where}column '{label}'") for label, value in chosen["columns"].items()},
+        columns={
+            str(label): read_overrides(value, f"{where}column '{label}'") for label, value in chosen["columns"].items()
+        },
         claims=tuple(claim for claim in claims if claim.better in rows and claim.worse in rows),
         paper=paper,
         overrides=overrides,
@@ -157,7 +159,9 @@ def read_seeds(value) -> tuple[int, ...]:
     seeds = tuple(range(value)) if isinstance(value, int) else tuple(value)
     good = seeds and all(isinstance(seed, int) and seed >= 0 for seed in seeds) and len(set(seeds)) == len(seeds)
     require(good, f"seeds={value}: a number of seeds from 1, or a list of different seeds")
-    require(len(seeds) <= MAX_SEEDS, f"seeds: {len(seeds)} are more than {MAX_SEEDS}, the most that the tests can count")
+    require(
+        len(seeds) <= MAX_SEEDS, f"seeds: {len(seeds)} are more than {MAX_SEEDS}, the most that the tests can count"
+    )
     return seeds
 
 
