@@ -94,8 +94,8 @@ def markdown(comparison: Comparison, drawn: dict[str, str]) -> str:
 def page(title: str, text: str, drawn: dict[str, str]) -> str:
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
 
-    def figure(image: re.Match) -> str:
-        return f'<figure>\n<svg role="img" aria-label="{image[2]}"{drawn[image[1]].partition("<svg")[2]}</figure>'
+    def figure(found: re.Match) -> str:
+        return f'<figure>\n<svg role="img" aria-label="{found[2]}"{drawn[found[1]].partition("<svg")[2]}</figure>'
 
     body = re.sub(r'<p><img src="(\w+\.svg)" alt="([^"]*)" /></p>', figure, body)
     template = jinja2.Environment(autoescape=True, **OPTIONS).get_template("report.html.j2")

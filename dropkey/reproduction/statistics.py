@@ -48,7 +48,7 @@ def estimate(values: Sequence[float]) -> Optional[Estimate]:
     if n == 1:
         return Estimate(1, mean)
     deviation = float(np.std(values, ddof=1))
-    if deviation == 0:  # scipy divides by it
+    if deviation <= 1e-12 * abs(mean):  # equal values, up to rounding: scipy would divide by 0
         return Estimate(n, mean, 0.0, mean, mean, float(mean == 0))
     test = stats.ttest_1samp(values, 0)
     return Estimate(n, mean, deviation, *map(float, test.confidence_interval(LEVEL)), float(test.pvalue))
