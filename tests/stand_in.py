@@ -22,7 +22,7 @@ RESULT = {
     "samples": 10,
     "versions": VERSIONS,
     "hardware": "none",
-    "code": {"all": "c"},
+    "code": {"engine": "new"},
 }
 
 
