@@ -1,15 +1,12 @@
 """A trained run on a split: what eval.py does once torch may be imported."""
 
 import copy
-import dataclasses
 from pathlib import Path
 
-import torch
-
-from dropkey import patching, tasks, weights
+from dropkey import datasets, patching, tasks, weights
 from dropkey.code_version import code_of
 from dropkey.config import identity
-from dropkey.config.schema import DataConfig, EvalConfig, TrainConfig
+from dropkey.config.schema import EvalConfig, TrainConfig
 from dropkey.engine.distributed import DistContext
 from dropkey.engine.evaluate import evaluate, monte_carlo
 from dropkey.engine.optim import build_autocast
@@ -37,7 +34,7 @@ def evaluate_run(cfg: EvalConfig, trained: TrainConfig, directory: Path) -> tupl
         if cfg.root is not None:
             settings.data.root = cfg.root
         if cfg.data is not None:
-            settings.data = match_data(cfg.data, trained, options.split)
+            settings.data = datasets.preprocessed_as(cfg.data, trained.data, options.split)
         task = tasks.build(settings)
         data = task.load_data()
         model, _ = build_regularized(task, data, dist)
@@ -61,7 +58,7 @@ def evaluate_run(cfg: EvalConfig, trained: TrainConfig, directory: Path) -> tupl
                 raise ConfigError(f"eval.monte_carlo={options.monte_carlo}: this run has no regularizer to keep on")
 
             def reseed(batch: int, index: int) -> None:
-                torch.manual_seed(derive_seed(trained.seed, "monte carlo", batch, index, dist.rank))
+                patching.seed_masks(model, derive_seed(trained.seed, "monte carlo", batch, index, dist.rank))
 
             averaged = monte_carlo(predict, task.average, options.monte_carlo, reseed)
             with patching.always_on(model):
@@ -82,15 +79,6 @@ def evaluate_run(cfg: EvalConfig, trained: TrainConfig, directory: Path) -> tupl
         if dist.is_main:
             write_json(path, result)
         return result, path
-
-
-def match_data(other: DataConfig, trained: TrainConfig, split: str) -> DataConfig:
-    """Another data set, seen through the eyes of the run: its image size, channels and normalisation. Nothing is
-    held out of its training images unless that is what will be looked at."""
-    own = trained.data
-    held_out = other.val_fraction if split == "val" else 0.0
-    eyes = {key: getattr(own, key) for key in ("image_size", "channels", "mean", "std")}
-    return dataclasses.replace(other, **eyes, val_fraction=held_out)
 
 
 def describe(result: dict) -> str:

@@ -24,7 +24,7 @@ class Metric:
     proportion: bool = False
 
     def format(self, value: float) -> str:
-        """top-1 33.55 %"""
+        """Label, value and unit, such as: loss 0.1234"""
         return f"{self.label} {value:.{self.digits}f}" + (f" {self.unit}" if self.unit else "")
 
     def better(self, value: float, than: float) -> bool:

@@ -10,7 +10,7 @@ from typing import Iterator
 import torch
 from torch import nn
 
-from dropkey import curves, patching, tasks, weights
+from dropkey import patching, plotting, tasks, weights
 from dropkey.code_version import code_of
 from dropkey.config import compose, identity
 from dropkey.config.schema import TrainConfig
@@ -244,6 +244,7 @@ def seed_microbatch(seed: int, model: nn.Module, step: int, microbatch: int) -> 
     """Masks follow from (run seed, step, microbatch, layer), whatever else draws random numbers; other dropout and
     stochastic depth from torch's generator."""
     torch.manual_seed(derive_seed(seed, "step", step, microbatch))
+    patching.seed_masks(model, derive_seed(seed, "masks", step, microbatch))
 
 
 # ---------------------------------------------------------------------------------------------------- what is shown
@@ -270,7 +271,7 @@ def draw_curves(cfg: TrainConfig, run: RunDirectory, task: Task, watched: str, p
     split = {"val": "validation"}.get(watched, watched)
     try:
         if run.records("epoch"):
-            curves.draw(run.records(), title, run.path / "curves.png", split, task.metrics[0])
+            plotting.curves(run.records(), title, run.path / "curves.png", split, task.metrics[0])
     except Exception as error:
         progress.info(f"no curves.png: {type(error).__name__}: {error}")
 

@@ -65,7 +65,7 @@ def load_weights(model: nn.Module, path: Path) -> list[str]:
     if wrong:
         raise ConfigError(
             f"{path} does not fit the model: {len(wrong)} of {len(own)} weights are missing or of another shape, "
-            f"first {wrong[0]}; choose the model= and data.image_size= it was trained with"
+            f"first {wrong[0]}; choose the model and image size it was trained with"
         )
     model.load_state_dict({**own, **{name: weights[name] for name in own if name not in missing_keys}})
     return missing_keys

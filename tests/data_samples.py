@@ -10,9 +10,9 @@ from dropkey.config.schema import AugmentConfig, DataConfig
 from dropkey.data import train_loader
 from dropkey.datasets import load
 
-LIGHT = AugmentConfig(hflip=True, crop_padding=2, random_erasing=0.5)
-HEAVY = AugmentConfig(hflip=True, crop_scale=[0.3, 1.0], rand_augment="rand-m9-mstd0.5-inc1", random_erasing=0.25)
-MIXED = AugmentConfig(hflip=True, crop_padding=1, mixup=0.8, cutmix=1.0, label_smoothing=0.1)
+LIGHT = AugmentConfig(hflip=0.5, crop_padding=2, random_erasing=0.5)
+HEAVY = AugmentConfig(hflip=0.5, crop_scale=[0.3, 1.0], rand_augment="rand-m9-mstd0.5-inc1", random_erasing=0.25)
+MIXED = AugmentConfig(hflip=0.5, crop_padding=1, mixup=0.8, cutmix=1.0, label_smoothing=0.1)
 
 
 def write_images(folder: Path, count: int, size=(12, 12), seed: int = 0, suffix: str = ".png") -> None:

@@ -13,7 +13,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 import runs
 import train
-from dropkey import curves
+from dropkey import plotting
 from dropkey.config import compose
 from dropkey.engine import trainer
 from dropkey.errors import DataError
@@ -33,7 +33,7 @@ def main() -> None:
             os.kill(os.getpid(), number)
 
     trainer.Trainer.count = count
-    curves.draw = lambda *args: None
+    plotting.curves = lambda *args: None
     sys.argv = ["train.py", *runs.SMALL, f"output={output}", *words]
     compose.launch("train", train.main)
 

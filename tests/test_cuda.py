@@ -117,3 +117,25 @@ def test_a_compiled_model_trains_and_draws_anew(mode):
         outs.append(out.detach().clone())
     assert not torch.equal(outs[-1], outs[-2])
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_a_graph_that_is_replayed_follows_a_new_seed_of_the_masks():
+    model, outs = FAMILIES["vit"]().cuda(), []
+    dropkey.apply(model, "dropkey", 0.3, "constant")
+    images = pictures(model).cuda()
+    dropkey.seed_masks(model, 1)
+    with torch.no_grad():
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                model(images)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = model(images)
+        for seed in (1, 2, 1):
+            dropkey.seed_masks(model, seed)
+            graph.replay()
+            outs.append(out.clone())
+            torch.testing.assert_close(outs[-1], model(images))
+    assert torch.equal(outs[0], outs[2]) and not torch.equal(outs[0], outs[1])

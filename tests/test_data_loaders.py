@@ -138,7 +138,7 @@ def test_epochs_seeds_and_positions_are_augmented_differently(folder, augment):
     loaders = [train_loader(dataset, data, augment, batch_size=16, seed=seed) for seed in (0, 1)]
     shown = torch.cat([next(loader.epoch(epoch)).images for loader in loaders for epoch in (0, 1)])
     distinct = {image.numpy().tobytes() for image in shown}
-    assert len(distinct) > 55
+    assert len(distinct) > 48  # of 64; half of the light ones are one of 50 crops and mirrors, without erasing
 
 
 @pytest.mark.parametrize("workers", [0, 2])

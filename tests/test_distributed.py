@@ -80,7 +80,7 @@ def test_sigterm_to_one_rank_saves_once_and_resumes_to_the_same_bits(two, stoppe
     done, run = stopped
     assert done.returncode != 0
     assert run.status()["state"] == "interrupted"
-    assert runs.state(run)["position"]["update"] == 4
+    assert runs.state(run)["position"]["global_step"] == 4
     copied(run, tmp_path)
     done, run, _ = launch(tmp_path)
     assert done.returncode == 0, done.stderr
@@ -116,7 +116,10 @@ def test_an_error_in_one_process_ends_the_job_and_is_told_once(tmp_path):
 def test_another_number_of_processes_is_noticed_aloud(stopped, tmp_path):
     run = copied(stopped[1], tmp_path)
     assert runs.train(tmp_path).path == run.path
-    assert "resuming with 1 processes x 1 chunks, before 2 x 1: same global batch" in (run.path / "log.txt").read_text()
+    assert (
+        "resuming with 1 processes x 1 microbatches instead of 2 x 1: same global batch"
+        in (run.path / "log.txt").read_text()
+    )
 
 
 def test_a_mistake_in_the_config_is_reported_once(tmp_path):

@@ -1,7 +1,9 @@
 """The contract of randomness: one seed per call, everything else a pure function of it, compiled or not."""
 
 import copy
+import functools
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import dropkey
 from dropkey import bernoulli, regularizers
 from dropkey.operator import cpu
+from dropkey.patching.patch import regularized_layers
 from dropkey.regularizers import REGULARIZERS, STRUCTURED
 from tiny_models import FAMILIES, pictures
 
@@ -267,3 +270,134 @@ def test_a_copy_has_a_ratio_of_its_own():
     dropkey.set_ratio(other, 0.5, "constant")
     layers = [one.blocks[0].attn.attn_drop for one in (model, other)]
     assert [bernoulli.as_ratio(layer.threshold).item() for layer in layers] == pytest.approx([0.1, 0.5])
+
+
+# ---- explicit seeds of a model's masks
+
+
+def seeded(kind="dropkey", family="vit", seed=5):
+    """A model whose masks have a seed, and images for it."""
+    model = FAMILIES[family]()
+    dropkey.apply(model, kind, 0.3, "constant", window=3 if kind in STRUCTURED else None)
+    dropkey.seed_masks(model, seed)
+    return model, pictures(model)
+
+
+def step(model, images, forward=None):
+    """The output and the gradients."""
+    out = (model if forward is None else forward)(images)
+    return [out, *torch.autograd.grad(out.square().sum(), [p for p in model.parameters() if p.requires_grad])]
+
+
+def layers_of(model):
+    return [layer for _, layer in regularized_layers(model)]
+
+
+@KIND
+def test_with_a_seed_other_consumers_of_random_numbers_change_no_mask(kind):
+    def consume(*_):
+        torch.rand(7)
+
+    model, images = seeded(kind)
+    before = step(model, images)
+    for block in model.blocks:
+        block.attn.register_forward_pre_hook(consume)
+    assert equal(step(model, images), before)
+
+
+def test_with_a_seed_the_default_generator_is_left_alone():
+    model, images = seeded()
+    before = torch.get_rng_state()
+    step(model, images)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_every_layer_and_every_seed_has_masks_of_its_own(drawn):
+    model, images = seeded(family="volo")
+    for seed in (5, 6, 5, -1, 2**70):
+        dropkey.seed_masks(model, seed)
+        model(images)
+    masks = [mask for _, mask, _ in drawn]
+    count = len(masks) // 5
+    first, again = masks[:count], masks[2 * count : 3 * count]
+    assert equal(first, again)
+    others = masks[: 2 * count] + masks[3 * count :]
+    assert not any(a.shape == b.shape and torch.equal(a, b) for a, b in itertools.combinations(others, 2))
+
+
+def test_without_a_seed_again_manual_seed_reproduces():
+    (model, images), plain = seeded(), FAMILIES["vit"]()
+    plain.load_state_dict(model.state_dict())
+    dropkey.apply(plain, "dropkey", 0.3, "constant")
+    dropkey.seed_masks(model, None)
+    found = []
+    for each in (model, plain):
+        torch.manual_seed(5)
+        found.append(step(each, images))
+    assert equal(*found)
+
+
+@pytest.mark.parametrize("kind", ["dropkey", "dropkey_cross", "dropout"])
+def test_another_seed_does_not_recompile_and_compiled_masks_are_eager_masks(kind):
+    model, images = seeded(kind)
+    backend, count = counting()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    counts, outs = set(), []
+    for seed in (5, 6, 7, 5):
+        dropkey.seed_masks(model, seed)
+        outs.append(step(model, images, compiled))
+        torch.testing.assert_close(outs[-1], step(model, images), rtol=1e-4, atol=1e-4)
+        counts.add(count[0])
+    assert len(counts) == 1
+    assert equal(outs[0], outs[3]) and not torch.equal(outs[0][0], outs[1][0])
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("preserve", [True, False])
+def test_recomputation_gives_the_seeded_masks_again(preserve, use_reentrant):
+    model, images = seeded()
+    images.requires_grad_()
+    forward = functools.partial(checkpoint, model, use_reentrant=use_reentrant, preserve_rng_state=preserve)
+    gradients = []
+    for run_forward in (model, forward):
+        model.zero_grad()
+        run_forward(images).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "triton"])
+def test_another_seed_before_the_backward_pass_changes_no_gradient(impl):
+    model, images = FAMILIES["vit"](), torch.randn(1, 3, 32, 32)
+    dropkey.apply(model, "dropkey", 0.3, "constant", impl=impl)
+    dropkey.seed_masks(model, 5)
+    wanted, out = step(model, images), model(images)
+    dropkey.seed_masks(model, 6)
+    found = torch.autograd.grad(out.square().sum(), [p for p in model.parameters() if p.requires_grad])
+    assert equal(found, wanted[1:])
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_keeps_the_seed_and_is_seeded_by_itself(way):
+    model, images = seeded()
+    before, twin = step(model, images), way(model)
+    assert equal(step(twin, images), before)
+    dropkey.seed_masks(twin, 6)
+    assert equal(step(model, images), before)
+    assert not torch.equal(twin(images), before[0])
+
+
+def test_casts_and_new_memory_keep_the_seed():
+    model, _ = seeded()
+    wanted = [layer.seed for layer in layers_of(model)]
+    for change in (lambda: model.to(torch.bfloat16), lambda: model.to("meta"), lambda: model.to_empty(device="cpu")):
+        change()
+        assert [layer.mask_seed.item() for layer in layers_of(model)] == wanted
+    assert not any("seed" in name for name in model.state_dict())
+
+
+def test_a_layer_that_runs_twice_uses_its_mask_twice(drawn):
+    model, _ = seeded()
+    layer, tokens = model.blocks[0].attn, torch.randn(2, 17, 32)
+    assert torch.equal(layer(tokens), layer(tokens))
+    assert torch.equal(drawn[0][1], drawn[1][1])

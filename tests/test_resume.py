@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import runs
-from dropkey import curves
+from dropkey import plotting
 from dropkey.config.schema import REGULARIZER_NAMES, SCHEDULES
 from dropkey.engine import trainer
 from dropkey.errors import Interrupted
@@ -25,7 +25,7 @@ EVERYTHING = (
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
-    monkeypatch.setattr(curves, "draw", lambda *args: None)
+    monkeypatch.setattr(plotting, "curves", lambda *args: None)
 
 
 def assert_resumes_exactly(tmp_path, monkeypatch, step: int, *overrides: str, number: int = signal.SIGTERM) -> None:
@@ -189,9 +189,9 @@ def test_a_regularizer_does_not_change_initialisation_or_data_order(tmp_path, mo
     monkeypatch.setattr(
         trainer.Trainer,
         "step",
-        lambda self, batches: (
+        lambda self, microbatches: (
             starts.append(
-                ({k: v.clone() for k, v in self.state.model.state_dict().items()}, next(batches).ids.tolist())
+                ({k: v.clone() for k, v in self.state.model.state_dict().items()}, microbatches[0].ids.tolist())
             )
             or 0.0
         ),

@@ -12,7 +12,7 @@ import torch
 import eval as evaluating
 import runs
 import train as training
-from dropkey import curves, evaluation, weights
+from dropkey import evaluation, plotting, weights
 from dropkey.config.schema import REGULARIZER_NAMES, DataConfig, EvalConfig, EvaluationConfig
 from dropkey.engine import distributed, tracking, trainer
 from dropkey.engine.evaluate import evaluate
@@ -94,7 +94,7 @@ def test_the_first_20_losses_are_those_on_record(tmp_path, kind, monkeypatch):
     """tests/golden/losses.json; make it again with: python tests/golden/make.py losses"""
     from golden import make
 
-    monkeypatch.setattr(curves, "draw", lambda *args: None)
+    monkeypatch.setattr(plotting, "curves", lambda *args: None)
     assert make.losses(tmp_path, kind) == pytest.approx(GOLDEN[kind], rel=2e-4)
 
 
@@ -179,7 +179,7 @@ def test_a_picture_that_cannot_be_drawn_does_not_fail_the_run(tmp_path, monkeypa
     def fail(*args):
         raise OSError("no font cache")
 
-    monkeypatch.setattr(curves, "draw", fail)
+    monkeypatch.setattr(plotting, "curves", fail)
     run = runs.train(tmp_path)
     assert run.status()["state"] == "done"
     assert "no curves.png: OSError: no font cache" in (run.path / "log.txt").read_text()

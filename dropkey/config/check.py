@@ -207,7 +207,7 @@ def check_data(data: DataConfig) -> None:
 
 def check_augment(cfg: TrainConfig) -> None:
     augment = cfg.augment
-    for key in ("random_erasing", "mixup_prob"):
+    for key in ("hflip", "random_erasing", "mixup_prob"):
         within(f"augment.{key}", getattr(augment, key), 0, 1)
     within("augment.label_smoothing", augment.label_smoothing, 0, 1, high_open=True)
     for key in ("mixup", "cutmix", "crop_padding"):

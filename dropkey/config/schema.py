@@ -71,7 +71,7 @@ class DataConfig:
 
 @dataclass
 class AugmentConfig:
-    hflip: bool = False  # mirror horizontally, half of the time
+    hflip: float = 0.0  # probability of mirroring horizontally
     crop_padding: int = 0  # pixels of reflected border before a random crop of image_size
     crop_scale: Optional[List[float]] = None  # random resized crop: least and largest share of the area
     rand_augment: Optional[str] = None  # timm's policy string, such as rand-m9-mstd0.5-inc1

@@ -1,8 +1,8 @@
-"""Augmentation in two stages, every random number of which follows from a counter.
+"""Augmentation in two stages. Every random number is derived from the run's seed and the image's place in the epoch.
 
-Pictures (optional, in the decoding workers): random resized crop and RandAugment, of timm, on PIL images.
-Batches (always, on the device): mirror, padded crop, normalisation, random erasing; then mixup or cutmix, of timm.
-Both ways of reading share the second stage, so `data.in_memory` does not change what light augmentation yields.
+1. Pictures, in the decoding workers: random resized crop and RandAugment of timm, on PIL images.
+2. Batches, on the device: mirror, padded crop, normalisation, timm's random erasing; then mixup or cutmix of timm.
+Images in memory and images decoded on demand share the second stage, so `data.in_memory` does not change it.
 Shape letters: B images, C channels, H and W height and width.
 """
 
@@ -15,17 +15,13 @@ import torch
 from PIL import Image
 from timm.data.auto_augment import posterize, rand_augment_transform
 from timm.data.mixup import Mixup, mixup_target
+from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from dropkey.config.schema import AugmentConfig, DataConfig
 from dropkey.data.images import resize_center_crop, to_device
 from dropkey.errors import ConfigError
 from dropkey.seeds import derive_seed
-
-ERASED_AREA = (0.02, 1 / 3)  # share of the image; with the next line as in Zhong et al. (2017) and timm
-ERASED_ASPECT = 1 / 0.3  # height / width lies between its inverse and this
-ATTEMPTS = 10  # at a rectangle that fits
-NOISE_OFFSETS = 65536  # starting points in the bank of noise that fills erased rectangles
 
 
 @contextmanager
@@ -121,38 +117,42 @@ class Normalize:
 class BatchAugment:
     """uint8 B C H W -> float32 B C H W: mirror, crop out of a reflected border, normalise, erase.
 
-    The numbers it needs are rows of `draw`, one row per image, so a batch may be cut into microbatches at will.
-    Erased rectangles hold normal noise per pixel, cut out of one bank of noise at a random place.
+    The numbers it needs are a row of `draw` and a seed per image, so a batch may be cut into microbatches at will.
     """
 
-    COLUMNS = 7 + 2 * ATTEMPTS
+    COLUMNS = 4
 
     def __init__(self, data: DataConfig, augment: AugmentConfig, seed: int, device: torch.device):
         self.normalize = Normalize(data, device)
-        self.hflip, self.padding, self.erasing = augment.hflip, augment.crop_padding, augment.random_erasing
+        self.hflip, self.padding = augment.hflip, augment.crop_padding
         self.size, self.channels, self.seed, self.device = data.image_size, data.channels, seed, device
-        if self.erasing > 0:
-            generator = torch.Generator().manual_seed(derive_seed(seed, "erasing noise"))
-            self.noise = torch.randn(NOISE_OFFSETS + self.channels * self.size**2, generator=generator).to(device)
+        self.erasing = augment.random_erasing
+        self.erase = RandomErasing(probability=1.0, mode="pixel", device=device)
+        if device.type == "cuda":  # where the noise comes from; the training loop seeds it again before each microbatch
+            self.generator = torch.cuda.default_generators[device.index or 0]
+        else:
+            self.generator = torch.default_generator
 
     def draw(self, epoch: int, step: int, batch: int) -> torch.Tensor:
         """float64 (batch, COLUMNS) in [0, 1) on the CPU, for the global batch of one optimizer step."""
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "augment batch", epoch, step))
         return torch.rand(batch, self.COLUMNS, dtype=torch.float64, generator=generator)
 
-    def __call__(self, images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-        flip, down, right, erase, top, left, noise = draws[:, :7].unbind(1)
-        mirrored = (flip < 0.5) & self.hflip
+    def __call__(self, images: torch.Tensor, draws: torch.Tensor, epoch: int, position: int) -> torch.Tensor:
+        """`position` is that of the first image in the epoch."""
+        flip, down, right, erase = draws.unbind(1)
+        mirrored = flip < self.hflip
         if self.hflip or self.padding > 0:
             steps = 2 * self.padding + 1
             images = self._shift(images, mirrored, (down * steps).long(), (right * steps).long())
         images = self.normalize(images)
         if self.erasing > 0:
-            height, width, fits = self._rectangles(draws[:, 7:])
-            top, left = (top * (self.size - height + 1)).long(), (left * (self.size - width + 1)).long()
-            which = ((erase < self.erasing) & fits).nonzero().squeeze(1)
-            chosen = (row[which] for row in (top, height, left, width, (noise * NOISE_OFFSETS).long()))
-            self._erase(images, which, *chosen)
+            with seeded(0):  # leaves the generators of the host as they were
+                for index in (erase < self.erasing).nonzero().flatten().tolist():
+                    image_seed = derive_seed(self.seed, "erasing", epoch, position + index)
+                    random.seed(image_seed)
+                    self.generator.manual_seed(image_seed)
+                    self.erase(images[index])  # in place
         return images
 
     def _shift(self, images, mirrored, down, right):
@@ -173,30 +173,6 @@ class BatchAugment:
     def _reflect(self, index):
         last = self.size - 1
         return last - (last - index.abs()).abs()
-
-    def _rectangles(self, uniform):
-        """Heights and widths in pixels of the first attempt that fits into each image, and whether one does."""
-        area, aspect = uniform[:, :ATTEMPTS], uniform[:, ATTEMPTS:]
-        low, high = ERASED_AREA
-        area = (low + (high - low) * area) * self.size**2
-        aspect = ERASED_ASPECT ** (2 * aspect - 1)
-        height, width = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
-        fits = (height < self.size) & (width < self.size)
-        first = fits.byte().argmax(1, keepdim=True)
-        return height.gather(1, first).squeeze(1), width.gather(1, first).squeeze(1), fits.any(1)
-
-    def _erase(self, images, which, top, height, left, width, noise):
-        """In place: noise into the rectangles of images number `which`."""
-        if len(which) == 0:
-            return
-        here = torch.arange(self.size)
-        rows = (here >= top[:, None]) & (here < (top + height)[:, None])
-        columns = (here >= left[:, None]) & (here < (left + width)[:, None])
-        rows, columns, which = (to_device(tensor, self.device) for tensor in (rows, columns, which))
-        inside = (rows[:, :, None] & columns[:, None, :])[:, None]
-        shape = images.shape[1:]
-        filling = torch.stack([self.noise[start : start + shape.numel()].view(shape) for start in noise.tolist()])
-        images.index_copy_(0, which, torch.where(inside, filling, images.index_select(0, which)))
 
 
 class Mix:

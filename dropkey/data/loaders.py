@@ -1,9 +1,9 @@
 """Loaders: which images make up a batch, on which process, and in what order.
 
-The global batch of optimizer step u in epoch e is order(e)[u * B : (u + 1) * B]. It is cut into world_size x grad_accum_steps
-equal microbatches, of which rank r takes `grad_accum_steps` consecutive ones. Order and augmentation follow from (seed, epoch,
-place in the epoch), so they do not depend on the number of processes, workers or microbatches, nor on where an epoch is
-resumed; mixup and cutmix act within a microbatch and do depend on the number of microbatches.
+The global batch of optimizer step u in epoch e is order(e)[u * B : (u + 1) * B]. It is cut into equal microbatches,
+world_size x grad_accum_steps of them, and rank r takes `grad_accum_steps` consecutive ones. Order and augmentation
+follow from (seed, epoch, place in the epoch): they do not depend on the number of processes, workers or microbatches,
+nor on where an epoch is resumed. Only mixup and cutmix act within a microbatch and depend on their number.
 """
 
 from collections.abc import Iterator
@@ -56,7 +56,7 @@ def train_loader(
     """Batches of the train split for process `rank` of `world_size`; `batch_size` is global.
 
     Raises:
-        ConfigError: the batch cannot be cut into equal microbatches, or into even ones where mixup or cutmix needs them.
+        ConfigError: no equal microbatches are possible, or no even ones where mixup or cutmix needs them.
         DataError: fewer training images than one batch.
     """
     microbatch = _microbatch_size(batch_size, world_size, grad_accum_steps, augment)
@@ -129,7 +129,7 @@ class TrainLoader:
             own = slice(microbatch * self._microbatch, (microbatch + 1) * self._microbatch)
             ids = order[begin : begin + self._microbatch]
             targets = self._targets[to_device(ids, self._device)]
-            images = self._augment(images, draws[own])
+            images = self._augment(images, draws[own], epoch, begin)
             images, targets = self._mix(images, targets, self._seed, "mix", epoch, step, microbatch)
             yield Batch(images, targets, ids)
 

@@ -4,6 +4,7 @@ dataset = load(cfg.data)  # cfg.data.name is a key of DATASETS, or `module:funct
 """
 
 import importlib
+from dataclasses import replace
 
 from dropkey.config.check import nearest
 from dropkey.config.schema import DataConfig
@@ -36,6 +37,13 @@ def load(data: DataConfig) -> Dataset:
     if data.max_train_samples is not None:
         train = limit(train, data.max_train_samples)
     return Dataset(train, val, test, classes, data.channels, data.image_size)
+
+
+def preprocessed_as(other: DataConfig, own: DataConfig, split: str) -> DataConfig:
+    """Another data set with a run's own image size, channels and normalisation. Nothing is held out of its training
+    images unless that is the split to evaluate."""
+    kept = {key: getattr(own, key) for key in ("image_size", "channels", "mean", "std")}
+    return replace(other, **kept, val_fraction=other.val_fraction if split == "val" else 0.0)
 
 
 def reader(name: str):

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from dropkey import regularizers
-from dropkey.bernoulli import as_ratio, as_threshold, new_seed
+from dropkey.bernoulli import as_ratio, as_seed, as_threshold, new_seed
 from dropkey.operator.api import attend
 from dropkey.patching.find import key_grid
 from dropkey.regularizers import Grid, Window
+
+CPU = torch.device("cpu")
 
 
 class Regularize(nn.Module):
@@ -23,8 +25,10 @@ class Regularize(nn.Module):
         self.kind, self.grid, self.num_prefix = kind, grid, num_prefix
         self.always = False  # on in evaluation too, for Monte Carlo
         self.schedule = ("decreasing", 0.0)  # and end, for `set_ratio`
-        self.threshold = as_threshold(0.0, torch.device("cpu"))  # no buffer, which a cast or `to_empty` would spoil
-        self.ratio = 0.0
+        # Tensors, because compiled code and CUDA graphs read new values from the same place; no buffers, because
+        # `to_empty` would lose their values and the state_dict is to stay that of the unpatched model.
+        self.threshold, self.mask_seed = as_threshold(0.0, CPU), as_seed(0, CPU)
+        self.ratio, self.seed = 0.0, None
 
     @property
     def ratio(self) -> float:
@@ -37,13 +41,25 @@ class Regularize(nn.Module):
         self.threshold.copy_(as_threshold(ratio, self.threshold.device))
 
     @property
+    def seed(self) -> Optional[int]:
+        """Of the masks (64 bits); None: each call takes one from the default generator of the device."""
+        return self._seed
+
+    @seed.setter
+    def seed(self, seed: Optional[int]) -> None:
+        """Within a compiled model too: what it guards on is whether there is a seed, not which."""
+        self._seed, self.has_seed = seed, seed is not None
+        self.mask_seed.fill_(seed or 0)
+
+    @property
     def active(self) -> bool:
         return self.drops and (self.training or self.always)
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
         moved = fn(self.threshold)
-        self.threshold = as_threshold(self._ratio, self.threshold.device if moved.is_meta else moved.device)
+        device = self.threshold.device if moved.is_meta else moved.device
+        self.threshold, self.mask_seed = as_threshold(self._ratio, device), as_seed(self._seed or 0, device)
         return self
 
     def where_keys_lie(self, keys: int) -> dict:
@@ -75,10 +91,10 @@ class Regularize(nn.Module):
         return attend(q, k, v, self.regularizer, *draw, impl=self.impl, scale=scale, bias=bias, **where)
 
     def threshold_and_seed(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Threshold and a new seed."""
+        """For one call. The seed is a copy: a later `seed_masks` must not change what the backward pass reads."""
         if self.threshold.device != device:  # a model made on the meta device, or split over devices
-            self.threshold = self.threshold.to(device)
-        return self.threshold, new_seed(device)
+            self.threshold, self.mask_seed = self.threshold.to(device), self.mask_seed.to(device)
+        return self.threshold, self.mask_seed.clone() if self.has_seed else new_seed(device)
 
     def extra_repr(self) -> str:
         window = "" if self.window is None else f", window={self.window}"

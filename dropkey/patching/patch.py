@@ -24,6 +24,7 @@ from dropkey.patching.find import KIND_OF_CLASS, AttentionModule, find, original
 from dropkey.patching.layer import Regularize
 from dropkey.patching.mechanisms import Regularized, regularized_class
 from dropkey.regularizers import Grid, Window
+from dropkey.seeds import derive_seed
 
 UNKNOWN = (
     ": no module holds its dropout of weights as `attn_drop`, calls scaled_dot_product_attention in forward or is "
@@ -194,6 +195,24 @@ def set_ratio(model: nn.Module, ratio: float, schedule: Optional[str] = None, en
     values = schedules.ratios(schedule or before[0], ratio, before[1] if end is None else end, len(layers))
     for layer, value in zip(layers, values, strict=True):
         layer.ratio = value
+
+
+def seed_masks(model: nn.Module, seed: Optional[int]) -> None:
+    """Fixes the masks of the following forward passes: each becomes a pure function of `seed`, the layer's number and
+    the mask's shape, whatever else draws random numbers. A training loop calls it before every forward pass, with a
+    seed of its own for each.
+
+    It writes into a tensor of each layer: compiled code and CUDA graphs that were made with a seed follow a new one.
+    Recomputation in activation checkpointing gives the same masks, also with preserve_rng_state=False, if the backward
+    pass comes before the next call. A layer that runs twice in one forward pass uses the same mask twice. A copy of the
+    model has seeds of its own. Nothing happens to a model without regularized layers.
+
+    Args:
+        seed: any integer; None: every call of a layer draws from the default generator of its device again, as before
+            the first call of this function, so that `torch.manual_seed` reproduces.
+    """
+    for number, (_, layer) in enumerate(regularized_layers(model)):
+        layer.seed = None if seed is None else derive_seed("mask", seed, number)
 
 
 @contextlib.contextmanager
