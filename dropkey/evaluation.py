@@ -19,11 +19,9 @@ from dropkey.session import build_regularized, rounded
 
 
 def evaluate_run(cfg: EvalConfig, trained: TrainConfig, directory: Path) -> tuple[dict, Path]:
-    """Figures of a trained run on a split, and the JSON file in the run directory that now holds them.
+    """The metrics of a trained run on a split, and the JSON file in its directory that now has them; `trained` is the
+    run's own config.
 
-    Args:
-        cfg: what to evaluate and how.
-        trained: the run's own config.
     Raises:
         ConfigError, DataError, StorageError: see dropkey.errors.
     """

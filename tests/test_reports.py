@@ -15,7 +15,7 @@ import pytest
 
 from dropkey.errors import ConfigError
 from dropkey.records import RunDirectory
-from dropkey.reproduction import report, results, tables
+from dropkey.reproduction import content, report, results, tables
 from dropkey.reproduction.comparison import Comparison, compare
 from dropkey.reproduction.jobs import Job, composed
 from dropkey.reproduction.statistics import AGREES, DISAGREES, UNDECIDED
@@ -175,7 +175,7 @@ def test_ours_is_named_for_what_it_is(written):
 def test_a_row_that_is_trained_in_another_way_is_named_beside_the_baselines_training():
     table, head, found = changed(facts=lambda entry: "digits, 9 epochs" if entry["row"] == "Dropout" else "digits")
     rows = {**table.rows, "Dropout": tables.Row("Dropout", of="DropKey")}
-    text = report.about(compare(dataclasses.replace(table, rows=rows), head, found, []))
+    text = content.about(compare(dataclasses.replace(table, rows=rows), head, found, []))
     assert "ViT 2 x 32: digits; 'Dropout': digits, 9 epochs, starting from the runs of 'DropKey'." in text
 
 
@@ -239,8 +239,8 @@ def test_labels_units_digits_and_direction_are_those_of_the_metric(tmp_path):
     assert "reason,error,train_loss" in text["report.csv"]
     assert "vertex error minus that of 'no regularizer' (mm), lower is better" in text["forest.svg"]
     assert "vertex error (mm)" in text["curves.svg"]
-    for content in text.values():
-        assert "top-1" not in content and "binomial" not in content
+    for written in text.values():
+        assert "top-1" not in written and "binomial" not in written
 
 
 def test_no_code_of_tables_knows_a_metric():

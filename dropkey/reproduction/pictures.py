@@ -1,21 +1,11 @@
 """The report's pictures as SVG. The same records give the same bytes."""
 
-import io
 import math
 
-import matplotlib
-
+from dropkey.plotting import COLORS, GREY, save, style, subplots
 from dropkey.reproduction.comparison import Comparison
 from dropkey.reproduction.statistics import estimate
 
-matplotlib.use("svg")
-import matplotlib.pyplot as plt  # after the backend is chosen
-
-STYLE = {"svg.hashsalt": "dropkey", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False}
-STYLE |= {"axes.spines.right": False, "axes.titlesize": 9.5, "axes.titlelocation": "left"}
-# Tol's "bright" and "muted" schemes, which suit any kind of colour vision; the baseline is grey.
-COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#332288", "#dd7733", "#222222", "#44aa99")
-GREY = "#666666"
 DASHES = ("-", "--", ":")
 
 
@@ -25,11 +15,9 @@ def forest(comparison: Comparison) -> str:
     rows = [row for row in table.rows if row != table.baseline]
     unit = f" ({'points' if metric.unit == '%' else metric.unit})" if metric.unit else ""
     better = "" if metric.higher_is_better else ", lower is better"
-    with matplotlib.rc_context(STYLE):
+    with style():
         size = (2.8 + 3.6 * len(table.columns), 1.1 + 0.34 * len(rows))
-        figure, axes = plt.subplots(
-            1, len(table.columns), figsize=size, sharey=True, squeeze=False, layout="constrained"
-        )
+        figure, axes = subplots(1, len(table.columns), size, sharey=True)
         for axis, column in zip(axes[0], table.columns, strict=True):
             base = comparison.cells[table.baseline, column].values
             axis.axvline(0, color=GREY, linewidth=1)
@@ -39,16 +27,16 @@ def forest(comparison: Comparison) -> str:
                 if one is None:
                     continue
                 if one.low is not None:
-                    axis.hlines(height, one.low, one.high, color=COLOURS[0], linewidth=2)
+                    axis.hlines(height, one.low, one.high, color=COLORS[0], linewidth=2)
                 dots = [cell.values[seed] - base[seed] for seed in sorted(cell.values.keys() & base.keys())]
                 axis.plot(dots, [height + 0.22] * len(dots), ".", color=GREY, markersize=4, alpha=0.7)
-                axis.plot(one.mean, height, "s", color=COLOURS[0], markersize=6)
+                axis.plot(one.mean, height, "s", color=COLORS[0], markersize=6)
             axis.set_title(column)
             axis.set_xlabel(f"{metric.label} minus that of '{table.baseline}'{unit}{better}")
             axis.set_yticks(range(len(rows)), rows)
             axis.set_ylim(len(rows) - 0.4, -0.6)
             axis.tick_params(axis="y", length=0)
-            axis.grid(axis="x", alpha=0.25)
+            axis.grid(axis="x")
             axis.spines["left"].set_visible(False)
         return save(figure)
 
@@ -58,9 +46,9 @@ def curves(comparison: Comparison) -> str:
     were evaluated, not trained, have none."""
     metric, count = comparison.metric, len(comparison.table.columns)
     trained = trained_rows(comparison)
-    with matplotlib.rc_context(STYLE):
+    with style():
         size = (11, 0.4 + 3.3 * count + 0.18 * math.ceil(len(trained) / 3))
-        figure, axes = plt.subplots(count, 2, figsize=size, squeeze=False, layout="constrained")
+        figure, axes = subplots(count, 2, size)
         for pair, column in zip(axes, comparison.table.columns, strict=True):
             for row, look in trained.items():
                 lines = [entry["curve"] for entry in comparison.done_in(row, column) if entry.get("curve")]
@@ -70,7 +58,7 @@ def curves(comparison: Comparison) -> str:
             pair[1].set(ylabel=f"{metric.label} ({metric.unit})" if metric.unit else metric.label)
             for axis in pair:
                 axis.set_xlabel("epoch")
-                axis.grid(alpha=0.25)
+                axis.grid()
         legend(figure, axes, 3)
         return save(figure)
 
@@ -79,9 +67,9 @@ def entropy(comparison: Comparison) -> str:
     """Normalised entropy of attention over depth: means over heads and seeds, bars of one sample deviation over
     seeds."""
     count, trained = len(comparison.table.columns), trained_rows(comparison)
-    with matplotlib.rc_context(STYLE):
+    with style():
         size = (3 + 4.2 * count, 3.2 + 0.18 * math.ceil(len(trained) / (1 + count)))
-        figure, axes = plt.subplots(1, count, figsize=size, sharey=True, squeeze=False, layout="constrained")
+        figure, axes = subplots(1, count, size, sharey=True)
         for axis, column in zip(axes[0], comparison.table.columns, strict=True):
             for number, (row, look) in enumerate(trained.items()):
                 runs = [entry["heads"] for entry in comparison.done_in(row, column) if entry.get("heads")]
@@ -93,7 +81,7 @@ def entropy(comparison: Comparison) -> str:
                 axis.errorbar(places, [one.mean for one in layers], spread, label=row, **lines)
             axis.set(xlabel="attention layer", title=column if count > 1 else "")
             axis.xaxis.get_major_locator().set_params(integer=True)
-            axis.grid(alpha=0.25)
+            axis.grid()
         axes[0][0].set_ylabel("entropy of attention / log K")
         legend(figure, axes, 1 + count)
         return save(figure)
@@ -103,7 +91,7 @@ def trained_rows(comparison: Comparison) -> dict[str, dict]:
     """Label -> colour and dashes."""
     trained = [row.label for row in comparison.table.rows.values() if not row.evaluate]
     looks = [
-        {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i // len(COLOURS) % len(DASHES)]}
+        {"color": COLORS[i % len(COLORS)], "linestyle": DASHES[i // len(COLORS) % len(DASHES)]}
         for i in range(len(trained))
     ]
     return dict(zip(trained, looks, strict=True)) | {comparison.table.baseline: {"color": GREY, "linestyle": "-"}}
@@ -127,11 +115,4 @@ def band(axis, lines: list[list], place: int, look: dict, label: str) -> None:
 def legend(figure, axes, columns: int) -> None:
     handles, labels = axes[0][0].get_legend_handles_labels()
     if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
-
-
-def save(figure) -> str:
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    plt.close(figure)
-    return text.getvalue()
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns)
