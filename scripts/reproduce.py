@@ -40,7 +40,6 @@ class Args:
     per_gpu: int = arg(1, "run: runs that share a GPU")
     gpus_per_run: int = arg(1, "run: GPUs of one run")
     retry: bool = arg(False, "run: what failed in an earlier call")
-    retries: int = arg(0, "run: further attempts at what fails now")
     outdated: str = arg(
         "refuse", "run: finished runs that new ones cannot be compared with", choices=("refuse", "retrain")
     )
@@ -100,10 +99,9 @@ def plan(table, args: Args) -> int:
         console.print(line)
     places = slots(args.jobs, args.gpus, args.per_gpu, args.gpus_per_run)
     seconds, size, unknown = planning.estimate(todo)
-    free = planning.free_bytes(Path(args.output)) / 2**20
     if seconds:
         at_once = f"{len(places)} at a time" if len(places) > 1 else str(places[0])
-        console.print(f"about {clock(seconds / len(places))} ({at_once}), {size / 2**20:,.0f} of {free:,.0f} MiB free")
+        console.print(f"about {clock(seconds / len(places))} ({at_once}), {size / 2**20:,.0f} MiB")
     if unknown:
         console.print(f"time of {unknown} jobs: not known until a first run of their model and data is finished")
     return 0
@@ -122,7 +120,7 @@ def run(table, args: Args) -> int:
 
     console = Console(highlight=False, soft_wrap=True, markup=False)
     jobs = distinct(jobs_of(table, args.output))
-    launcher = runner.Launcher(jobs, [], args.retry, args.retries)
+    launcher = runner.Launcher(jobs, [], args.retry)
     if args.launcher == "slurm":
         from dropkey.reproduction import slurm
 
@@ -139,8 +137,7 @@ def run(table, args: Args) -> int:
         )
     for job in outdated:
         runner.discard(job)
-    with display.Watch(console, f"{table.name}, {table.scale}") as watch:
-        states = launcher.run(watch)
+    states = launcher.run(display.watch(console.print))
     left = [one for one in states if one.state != DONE]
     for one in left:
         if one.state != runner.WAITING:  # stopped before its turn

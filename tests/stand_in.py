@@ -1,7 +1,7 @@
 """Stands in for train.py and eval.py in tests of the launcher: it writes the same files, without training or torch.
 
 It misbehaves as the environment variable BEHAVIOUR says: a JSON object from a part of the run's name to one of raise,
-exit, kill, diverge, stop, sleep, once (fails at the first attempt only), wait once (sleeps at the first).
+exit, kill, diverge, stop, sleep, wait once (sleeps at the first attempt only).
 """
 
 import json
@@ -88,9 +88,6 @@ def act(run: RunDirectory) -> None:
     if how == "stop":
         run.set_status("interrupted", reason="SIGTERM")
         sys.exit(143)
-    if how == "once" and not (run.path / "tried").exists():
-        (run.path / "tried").touch()
-        sys.exit(9)
     if how == "sleep" or (how == "wait once" and not (run.path / "tried").exists()):
         (run.path / "tried").touch()
         signal.signal(signal.SIGTERM, lambda *_: (run.set_status("interrupted", reason="SIGTERM"), sys.exit(143)))

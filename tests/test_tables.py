@@ -19,7 +19,7 @@ from dropkey.config import check, compose, identity, schema
 from dropkey.errors import Busy, ConfigError
 from dropkey.records import RunDirectory, write_json
 from dropkey.reproduction import jobs, plan, runner, slots, tables
-from dropkey.reproduction.jobs import DIVERGED, DONE, FAILED, INTERRUPTED, MISSING, Job, distinct, jobs_of
+from dropkey.reproduction.jobs import DIVERGED, DONE, FAILED, INTERRUPTED, MISSING, RUNNING, Job, distinct, jobs_of
 from dropkey.reproduction.runner import Launcher
 
 ROOT = Path(__file__).parents[1]
@@ -326,12 +326,6 @@ def test_runs_that_raise_exit_die_or_diverge_leave_the_others_going(six, tmp_pat
     assert [(started(output) - before)[name] for name in names] == [0, 1, 1, 1, 1, 0]
 
 
-def test_what_fails_now_is_tried_again_as_often_as_asked(six, tmp_path, stand_in, monkeypatch):
-    monkeypatch.setenv("BEHAVIOUR", '{"-s0-": "once"}')
-    assert FAILED in {job.state for job in launched(six, tmp_path / "a").values()}
-    assert {job.state for job in launched(six, tmp_path / "b", retries=1).values()} == {DONE}
-
-
 def test_what_depends_on_a_failed_run_says_so(mini, tmp_path, stand_in, monkeypatch):
     monkeypatch.setenv("BEHAVIOUR", '{"dropkey-digits": "exit"}')
     jobs = launched(tables.load(str(mini), "smoke", (0,)), tmp_path / "runs")
@@ -429,10 +423,10 @@ def test_a_run_in_training_is_not_discarded(mini_jobs):
     assert jobs.state(job)[0] == DONE
 
 
-def test_the_state_of_a_run_whose_process_died_is_interrupted(tmp_path):
-    job = Job("train.py", (), tmp_path / "run", "summary.json", None)
+def test_a_run_is_running_while_its_process_holds_it_and_interrupted_after(mini_jobs):
+    job = row(mini_jobs, "none")
     assert jobs.state(job) == (MISSING, "")
     RunDirectory(job.run).set_status("running")
-    status = RunDirectory(job.run).status()
-    (job.run / "status.json").write_text(json.dumps({**status, "pid": 2**22 + 1}))
+    with RunDirectory(job.run).lock():
+        assert jobs.state(job)[0] == RUNNING
     assert jobs.state(job)[0] == INTERRUPTED

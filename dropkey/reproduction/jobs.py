@@ -1,9 +1,6 @@
 """The jobs of a table: trainings and evaluations, where their results are, and the state of each."""
 
 import functools
-import os
-import socket
-import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Optional
@@ -11,7 +8,7 @@ from typing import Optional
 from dropkey.config import check, identity
 from dropkey.config.compose import compose
 from dropkey.config.schema import EvalConfig, TrainConfig
-from dropkey.errors import ConfigError
+from dropkey.errors import Busy, ConfigError
 from dropkey.records import RunDirectory
 from dropkey.reproduction.tables import Table
 
@@ -117,22 +114,14 @@ def state(job: Job) -> tuple[str, str]:
     status = run.status()
     found = status.get("state", MISSING)
     if found == RUNNING:
-        return (RUNNING if alive(status, job.run) else INTERRUPTED), ""
+        return (RUNNING if locked(run) else INTERRUPTED), ""
     return (INTERRUPTED if found == DONE else found), status.get("reason", "")  # done, but its summary is gone
 
 
-def alive(status: dict, run: Path) -> bool:
-    """Whether the process that wrote this status is running. For a process on another machine: whether it wrote to
-    the run directory in the last hour, because checkpoints are written every ten minutes."""
-    if status.get("host") != socket.gethostname():
-        return time.time() - max(file.stat().st_mtime for file in run.iterdir()) < 3600
+def locked(run: RunDirectory) -> bool:
+    """Whether a training holds the run now; its lock is released however it ends."""
     try:
-        return b"train.py" in Path(f"/proc/{status['pid']}/cmdline").read_bytes()
-    except OSError:
-        if Path("/proc/self").exists():
+        with run.lock():
             return False
-    try:
-        os.kill(status["pid"], 0)
-    except OSError:
-        return False
-    return True
+    except Busy:
+        return True

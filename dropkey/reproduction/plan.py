@@ -1,10 +1,7 @@
 """What a table still needs: time and disk, estimated from finished runs, and which of these runs are outdated."""
 
 import importlib.metadata
-import shutil
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Optional
 
 from dropkey.code_version import changed_parts, code_of
 from dropkey.config import identity
@@ -36,7 +33,8 @@ def estimate(jobs: Sequence[Job]) -> tuple[float, int, int]:
             passes = max(1, job.evaluation.eval.monte_carlo)
             seconds += passes * summary["samples"] * FORWARD / summary["samples_per_second"]
         else:
-            left = job.config.trainer.epochs - progress(job)[0]
+            epochs = RunDirectory(job.run).records("epoch")
+            left = job.config.trainer.epochs - (epochs[-1]["epoch"] if epochs else 0)
             seconds += summary["seconds"] * left / like.config.trainer.epochs
             if found not in (INTERRUPTED, RUNNING):
                 size += sum(file.stat().st_size for file in like.run.rglob("*") if file.is_file())
@@ -49,12 +47,6 @@ def cost_key(job: Job) -> str:
     return str(
         {k: v for k, v in keys.items() if k.startswith(("model.", "data.", "trainer.")) and k != "trainer.epochs"}
     )
-
-
-def progress(job: Job) -> tuple[int, Optional[dict]]:
-    """Finished epochs and the last epoch's record."""
-    records = RunDirectory(job.run).records("epoch")
-    return (records[-1]["epoch"], records[-1]) if records else (0, None)
 
 
 def outdated(jobs: Sequence[Job]) -> dict[Job, str]:
@@ -74,10 +66,3 @@ def outdated(jobs: Sequence[Job]) -> dict[Job, str]:
         if reasons:
             found[job] = " and ".join(reasons)
     return found
-
-
-def free_bytes(output: Path) -> int:
-    place = output.absolute()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free

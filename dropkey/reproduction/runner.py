@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
 
-from dropkey.errors import Busy, ConfigError
+from dropkey.errors import Busy
 from dropkey.records import RunDirectory, write_json
 from dropkey.reproduction.jobs import DIVERGED, DONE, FAILED, INTERRUPTED, RUNNING, Job, state
 from dropkey.reproduction.slots import Slot
@@ -27,7 +27,6 @@ class JobState:
     job: Job
     state: str
     reason: str = ""
-    attempts: int = 0
     slot: Optional[Slot] = None
     process: object = None  # poll() -> exit code or None, terminate()
     claim: Optional[contextlib.ExitStack] = None
@@ -70,7 +69,6 @@ class Launcher:
     jobs: list[Job]
     slots: list[Slot]
     retry: bool = False  # jobs that failed or diverged in an earlier call
-    retries: int = 0  # further attempts at a job that fails in this call
     start: Callable = LocalProcess  # (command, environment, log file) -> process
     states: list[JobState] = field(default_factory=list)
     stopped: int = 0  # the signal that asked to stop
@@ -79,7 +77,7 @@ class Launcher:
         """The state of every job when all are over, or when a signal has stopped them.
 
         Args:
-            watch: called with ("tick", None) a few times a second, and with ("start", "end" or "stop", job state).
+            watch: called with this launcher, "start", "end" or "stop", and the state of the job.
         """
         self.states = [self.initial(job) for job in self.jobs]
         free = list(self.slots)
@@ -96,7 +94,6 @@ class Launcher:
                             watch(self, "start", one)
                         elif one.over:
                             watch(self, "end", one)
-                watch(self, "tick", None)
                 time.sleep(POLL)
             self.stop(watch)
         return self.states
@@ -141,7 +138,7 @@ class Launcher:
             file.write(f"$ {' '.join(command)}\n")
         one.process = self.start(command, slot.environment(), one.job.log)
         one.state, one.reason, one.slot, one.claim = RUNNING, "", slot, claim
-        one.attempts, one.started = one.attempts + 1, time.monotonic()
+        one.started = time.monotonic()
         return True
 
     def finish(self, one: JobState, code: int) -> None:
@@ -157,8 +154,7 @@ class Launcher:
             if not saved and found != FAILED:
                 reason = explain(code, one.job.log)
                 record_failure(one.job, reason)
-            again = one.attempts <= self.retries and code != ConfigError.exit_code
-            one.state, one.reason = (WAITING if again else INTERRUPTED if saved else FAILED), reason
+            one.state, one.reason = INTERRUPTED if saved else FAILED, reason
         one.claim.close()
 
     @contextlib.contextmanager
@@ -182,7 +178,6 @@ class Launcher:
             watch(self, "stop", one)
         for one in running:
             while one.process.poll() is None:
-                watch(self, "tick", None)
                 time.sleep(POLL)
             found, reason = state(one.job)
             one.state, one.reason, one.process = found if found != RUNNING else INTERRUPTED, reason, None
