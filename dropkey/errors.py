@@ -2,10 +2,18 @@
 
 
 class RunError(Exception):
-    """Base: `str(error)` is the whole message (what, where, how to mend), `exit_code` what the process returns."""
+    """Base class.
+
+    Attributes:
+        exit_code: what the process returns.
+        one_process: whether only this process of a job knows the error, so that it must print it itself.
+    """
 
     exit_code = 1
-    one_process = False  # whether only this process of a job knows of it, so that it must speak for itself
+    one_process = False
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class ConfigError(RunError):
@@ -15,7 +23,7 @@ class ConfigError(RunError):
 
 
 class DataError(RunError):
-    """Images missing, unreadable, or unlike what the config says of them."""
+    """Images that are missing, unreadable, or unlike what the config says of them."""
 
     exit_code = 3
 
@@ -27,7 +35,7 @@ class Diverged(RunError):
 
 
 class StorageError(RunError):
-    """A checkpoint or record that could not be written or read."""
+    """A checkpoint or record that cannot be written or read."""
 
     exit_code = 5
 
@@ -42,9 +50,5 @@ class Interrupted(RunError):
     """A signal asked the run to stop; its state is saved. `exit_code` is 128 + the signal's number."""
 
     def __init__(self, message: str, signal_number: int):
-        super().__init__(message)
+        super().__init__(message, signal_number)  # what pickle calls the class with
         self.exit_code = 128 + signal_number
-
-    def saying(self, more: str) -> "Interrupted":
-        """The same with a longer message."""
-        return Interrupted(f"{self}{more}", self.exit_code - 128)

@@ -1,4 +1,4 @@
-"""What a figure was measured with: versions, commit, code, hardware, memory."""
+"""What a result was measured with: versions, commit, hardware, memory."""
 
 import importlib.metadata
 import resource
@@ -16,7 +16,7 @@ PACKAGES = ("torch", "torchvision", "timm", "hydra-core", "omegaconf", "wandb")
 
 
 def peak_memory_mib(dist: DistContext) -> int:
-    """Of the GPU, or of the process where there is none."""
+    """Peak memory of the GPU, or of the process on a CPU."""
     if dist.device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(dist.device) / 2**20)
     unit = 1 if sys.platform == "darwin" else 1024

@@ -1,4 +1,4 @@
-"""What a run leaves on disk: the truth that reports, resumption and W&B are made from. Imports no torch."""
+"""What a run leaves on disk. Reports, resume and W&B read these files and nothing else. Imports no torch."""
 
 import contextlib
 import datetime
@@ -17,7 +17,7 @@ from dropkey.metrics import Metric
 
 
 def replace_file(path: Path, write: Callable, verify: Optional[Callable[[Path], None]] = None) -> None:
-    """The file `path` becomes what `write(file)` writes, all of it or not at all, whenever the machine stops.
+    """Replaces the file `path` by what `write(file)` writes, atomically: after a crash it is the old or the new one.
 
     Written to a temporary file in the same directory, flushed, checked by `verify(temporary path)`, renamed.
 
@@ -78,8 +78,8 @@ class RunDirectory:
     # -------------------------------------------------------------------------------------------- status, summary
 
     def status(self) -> dict:
-        """{} for a run that never began; else `time`, `state` (running, done, failed, diverged, interrupted) and,
-        where it failed, its `reason`."""
+        """{} for a run that never started; otherwise `time`, `state` (running, done, failed, diverged, interrupted) and
+        the `reason` of a failure."""
         return self.read_json("status.json")
 
     def set_status(self, state: str, **details) -> None:
@@ -104,7 +104,7 @@ class RunDirectory:
             return {}
         except json.JSONDecodeError as error:
             raise StorageError(
-                f"{self.path / name} is no JSON ({error}); delete it, or start over with overwrite=true"
+                f"{self.path / name} is not valid JSON ({error}); delete it, or start over with overwrite=true"
             ) from None
 
     # ---------------------------------------------------------------------------------------------------- metrics
@@ -116,7 +116,7 @@ class RunDirectory:
             file.write(json.dumps(rounded) + "\n")
 
     def records(self, kind: Optional[str] = None) -> list[dict]:
-        """All records, or those of one kind; a last line cut short by a crash is left out."""
+        """All records, or those of one kind, without a last line that a crash cut off."""
         if not self.metrics.exists():
             return []
         found = []
@@ -126,8 +126,8 @@ class RunDirectory:
         return [record for record in found if kind in (None, record["kind"])]
 
     def truncate(self, update: int, epoch: int) -> None:
-        """Forgets what was recorded after optimizer step `update` and `epoch` finished epochs, because the
-        training continues from there."""
+        """Removes the records made after optimizer step `update` or after `epoch` finished epochs, because training
+        resumes from there."""
         kept = [r for r in self.records() if (r["step"] <= update if r["kind"] == "step" else r["epoch"] <= epoch)]
         text = "".join(json.dumps(record) + "\n" for record in kept)
         replace_file(self.metrics, lambda file: file.write(text.encode()))
@@ -139,14 +139,14 @@ class RunDirectory:
     # ------------------------------------------------------------------------------------------------------- life
 
     def clear(self) -> None:
-        """Removes the run's files, for overwrite=true; the lock stays with its holder."""
+        """Removes the run's files, for overwrite=true, but not the lock file."""
         for child in self.path.iterdir() if self.path.exists() else ():
             if child.name != ".lock":
                 shutil.rmtree(child) if child.is_dir() else child.unlink()
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Holds the run against other processes; the system lets go of it however this process ends.
+        """An exclusive lock on the run, which the operating system releases when this process ends, however it ends.
 
         Raises:
             Busy: another process holds it.

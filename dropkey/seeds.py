@@ -1,4 +1,5 @@
-"""Randomness by counter: every random number follows from a seed made of the run's seed and of what it is for."""
+"""Seeds by counter: every random number comes from a seed that is derived from the run's seed and its purpose, so no
+generator state needs to be saved and a resumed run draws the same numbers."""
 
 import hashlib
 import operator
@@ -6,7 +7,7 @@ import struct
 
 
 def derive_seed(*parts: int | str) -> int:
-    """An integer in [0, 2**63), the same on every platform; unlike parts give unrelated seeds.
+    """An integer in [0, 2**63), the same on every platform; different parts give unrelated seeds.
 
     Each part is hashed with its type and length, so ("1", 2), (1, 2) and (12,) all differ.
     """

@@ -19,7 +19,6 @@ from typing import Dict, Optional
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dropkey.config.check import nearest, require
-from dropkey.config.compose import groups
 from dropkey.config.schema import TrainConfig
 from dropkey.config.script_args import arg, parse, run_script, split
 from dropkey.errors import ConfigError
@@ -56,7 +55,7 @@ def read(words: list[str]) -> tuple[Args, tuple[str, ...]]:
     for override in overrides:
         key = override.partition("=")[0].lstrip("+~")
         require(key not in ("seed", "overwrite", "init_from"), f"{override}: a table sets {key} itself (see seeds=)")
-        exists = "." in key or key in groups() or hasattr(TrainConfig(), key)
+        exists = "." in key or key in ("experiment", "debug") or hasattr(TrainConfig(), key)
         require(exists, f"{override}: {key} is not an argument{nearest(key, known)}")
     return parse(Args, own, __doc__), tuple(overrides)
 

@@ -24,7 +24,7 @@ from typing import Optional
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dropkey.config import identity
-from dropkey.config.check import nearest, one_of, positive, require, within
+from dropkey.config.check import in_range, nearest, one_of, require
 from dropkey.errors import ConfigError, RunError
 
 HEADS = ("rollout", "mean", "all")
@@ -86,8 +86,8 @@ def entropy(options: Options) -> Path:
 def masks(options: Options) -> Path:
     from dropkey.analysis import figures
 
-    within("ratio", options.ratio, 0, 1, high_open=True)
-    within("grid", options.grid, 2, 64)
+    in_range("ratio", options.ratio, "in [0, 1)")
+    require(2 <= options.grid <= 64, f"grid={options.grid} must be in [2, 64]")
     path = where(options, "masks")
     figures.masks(options.ratio, options.grid, path)
     return path
@@ -96,8 +96,8 @@ def masks(options: Options) -> Path:
 def schedules(options: Options) -> Path:
     from dropkey.analysis import figures
 
-    within("ratio", options.ratio, 0, 1, high_open=True)
-    positive("layers", options.layers)
+    in_range("ratio", options.ratio, "in [0, 1)")
+    in_range("layers", options.layers, "above 0")
     path = where(options, "schedules")
     figures.schedule(options.ratio, options.layers, path)
     return path

@@ -1,42 +1,31 @@
-"""What test_distributed.py starts under torchrun: a small run in which one rank may be signalled at one step.
+"""What test_distributed.py runs in each process: a small training in which one rank may be signalled at one step."""
 
-Usage: distributed_run.py <output> <signal>:<step>:<rank> <override>...
-0:0:0 for no signal; "signal" -1 stands for an unreadable image.
-"""
-
-# ruff: noqa: E402
 import os
 import sys
-from pathlib import Path
-
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+from typing import Optional
 
 import runs
-import train
-from dropkey import plotting
-from dropkey.config import compose
-from dropkey.engine import trainer
+from dropkey import cli, plotting
+from dropkey.engine.trainer import Trainer
 from dropkey.errors import DataError
 
 
-def main() -> None:
-    output, event, *words = sys.argv[1:]
-    number, step, rank = (int(part) for part in event.split(":"))
-    first_life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    original = trainer.Trainer.count
+def main(output: str, overrides: tuple[str, ...], event: Optional[tuple[int, int, int]] = None) -> None:
+    """`event`: (signal, step, rank), for the first life of that rank; signal -1 stands for an unreadable image."""
+    import train
+
+    original = Trainer.count
 
     def count(self, loss, seconds):
         original(self, loss, seconds)
-        if number and first_life and self.dist.rank == rank and self.state.position.global_step == step:
-            if number == -1:
+        if event and first_life and (self.dist.rank, self.state.position.global_step) == (event[2], event[1]):
+            if event[0] == -1:
                 raise DataError("images/broken.png cannot be read")
-            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), event[0])
 
-    trainer.Trainer.count = count
+    first_life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    Trainer.count = count
     plotting.curves = lambda *args: None
-    sys.argv = ["train.py", *runs.SMALL, f"output={output}", *words]
-    compose.launch("train", train.main)
-
-
-if __name__ == "__main__":
-    main()
+    sys.argv = ["train.py", *runs.SMALL, f"output={output}", *overrides]
+    with cli.command():
+        train.main()

@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "records": {"errors", "metrics"},
     "config": {"errors"},
     "code_version": {"config"},
+    "cli": {"config", "errors"},
     "data": {"config", "errors", "seeds"},
     "datasets": {"config", "data", "errors"},
     "models": {"config", "errors"},
@@ -108,7 +109,7 @@ original = torch.optim.AdamW.step
 
 def step(self, *args, **kwargs):
     own = [f for f in traceback.extract_stack() if os.path.abspath(f.filename).startswith({str(ROOT)!r} + "/")]
-    own = [frame for frame in own if ".venv" not in frame.filename]
+    own = [frame for frame in own if ".venv" not in frame.filename and "<" not in frame.filename]
     print("FRAMES", *(f"{{frame.filename.rsplit('/')[-1]}}:{{frame.name}}" for frame in own))
     return original(self, *args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""Loaders: order, augmentation and evaluation are exact, whatever the processes, workers, microbatches or interruptions."""
+"""Loaders: order, augmentation and evaluation are exact for any processes, workers, microbatches, interruptions."""
 
 import random
 from collections import Counter

@@ -1,54 +1,109 @@
-"""Hydra's launchers, W&B sweeps and the search with Optuna (faults 21, 27, 28)."""
+"""Hydra's launchers and sweepers, W&B sweeps and the search with Optuna (faults 21, 27, 28)."""
 
 import copy
 import functools
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
+from typing import ClassVar
 
 import optuna
 import pytest
 import wandb
+from hydra.experimental.callback import Callback
 from wandb.sdk.launch.sweeps.utils import load_sweep_config
 from wandb.wandb_agent import Agent
 
 import runs
 import train
+from dropkey import cli, session
 from dropkey.config.check import check
-from dropkey.config.compose import compose, launch
+from dropkey.config.compose import compose
 from dropkey.config.identity import run_directory
 from dropkey.engine import tracking
+from dropkey.errors import Busy, ConfigError, DataError, Diverged, Interrupted, RunError, StorageError
 from dropkey.records import RunDirectory
 from scripts import search
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+
+# --------------------------------------------------------------------------------------- what a sweeper plugin sees
+
+
+class Returned(Callback):
+    """Of each job what a launcher hands to the sweeper."""
+
+    values: ClassVar[list[float]] = []
+
+    def on_job_end(self, config, job_return, **_) -> None:
+        self.values.append(job_return.return_value)
+
+
+def test_a_sweeper_is_given_the_metric_of_each_job_finished_ones_included(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Returned, "values", [])
+    monkeypatch.setattr(train, "headline", lambda summary: "")
+
+    def trained(cfg, run):
+        summary = {"objective": 40.0 + cfg.seed, "top1": 90.0, "run": str(run.path)}
+        run.set_status("done")
+        run.write_summary(summary)
+        return summary
+
+    monkeypatch.setattr(session, "train", trained)
+    words = ["-m", "seed=1,2", f"output={tmp_path}", "+hydra.callbacks.test._target_=test_sweeps.Returned"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    for said in ("next ", "done already"):
+        with cli.command():
+            train.main()
+        assert capsys.readouterr().out.count(said) == 2
+    assert Returned.values == [41.0, 42.0] * 2
+
+
+def test_the_metric_is_that_of_the_last_epoch_on_the_validation_split(tmp_path):
+    cfg = runs.config(tmp_path)
+    value = train.train(cfg)
+    run = RunDirectory(run_directory(cfg))
+    assert value == pytest.approx(run.records("epoch")[-1]["eval_top1"])
+    assert run.summary()["best_split"] == "val"
+
 
 # ------------------------------------------------------------------------------------------------ Hydra's launchers
 
 JOBS = """
     import os, signal
     from pathlib import Path
-    from dropkey.config.compose import launch
+    import hydra
+    from dropkey import cli
+    from dropkey.config.compose import CONFIGS, register_schemas, typed
     from dropkey.errors import Diverged, Interrupted
+
+    register_schemas()
+
+    @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")
+    def main(cfg):
+        with cli.job():
+            task(typed(cfg))
 
     def task(cfg):  # in place of a training, which takes ten seconds to import torch
         (Path(cfg.output) / str(cfg.seed)).write_text(os.environ.get("OMP_NUM_THREADS", ""))
         if cfg.seed == 1:
             raise Diverged("loss nan")
-        if cfg.seed == 10:
-            raise Interrupted("all saved", signal.SIGTERM)
         if cfg.seed == 100:
             raise ZeroDivisionError("division by zero")
         if cfg.seed == 1000:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    launch("train", task)
+    if __name__ == "__main__":
+        with cli.command():
+            main()
 """
+RESULT = {"objective": 50.0, "top1": 50.0, "metrics": [], "samples": 1, "epochs": 1, "seconds": 1.0}
 LAUNCHERS = {
     "joblib": ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
     "submitit": ["hydra/launcher=submitit_local"],
@@ -69,16 +124,12 @@ def multirun(launcher: str, output: Path, seeds: str) -> tuple[int, str, dict[st
 
 @pytest.mark.parametrize(
     "launcher, seed, code, message",
-    [
-        ("joblib", 10, 143, "all saved"),
-        ("submitit", 1, 4, "error: loss nan"),
-        ("submitit", 100, 1, "error: ZeroDivisionError: division by zero"),
-    ],
+    [("joblib", 1, 4, "error: loss nan"), ("submitit", 100, 1, "error: ZeroDivisionError: division by zero")],
 )
 def test_a_failing_job_leaves_the_others_going_and_gives_the_exit_code(launcher, seed, code, message, tmp_path):
     found, error, begun = multirun(launcher, tmp_path, f"{seed},2,3")
     assert (found, set(begun)) == (code, {str(seed), "2", "3"})
-    assert message in error
+    assert error.splitlines()[-1] == message
     if launcher == "joblib" and hasattr(os, "sched_getaffinity"):  # two jobs that took all cores would stall each other
         share = max(1, len(os.sched_getaffinity(0)) // 2)
         assert all(1 <= int(threads) <= share for threads in begun.values())
@@ -90,12 +141,19 @@ def test_a_killed_worker_of_joblib_ends_in_one_line(tmp_path):
     assert re.fullmatch(r"error: a job was lost \(.*\); the same command goes on with the rest\n", error)
 
 
-def test_joblib_trains_side_by_side(tmp_path):
-    words = ["-m", *runs.SMALL, "trainer.max_steps=2", "seed=0,1", f"output={tmp_path}", *LAUNCHERS["joblib"]]
-    command = [sys.executable, str(ROOT / "train.py"), *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert [RunDirectory(path).finished for path in tmp_path.glob("vit_*")] == [True, True]
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_train_py_itself_runs_under_every_launcher(launcher, tmp_path):
+    """On finished runs, which need no torch."""
+    words = ["logger=none", f"output={tmp_path}"]
+    for seed in (0, 1):
+        run = RunDirectory(run_directory(check(compose([*words, f"seed={seed}"]))))
+        run.set_status("done")
+        run.write_summary({**RESULT, "run": str(run.path)})
+    command = [sys.executable, str(ROOT / "train.py"), "-m", *words, "seed=0,1", *LAUNCHERS[launcher]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    written = done.stdout + "".join(file.read_text() for file in tmp_path.rglob("*.out"))
+    assert written.count("done already") == 2
 
 
 # -------------------------------------------------------------------------------------------------------- W&B sweeps
@@ -166,7 +224,7 @@ def test_a_run_that_was_finished_before_reports_to_the_agents_run_too(tmp_path, 
     monkeypatch.setattr(tracking.Wandb, "finish", lambda self, summary, picture: finished.append(summary))
     wandb.teardown()
     try:
-        train.main(runs.config(tmp_path / "trained", "trainer.max_steps=2", "logger=wandb"))
+        train.train(runs.config(tmp_path / "trained", "trainer.max_steps=2", "logger=wandb"))
     finally:
         wandb.teardown()
     assert told == run.records() and finished == [run.summary()]
@@ -178,30 +236,23 @@ def test_sweeps_maximise_validation_and_never_test():
         assert load_sweep_config(str(file))["metric"] == {"name": "epoch/eval_top1", "goal": "maximize"}
 
 
-# -------------------------------------------------------------------------------------------------- Optuna: trials
+# ----------------------------------------------------------------------------------------------- Optuna: the search
 
 SPACE = ("optim.lr=log:1e-4..1e-2", "regularizer.ratio=0..0.5")
 
 
-class Trainer:
-    """In place of train.py: how each of its calls ends (0 by default), and with which words it was called."""
+class Trainings:
+    """In place of train.train: what each call raises, if anything, and the configs it was given."""
 
-    def __init__(self, *codes: int):
-        self.codes, self.calls = list(codes), []
+    def __init__(self, *errors):
+        self.errors, self.configs = list(errors), []
 
-    def __call__(self, words: list[str]) -> tuple[int, str]:
-        self.calls.append(words)
-        code = self.codes.pop(0) if self.codes else 0
-        if code == 0:
-            cfg = compose_quickly(words)
-            run = RunDirectory(run_directory(cfg))
-            run.path.mkdir(parents=True)
-            top1 = 100 * cfg.regularizer.ratio + cfg.seed
-            for epoch, value in enumerate((99.0, top1)):  # the first epoch is the best one
-                run.append({"kind": "epoch", "step": epoch, "epoch": epoch, "eval_top1": value})
-            run.write_summary({"best_split": "val", "top1": 100 - top1})
-            run.set_status("done")
-        return code, "as told" if code else ""
+    def __call__(self, cfg) -> float:
+        self.configs.append(cfg)
+        error = self.errors.pop(0) if self.errors else None
+        if error is not None:
+            raise error
+        return 100 * cfg.regularizer.ratio + cfg.seed
 
 
 @functools.lru_cache(maxsize=None)
@@ -210,11 +261,10 @@ def composed(*words: str):
 
 
 def compose_quickly(words: list[str]):
-    """A checked config, which takes half a second, with the numbers that trials differ in filled in afterwards."""
+    """A config, which takes a while to compose, with the numbers that trials differ in filled in afterwards."""
     numbers = {"optim.lr": float, "regularizer.ratio": float, "seed": int}
-    pairs = [word.partition("=")[::2] for word in words]
     cfg = copy.deepcopy(composed(*(word for word in words if word.partition("=")[0] not in numbers)))
-    for key, value in pairs:
+    for key, _, value in (word.partition("=") for word in words):
         if key in numbers:
             *parents, last = key.split(".")
             setattr(functools.reduce(getattr, parents, cfg), last, numbers[key](value))
@@ -222,18 +272,16 @@ def compose_quickly(words: list[str]):
 
 
 @pytest.fixture
-def quick(monkeypatch):
-    monkeypatch.setattr(search, "compose", compose_quickly)
-    monkeypatch.setattr(search, "check", lambda cfg: cfg)
+def searching(tmp_path, monkeypatch):
+    """Searches with `trainings` in place of real ones; the directory of the searches is `tmp_path`."""
 
+    def run(trainings, *words: str, trials: int = 3) -> None:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(train, "train", trainings)
+        monkeypatch.setattr(search, "compose", compose_quickly)
+        search.search([*(words or SPACE), f"trials={trials}"])
 
-def searching(monkeypatch, trainer: Trainer, directory: Path, *words: str, trials: int = 3) -> int:
-    """Exit code of the search, run in `directory`."""
-    directory.mkdir(exist_ok=True)
-    monkeypatch.chdir(directory)
-    monkeypatch.setattr(search, "train", trainer)
-    monkeypatch.setattr(search, "PATIENCE", 0)
-    return search.main([*(words or SPACE), "--trials", str(trials)])
+    return run
 
 
 def trials_in(directory: Path) -> list[optuna.trial.FrozenTrial]:
@@ -242,115 +290,120 @@ def trials_in(directory: Path) -> list[optuna.trial.FrozenTrial]:
     return optuna.load_study(study_name=name, storage=storage).trials
 
 
-def outcomes(directory: Path) -> list[tuple]:
-    return [(trial.state.name, trial.params, trial.values) for trial in trials_in(directory)]
+def states(directory: Path) -> list[str]:
+    return [trial.state.name for trial in trials_in(directory)]
 
 
-def test_a_trial_is_a_run_of_train_py_and_is_judged_by_the_last_epoch_on_validation(quick, tmp_path, monkeypatch):
-    trainer = Trainer()
-    assert searching(monkeypatch, trainer, tmp_path) == 0
-    for trial, words in zip(trials_in(tmp_path), trainer.calls, strict=True):
-        assert words == [*(f"{key}={value}" for key, value in trial.params.items()), "seed=0"]
-        assert 1e-4 <= trial.params["optim.lr"] <= 1e-2
-        assert trial.value == pytest.approx(100 * trial.params["regularizer.ratio"])
+def test_a_trial_is_judged_by_what_train_py_returns(searching, tmp_path):
+    trainings = Trainings()
+    searching(trainings)
+    for trial, cfg in zip(trials_in(tmp_path), trainings.configs, strict=True):
+        assert trial.params == {"optim.lr": cfg.optim.lr, "regularizer.ratio": cfg.regularizer.ratio}
+        assert 1e-4 <= cfg.optim.lr <= 1e-2 and 0 <= cfg.regularizer.ratio <= 0.5
+        assert trial.value == pytest.approx(100 * cfg.regularizer.ratio)
 
 
-def test_the_same_command_trains_nothing_again_and_more_trials_add(quick, tmp_path, monkeypatch):
-    trainer = Trainer()
+def test_the_metric_decides_whether_more_is_better(searching, tmp_path, monkeypatch):
+    metric = search.tasks.build(composed()).metrics[0]
+    for higher in (True, False):
+        task = type("Task", (), {"metrics": [type(metric)("error", "error", higher_is_better=higher)]})
+        monkeypatch.setattr(search.tasks, "build", lambda cfg, task=task: task)
+        assert search.Space(list(SPACE)).direction == ("maximize" if higher else "minimize")
+
+
+def test_the_same_command_trains_nothing_again_and_more_trials_add(searching, tmp_path):
+    trainings = Trainings()
     for trials, calls in ((2, 2), (2, 2), (3, 3)):
-        assert searching(monkeypatch, trainer, tmp_path, trials=trials) == 0
-        assert len(trainer.calls) == calls
+        searching(trainings, trials=trials)
+        assert len(trainings.configs) == calls
 
 
-def test_an_interrupted_search_ends_up_with_the_trials_of_an_uninterrupted_one(quick, tmp_path, monkeypatch):
-    searching(monkeypatch, Trainer(), tmp_path / "whole", trials=11)  # the last learns from the first ten
-    trainer = Trainer(0, 143, *[0] * 9, 143)
-    codes = [searching(monkeypatch, trainer, tmp_path / "cut", trials=11) for _ in range(3)]
-    assert codes == [143, 143, 0]
-    assert trainer.calls[1] == trainer.calls[2]  # the same run, which goes on
-    assert outcomes(tmp_path / "cut") == outcomes(tmp_path / "whole")
+@pytest.mark.parametrize(
+    "error", [Interrupted("all saved", 15), KeyboardInterrupt(), DataError("a"), StorageError("b"), Busy("c")], ids=repr
+)
+def test_what_is_not_the_settings_fault_ends_the_search_and_its_trial_is_resumed(error, searching, tmp_path):
+    trainings = Trainings(error)
+    with pytest.raises(type(error)):
+        searching(trainings, trials=1)
+    searching(trainings, trials=1)
+    assert trainings.configs[0] == trainings.configs[1]  # the same run, which is resumed
+    assert states(tmp_path) == ["FAIL", "COMPLETE"]
 
 
-def test_failed_and_diverged_trials_keep_their_reason_and_leave_the_others_going(quick, tmp_path, monkeypatch):
-    assert searching(monkeypatch, Trainer(1, 4, -signal.SIGKILL), tmp_path, trials=4) == 1
-    found = [(trial.state.name, trial.user_attrs.get("reason")) for trial in trials_in(tmp_path)]
-    assert found == [("FAIL", "as told"), ("PRUNED", "as told"), ("FAIL", "killed by SIGKILL"), ("COMPLETE", None)]
+@pytest.mark.parametrize("error", [Diverged("loss nan"), ConfigError("b"), RunError("out of memory")], ids=repr)
+def test_a_trial_that_cannot_be_trained_is_pruned_with_its_reason(error, searching, tmp_path, capsys):
+    searching(Trainings(error), trials=2)
+    assert states(tmp_path) == ["PRUNED", "COMPLETE"]
+    assert f"pruned, {error}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("code", [3, 5])
-def test_what_would_fail_every_trial_ends_the_search_and_costs_no_trial(quick, code, tmp_path, monkeypatch):
-    trainer = Trainer(code)
-    assert searching(monkeypatch, trainer, tmp_path, trials=2) == code
-    assert searching(monkeypatch, trainer, tmp_path, trials=2) == 0
-    assert [trial.state.name for trial in trials_in(tmp_path)] == ["COMPLETE"] * 2
+def test_the_trial_of_a_dead_process_is_trained_again(searching, tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "HEARTBEAT", 1)
+    with pytest.raises(SystemExit):  # Optuna files nothing, as when the process is killed
+        searching(Trainings(SystemExit()), trials=1)
+    (dead,) = trials_in(tmp_path)
+    time.sleep(4)  # heartbeats are stored in whole seconds
+    searching(Trainings(), trials=1)
+    first, second = trials_in(tmp_path)
+    assert (first.state.name, second.state.name, second.params) == ("FAIL", "COMPLETE", dead.params)
 
 
-def test_two_searches_at_once_share_the_work(quick, tmp_path, monkeypatch):
-    class Both(Trainer):
-        def __call__(self, words):
-            if not self.calls:  # while the first trial is being trained, another process searches
-                self.calls.append(words)
-                assert searching(monkeypatch, other, tmp_path, trials=2) == 0
-            return super().__call__(words)
-
-    other = Trainer()
-    assert searching(monkeypatch, Both(), tmp_path, trials=2) == 0
-    assert [len(other.calls), len(trials_in(tmp_path))] == [1, 2]
-    assert [trial.state.name for trial in trials_in(tmp_path)] == ["COMPLETE"] * 2
-
-
-def test_a_run_that_another_process_trains_is_waited_for(quick, tmp_path, monkeypatch):
-    trainer = Trainer(6, 6)
-    assert searching(monkeypatch, trainer, tmp_path, trials=1) == 0
-    assert len(trainer.calls) == 3
-
-
-def test_seeds_are_averaged_not_searched(quick, tmp_path, monkeypatch):
-    trainer = Trainer()
-    searching(monkeypatch, trainer, tmp_path, "regularizer.ratio=0..0.5", "seed=0,2,4", trials=1)
+def test_seeds_are_averaged_not_searched(searching, tmp_path):
+    trainings = Trainings()
+    searching(trainings, "regularizer.ratio=0..0.5", "seed=0,2,4", trials=1)
     (trial,) = trials_in(tmp_path)
-    assert [words[-1] for words in trainer.calls] == ["seed=0", "seed=2", "seed=4"]
+    assert [cfg.seed for cfg in trainings.configs] == [0, 2, 4]
     assert trial.value == pytest.approx(100 * trial.params["regularizer.ratio"] + 2)
 
 
-def test_whole_numbers_and_choices_are_drawn_as_such(quick, tmp_path, monkeypatch):
-    words = ("trainer.epochs=1..9", "regularizer=none,dropout", "regularizer.layers=[self]")
-    trainer = Trainer()
-    searching(monkeypatch, trainer, tmp_path, *words, trials=2)
-    for kind, epochs, seed in ([word for word in call if "layers" not in word] for call in trainer.calls):
-        assert re.fullmatch(r"trainer.epochs=[1-9]", epochs)
-        assert kind in ("regularizer=none", "regularizer=dropout")
-        assert seed == "seed=0"
+def test_whole_numbers_and_choices_are_drawn_as_such(searching, tmp_path):
+    trainings = Trainings()
+    searching(trainings, "trainer.epochs=1..9", "regularizer=none,dropout", "regularizer.layers=[self]", trials=2)
+    for cfg, trial in zip(trainings.configs, trials_in(tmp_path), strict=True):
+        assert trial.params == {"trainer.epochs": cfg.trainer.epochs, "regularizer": cfg.regularizer.name}
+        assert isinstance(trial.params["trainer.epochs"], int) and 1 <= cfg.trainer.epochs <= 9
+        assert cfg.regularizer.layers == ["self"]
 
 
-def test_the_command_it_ends_with_trains_the_best_setting_with_fresh_seeds(quick, tmp_path, monkeypatch, capsys):
-    searching(monkeypatch, Trainer(), tmp_path, *SPACE, "seed=3,4", trials=2)
+def test_the_command_it_ends_with_trains_the_best_setting_with_fresh_seeds(searching, tmp_path, capsys):
+    searching(Trainings(), *SPACE, "seed=3,4", trials=2)
     words = shlex.split(capsys.readouterr().out.splitlines()[-1])
-    assert words[:3] == ["python", "train.py", "-m"]
-    assert words[-1] == "seed=5,6,7"
     best = max(trials_in(tmp_path), key=lambda trial: trial.value)
-    assert words[3:-1] == [f"{key}={value}" for key, value in best.params.items()]
+    assert words[:3] == ["python", "train.py", "-m"]
+    assert words[3:] == [*(f"{key}={value}" for key, value in best.params.items()), "seed=5,6,7"]
 
 
-def test_a_search_is_its_words_in_any_order_without_those_that_change_no_result(quick, tmp_path, monkeypatch):
-    trainer = Trainer()
-    searching(monkeypatch, trainer, tmp_path, *SPACE, trials=1)
-    searching(monkeypatch, trainer, tmp_path, *reversed(SPACE), "logger=none", trials=1)
-    assert len(trials_in(tmp_path)) == len(trainer.calls) == 1
+def test_a_search_is_its_words_in_any_order_without_those_that_change_no_result(searching, tmp_path):
+    trainings = Trainings()
+    searching(trainings, *SPACE, trials=1)
+    searching(trainings, *reversed(SPACE), "logger=none", trials=1)
+    assert len(trials_in(tmp_path)) == len(trainings.configs) == 1
 
 
-# ------------------------------------------------------------------------------------------------ Optuna: mistakes
+def test_a_changed_default_begins_another_search(monkeypatch):
+    name = search.Space(list(SPACE)).name
+    before = search.compose
+
+    def changed(words):
+        cfg = before(words)
+        cfg.trainer.epochs += 1
+        return cfg
+
+    monkeypatch.setattr(search, "compose", changed)
+    assert search.Space(list(SPACE)).name != name
+
 
 WRONG = {
     "seed=0": "nothing to search",
-    "optim.lr=1e-2..1e-4": "optim.lr=1e-2..1e-4",
-    "optim.weight_decay=log:0..1": "optim.weight_decay=log:0..1",
+    "optim.lr=1e-2..1e-4": "low=0.01, high=0.0001",
+    "optim.weight_decay=log:0..1": "low",
     "lr=0..1": "did you mean optim.lr?",
-    "regularizer.ratio=0..1": "outside [0, 1)",
+    "regularizer.ratio=0..1": "must be in [0, 1)",
     "regularizer=none,dropky": "did you mean dropkey?",
     "trainer.epochs=0.5..2": "could not be converted to Integer",
-    "regularizer.ratio=0..0.5 key value": "words are key=value",
-    "regularizer.ratio=0..0.5 seed=0..3": "seeds are whole numbers",
+    "regularizer.ratio=0..0.5 key value": "cannot read 'key'",
+    "regularizer.ratio=0..0.5 seed=a": "could not be converted to Integer",
+    "regularizer.ratio=0..0.5 trials=many": "trials=many must be a whole number",
     "regularizer.ratio=0..0.5 overwrite=true": "leave it out",
     "regularizer.ratio=0..0.5 data.val_fraction=0": "search on the test split",
 }
@@ -358,60 +411,20 @@ WRONG = {
 
 @pytest.mark.parametrize("words, message", WRONG.items(), ids=WRONG)
 def test_a_mistake_ends_in_one_line_before_anything_is_trained(words, message, tmp_path, monkeypatch, capsys):
-    trainer = Trainer()
-    assert searching(monkeypatch, trainer, tmp_path, *words.split()) == 2
+    monkeypatch.chdir(tmp_path)
+    trainings = Trainings()
+    monkeypatch.setattr(train, "train", trainings)
+    with pytest.raises(SystemExit) as stopped, cli.command():
+        search.search(words.split())
     error = capsys.readouterr().err
+    assert stopped.value.code == 2
     assert message in error
     assert len(error.splitlines()) == 1
-    assert trainer.calls == []
+    assert trainings.configs == []
 
 
-# ------------------------------------------------------------------------------------------------ Optuna: processes
-
-
-def test_a_search_stopped_by_a_signal_hands_it_to_the_training_and_says_how_to_go_on(tmp_path):
-    """Real processes, but a training that only waits for its signal."""
-    (tmp_path / "wait.py").write_text(
-        "import signal, sys, time\n"
-        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
-        "open('began', 'w').close()\n"
-        "time.sleep(60)\n"
-    )
-    program = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from scripts import search; search.TRAIN = 'wait.py'\n"
-        "sys.exit(search.main(['regularizer.ratio=0..0.5']))"
-    )
-    process = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "began").exists():
-        assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == 143
-    assert "the same command goes on" in error
-    assert [trial.state.name for trial in trials_in(tmp_path)] == ["RUNNING"]
-
-
-def test_the_exit_code_and_the_last_words_of_train_py_reach_the_trial(tmp_path, monkeypatch):
-    """A real process, of a run that diverged before and says so without training."""
-    monkeypatch.chdir(tmp_path)
-    run = RunDirectory(run_directory(check(compose(["regularizer.ratio=0.25"]))))
-    run.path.mkdir(parents=True)
-    run.set_status("diverged", reason="loss nan")
-    assert search.main(["regularizer.ratio=0.25..0.25", "--trials", "1"]) == 0
-    (trial,) = trials_in(tmp_path)
-    assert trial.state.name == "PRUNED"
-    assert "diverged before and would again: loss nan" in trial.user_attrs["reason"]
-
-
-def test_a_search_over_real_trainings(tmp_path, monkeypatch):
-    def train_here(words):
-        monkeypatch.setattr(sys, "argv", ["train.py", *words])
-        with pytest.raises(SystemExit) as ended:
-            launch("train", train.main)
-        return ended.value.code, ""
-
-    monkeypatch.setattr(search, "train", train_here)
+def test_a_search_over_real_trainings(tmp_path):
     words = [*runs.SMALL, "trainer.max_steps=2", "regularizer.ratio=0..0.5", f"output={tmp_path / 'runs'}"]
-    assert search.main([*words, "--trials", "2"]) == 0
-    finished = {RunDirectory(path).records("epoch")[-1]["eval_top1"] for path in (tmp_path / "runs").glob("vit_*")}
-    assert {trial.value for trial in trials_in(tmp_path)} == finished
+    search.search([*words, "trials=2"])
+    finished = [RunDirectory(path).summary()["objective"] for path in (tmp_path / "runs").glob("vit_*")]
+    assert sorted(trial.value for trial in trials_in(tmp_path)) == sorted(finished)

@@ -1,209 +1,124 @@
-"""The edge to Hydra: command line -> typed, checked config -> task; errors become one line and an exit code."""
+"""From configs, overrides and saved files to the typed config; what Hydra refuses becomes one line (ConfigError)."""
 
 import dataclasses
 import difflib
-import os
-import signal
-import sys
-import time
-import traceback
+import itertools
+import re
 from pathlib import Path
-from typing import Callable
 
 import hydra
-from hydra._internal.utils import get_args_parser
+import yaml
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dropkey.config.check import nearest
 from dropkey.config.identity import flatten
-from dropkey.config.schema import EvalConfig, TrainConfig
-from dropkey.errors import ConfigError, Interrupted, RunError
+from dropkey.config.schema import DataConfig, EvalConfig, TrainConfig
+from dropkey.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SCHEMAS = {"train": TrainConfig, "eval": EvalConfig}
-TABLE = "table"  # a directory of configs that are not of one run, see dropkey/reproduction/tables.py
-OPTIONAL = {"train": ("experiment", "debug"), "eval": ("data",)}  # groups that may be null
+FREE = ("task.args", "model.args", "optim.args")  # arguments of constructors, which the schema does not know
+REFUSALS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, AssertionError)  # of a composition
 
 
 def register_schemas() -> None:
+    """Makes the schemas known to Hydra, and `${options:<group>}` to the help texts."""
     for name, schema in SCHEMAS.items():
         node = OmegaConf.structured(schema)
-        if name == "train":  # arguments of constructors are free: model.args.qk_norm=true needs no +
-            OmegaConf.set_struct(node.task.args, False)
-            OmegaConf.set_struct(node.model.args, False)
-            OmegaConf.set_struct(node.optim.args, False)
+        if schema is TrainConfig:  # so that model.args.qk_norm=true needs no +
+            for key in FREE:
+                OmegaConf.set_struct(OmegaConf.select(node, key), False)
         ConfigStore.instance().store(name=f"{name}_schema", node=node)
+    OmegaConf.register_new_resolver("options", lambda group: ", ".join(options(group)), replace=True)
 
 
-def typed(cfg: DictConfig):
-    """The dataclass behind a composed config; raises ConfigError for keys and values that the schema lacks."""
-    unknown = [key for key in extra_keys(cfg) if not key.startswith(("task.args.", "model.args.", "optim.args."))]
-    if unknown:
-        keys = valid_keys("eval" if OmegaConf.get_type(cfg) is EvalConfig else "train")
-        raise ConfigError(f"{unknown[0]} is no key of the config; {nearest_key(unknown[0], keys, groups())}")
+def options(group: str) -> list[str]:
+    """Names of a group's files on Hydra's whole search path; Hydra must have started."""
+    return GlobalHydra.instance().config_loader().get_group_options(group)
+
+
+def typed(cfg: DictConfig) -> TrainConfig | EvalConfig:
+    """The dataclass behind a composed config; raises ConfigError for keys and values that the schema does not have."""
+    schema = OmegaConf.get_type(cfg)
+    keys = valid_keys(schema)
+    for key in flatten(OmegaConf.to_container(cfg)):
+        if key not in keys and not key.startswith(FREE):  # +key=value adds it
+            raise ConfigError(unknown(key, schema))
     try:
         return OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
-        raise ConfigError(one_line(error)) from None
+        raise ConfigError(explain(error, schema)) from None
 
 
-def extra_keys(cfg: DictConfig, prefix: str = "") -> list[str]:
-    """Keys that +key=value slipped past the schema."""
-    fields = {field.name for field in dataclasses.fields(OmegaConf.get_type(cfg))}
-    found = [prefix + str(key) for key in cfg if key not in fields]
-    for key in fields & set(cfg):
-        if OmegaConf.is_dict(cfg[key]) and dataclasses.is_dataclass(OmegaConf.get_type(cfg[key])):
-            found += extra_keys(cfg[key], f"{prefix}{key}.")
-    return found
-
-
-def compose(overrides: list[str] = (), config_name: str = "train"):
+def compose(overrides: list[str] = (), config_name: str = "train") -> TrainConfig | EvalConfig:
     """The config that `train.py <overrides>` would run, unchecked. For scripts, notebooks and tests."""
     register_schemas()
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         try:
             return typed(hydra.compose(config_name, list(overrides)))
-        except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError(explain(error, list(overrides), config_name)) from None
+        except REFUSALS as error:
+            raise ConfigError(explain(error, SCHEMAS[config_name])) from None
 
 
-def load(path: Path, schema: type = TrainConfig):
+def load(path: Path, schema: type = TrainConfig) -> TrainConfig | EvalConfig:
     """A run's config.yaml as the typed config; keys that a later version added take their defaults."""
     try:
         return typed(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path)))
-    except (OmegaConfBaseException, OSError) as error:
-        raise ConfigError(f"{path} is no config of this program: {one_line(error)}") from None
+    except (*REFUSALS, OSError) as error:
+        raise ConfigError(f"{path} is not a config of this program: {explain(error, schema)}") from None
 
 
-def save(cfg, path: Path) -> None:
+def save(cfg: TrainConfig, path: Path) -> None:
     path.write_text(OmegaConf.to_yaml(OmegaConf.structured(cfg)), encoding="utf-8")
 
 
-def one_line(error: BaseException) -> str:
-    """A library's error message without the lines meant for its developers."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if lines and lines[0].startswith("Error merging override ") and error.__cause__ is not None:
-        detail = str(error.__cause__).splitlines()[0]
-        return f"{lines[0].removeprefix('Error merging override ')}: {detail[0].lower()}{detail[1:]}"
-    key = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key:")), None)
-    return f"{key}: {lines[0]}" if key else (lines[0] if lines else type(error).__name__)
+# ------------------------------------------------------------------------------------------------------------ errors
 
 
-def groups() -> dict[str, list[str]]:
-    """Config groups and their options: {'model': ['deit_base', ...], ...}."""
-    found = {}
-    for file in CONFIGS.glob("*/*.yaml"):
-        if file.parent.name == TABLE:
-            continue
-        found.setdefault(file.parent.name, []).append(file.stem)
-    return found
+def valid_keys(schema: type) -> list[str]:
+    keys = flatten(dataclasses.asdict(schema()))
+    if schema is EvalConfig:
+        keys |= flatten({"data": dataclasses.asdict(DataConfig())})
+    return list(keys)
 
 
-def valid_keys(config_name: str) -> list[str]:
-    keys = flatten(dataclasses.asdict(SCHEMAS[config_name]()))
-    if config_name == "eval":
-        keys |= flatten({"data": dataclasses.asdict(TrainConfig().data)})
-    return sorted([*keys, "task.args", "model.args", "optim.args"] if config_name == "train" else keys)
+def explain(error: BaseException, schema: type) -> str:
+    """One line for what Hydra or OmegaConf refused: the key or option at fault, and the nearest one that exists."""
+    if isinstance(error, OverrideParseException):
+        return f"cannot read '{error.override}'; overrides are key=value or group=option (quote special characters)"
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, option = error.missing_cfg_file.rpartition("/")
+        return f"{group}={option} does not exist{nearest(option, error.options)}"
+    if "Unexpected type for root" in str(error):  # a key below one that is null
+        return "data.<key>=... needs data=<set>; root=<directory> says where the run's own data is now"
+    text = f"{error}\n{error.__cause__ or ''}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    file = re.match(r"In '(.+?)':", text)
+    where = f" (in {file.group(1)})" if file else ""
+    key = re.search(r"full_key: (\S+)", text) or re.search(r"Could not override '(.+?)'", text)
+    if key is None:
+        return " ".join(lines) or type(error).__name__
+    if re.search(r"Key '.+' not in|Could not override", text):
+        return unknown(key.group(1), schema, where)
+    detail = next(before for before, line in itertools.pairwise(lines) if line.startswith("full_key:"))
+    return f"{key.group(1)}: {detail}{where}"
 
 
-def explain(error: BaseException, overrides: list[str], config_name: str) -> str:
-    """One line for a composition that failed: the override at fault and the nearest thing that exists."""
-    keys, options = valid_keys(config_name), groups()
-    for text in overrides:
-        try:
-            override = OverridesParser.create().parse_override(text)
-        except HydraException:
-            return f"cannot read '{text}'; overrides look like key=value or group=name (quote special characters)"
-        key = override.key_or_group
-        if key == TABLE:
-            return f"a table is many runs: python scripts/reproduce.py run {text} scale=smoke"
-        if key in options:
-            sweep = override.is_sweep_override()
-            for value in override.sweep_string_iterator() if sweep else [override.get_value_element_as_str()]:
-                if value not in options[key] and not (value == "null" and key in OPTIONAL[config_name]):
-                    return f"{key}={value} does not exist{nearest(value, options[key])}"
-        elif key.startswith(("hydra.", "hydra/")) or any(k.startswith(key + ".") for k in keys):
-            continue
-        elif key not in keys and not key.startswith(("task.args.", "model.args.", "optim.args.")):
-            return f"{key} is no key of the config; {nearest_key(key, keys, options)}"
-        elif config_name == "eval" and key.startswith("data."):
-            return f"{key} needs data=<set>; root=<directory> says where the run's own data lies now"
-    return one_line(error)
-
-
-def nearest_key(key: str, keys: list[str], options: dict[str, list[str]]) -> str:
-    candidates = keys + list(options)
-    close = difflib.get_close_matches(key, candidates, n=1, cutoff=0.55)
-    if not close:  # 'lr' for 'optim.lr': compare with the last part
-        tails = {k.rsplit(".", 1)[-1]: k for k in candidates}
-        close = [tails[t] for t in difflib.get_close_matches(key.rsplit(".", 1)[-1], tails, n=1, cutoff=0.6)]
-    return f"did you mean {close[0]}?" if close else "python train.py --cfg job prints all keys"
-
-
-def say_error(error: RunError) -> None:
-    """Once per job: by the first process, or by the only one that knows."""
-    rank = int(os.environ.get("RANK", 0))
-    if rank == 0 or error.one_process:
-        prefix = "" if isinstance(error, Interrupted) else "error: "
-        where = f"process {rank}: " if error.one_process else ""
-        print(f"{prefix}{where}{error}", file=sys.stderr, flush=True)
-    else:  # torchrun stops all processes when one ends: let the first one speak before
-        time.sleep(5)
-
-
-def launch(config_name: str, task: Callable) -> None:
-    """Runs `task(typed config)` under Hydra and exits with its code. In a multirun (-m) a job that fails leaves
-    the others going; the exit code is then the largest, or with a launcher of other processes the first of them."""
-    register_schemas()
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # hand exceptions to us instead of printing and exiting
-    codes, begun, stopped, home = [0], [], [], os.getpid()
-
-    @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)
-    def job(cfg: DictConfig) -> None:
-        begun.append(True)
-        if stopped:  # a multirun ends with the job that was interrupted
-            return
-        failure = None
-        try:
-            task(typed(cfg))
-        except Interrupted as error:
-            failure = error
-            stopped.append(error)
-        except RunError as error:
-            failure = error
-            say_error(error)
-            codes.append(error.exit_code)
-        except Exception as error:
-            failure = RunError(f"{type(error).__name__}: {one_line(error)}")
-            traceback.print_exc()
-            codes.append(1)
-        if failure and os.getpid() != home:  # under joblib and submitit only an exception finds its way home
-            returned = RunError(str(failure))  # of a class that survives pickling
-            returned.exit_code = failure.exit_code
-            raise returned
-
-    try:
-        job()
-    except KeyboardInterrupt:  # before or after training, where nothing is to be saved
-        sys.exit(128 + signal.SIGINT)
-    except RunError as error:  # from a worker, whose own words may lie in a file
-        say_error(error)
-        sys.exit(error.exit_code)
-    except Exception as error:
-        arguments = get_args_parser().parse_known_args()[0]
-        if not isinstance(error, (HydraException, OmegaConfBaseException)):
-            if begun:
-                raise
-            if arguments.multirun:
-                say_error(RunError(f"a job was lost ({one_line(error)}); the same command goes on with the rest"))
-                sys.exit(RunError.exit_code)
-        say_error(ConfigError(explain(error, arguments.overrides, config_name)))
-        sys.exit(ConfigError.exit_code)
-    if stopped:
-        say_error(stopped[0])
-        sys.exit(stopped[0].exit_code)
-    sys.exit(max(codes))
+def unknown(key: str, schema: type, where: str = "") -> str:
+    """The message for a key that the schema does not have."""
+    if key == "table":
+        return "a table is many runs: python scripts/reproduce.py run table=<name> scale=smoke"
+    if key.startswith("hydra."):
+        return f"{key} is no key of Hydra{where}; --cfg hydra prints all keys"
+    keys = valid_keys(schema)
+    keys = dict.fromkeys([*keys, *FREE, *(known.split(".")[0] for known in keys), "experiment", "debug"])
+    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.55)
+    if not close:  # 'lr' for 'optim.lr': compare the last parts
+        tails = {known.rsplit(".", 1)[-1]: known for known in keys}
+        close = [tails[tail] for tail in difflib.get_close_matches(key.rsplit(".", 1)[-1], tails, n=1, cutoff=0.6)]
+    hint = f"did you mean {close[0]}?" if close else "--cfg job prints all keys"
+    return f"{key} is no key of the config{where}; {hint}"

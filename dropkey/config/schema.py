@@ -1,7 +1,7 @@
 """Every key of a run, with its type and its one default.
 
-YAML files under configs/ only say where they differ. Standard library alone: a mistake in the config is
-reported before torch is imported.
+YAML files under configs/ hold only what differs. Standard library alone: a mistake in the config is reported before
+torch is imported.
 """
 
 from dataclasses import dataclass, field
@@ -60,13 +60,13 @@ class DataConfig:
     channels: int = 3  # 1 grey, 3 colour; files are converted
     num_classes: Optional[int] = None  # how many classes there must be; null: as many as are found
     mean: Optional[List[float]] = None  # per channel, of images in [0, 1]; null: 0.5
-    std: Optional[List[float]] = None  # likewise
+    std: Optional[List[float]] = None  # per channel; null: 0.5
     val_fraction: float = 0.1  # share of the training images held out when the set has no validation split
     test_fraction: float = 0.2  # share held out for testing when the set has neither test nor validation split
     max_train_samples: Optional[int] = None  # train on this many images only (the same for every seed, equal per class)
-    in_memory: bool = True  # keep decoded images as one uint8 tensor on the device; false: decode them as they come
+    in_memory: bool = True  # keep decoded images as one uint8 tensor on the device; false: decode them for each batch
     crop_pct: float = 1.0  # evaluation: centre crop / resized side
-    num_workers: int = 2  # decoding processes, where images are decoded as they come
+    num_workers: int = 2  # decoding processes, with in_memory=false
 
 
 @dataclass
@@ -76,19 +76,19 @@ class AugmentConfig:
     crop_scale: Optional[List[float]] = None  # random resized crop: least and largest share of the area
     rand_augment: Optional[str] = None  # timm's policy string, such as rand-m9-mstd0.5-inc1
     random_erasing: float = 0.0  # probability of random erasing
-    aug_repeats: int = 1  # repeated augmentation: each image this many times in an epoch, of a subset as much smaller
+    aug_repeats: int = 1  # repeated augmentation: how often each image appears in an epoch, which has fewer images
     mixup: float = 0.0  # alpha of mixup's Beta distribution; 0: off
     cutmix: float = 0.0  # alpha of cutmix's Beta distribution; 0: off
     mixup_prob: float = 1.0  # probability that a batch is mixed at all
-    label_smoothing: float = 0.0  # label smoothing
+    label_smoothing: float = 0.0
 
 
 @dataclass
 class OptimConfig:
     name: str = "adamw"  # any timm optimizer
-    lr: float = 1e-3  # peak learning rate, for the global batch as given (never rescaled)
+    lr: float = 2e-3  # peak learning rate, for the global batch as given (never rescaled)
     weight_decay: float = 0.05  # not applied to biases, norms and what the model exempts
-    momentum: float = 0.9  # of SGD and its kin
+    momentum: float = 0.9  # of SGD and RMSprop
     warmup_epochs: float = 1.0  # linear warm-up, per step, from warmup_lr
     warmup_lr: float = 1e-6
     min_lr: float = 1e-6  # where the cosine ends
@@ -98,20 +98,20 @@ class OptimConfig:
 
 @dataclass
 class TrainerConfig:
-    epochs: int = 30
+    epochs: int = 40
     max_steps: Optional[int] = None  # stop after this many optimizer steps
-    batch_size: int = 128  # global: over all processes and accumulated chunks
-    grad_accum_steps: int = 1  # chunks a process handles one after the other before each optimizer step
+    batch_size: int = 64  # global: over all processes and microbatches
+    grad_accum_steps: int = 1  # microbatches of a process per optimizer step
     eval_batch_size: int = 256  # global
     eval_every: int = 1  # epochs between evaluations; the last epoch is always evaluated
     amp: str = "none"  # autocast: none, bf16 or fp16
     ema_decay: Optional[float] = None  # moving average of the weights, evaluated in their place; null: off
     compile: bool = False  # torch.compile
     channels_last: bool = False  # memory format, for models that begin with convolutions
-    find_unused_parameters: bool = False  # DDP: for models that leave parameters out of some steps
+    find_unused_parameters: bool = False  # DDP: for models that do not use all parameters in each step
     overfit: bool = False  # debugging: train on the first batch only
     profile: bool = False  # debugging: trace steps 5 to 10 with torch.profiler
-    device: str = "auto"  # cuda, mps, cpu; auto takes the first there is
+    device: str = "auto"  # one of DEVICES; auto: the first available of cuda, mps, cpu
     checkpoint_minutes: float = 10.0  # a checkpoint at every epoch's end, and after this long within one
     log_every: int = 50  # optimizer steps between step records
 
@@ -155,6 +155,6 @@ class EvaluationConfig:
 class EvalConfig:
     run: Optional[str] = None  # a run directory
     checkpoint: Optional[str] = None  # or one checkpoint file of a run
-    root: Optional[str] = None  # where the run's own data lies now; null: where it lay in training
+    root: Optional[str] = None  # where the run's own data is now; null: where it was in training
     data: Optional[DataConfig] = None  # another data set of the same classes; null: the run's own
     eval: EvaluationConfig = field(default_factory=EvaluationConfig)

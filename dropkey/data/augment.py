@@ -26,7 +26,7 @@ from dropkey.seeds import derive_seed
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Python's, numpy's and torch's (CPU) global generators start from `seed`, and are put back afterwards."""
+    """Seeds the global generators of Python, numpy and torch (CPU), and restores their state afterwards."""
     python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -40,7 +40,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 class EvalPicture:
-    """Picture to its final size, without randomness: resize the shorter side, cut out the centre."""
+    """Resize the shorter side, then crop the centre."""
 
     def __init__(self, size: int, crop: float = 1.0):
         self.size, self.crop = size, crop
@@ -50,9 +50,9 @@ class EvalPicture:
 
 
 class TrainPicture:
-    """Picture to its final size: random resized crop if asked for, else as in evaluation without margin; RandAugment.
+    """Random resized crop (or resize and centre crop), then RandAugment.
 
-    `key` are the parts of the seed of this picture's random numbers.
+    `key` holds the parts from which this picture's seed is derived.
     """
 
     def __init__(self, data: DataConfig, augment: AugmentConfig):
@@ -72,7 +72,7 @@ class TrainPicture:
 
 
 def rand_augment(policy: str, data: DataConfig):
-    """timm's RandAugment, filling uncovered corners with the data's mean colour. ConfigError if timm refuses it."""
+    """timm's RandAugment; uncovered corners are filled with the data's mean colour. ConfigError if timm refuses it."""
     fill = tuple(min(255, round(255 * value)) for value in per_channel(data.mean, data.channels))
     hparams = {
         "translate_const": int(data.image_size * 0.45),  # pixels, as in DeiT
@@ -92,7 +92,7 @@ def rand_augment(policy: str, data: DataConfig):
 
 
 def posterize_to_black(picture: Image.Image, bits: int, **unused) -> Image.Image:
-    """timm's strongest posterize keeps 0 bits, which is black; from Pillow 13 on, Pillow refuses to do that."""
+    """timm's strongest posterize keeps 0 bits, which is black; Pillow 13 and later refuse that."""
     return posterize(picture, bits) if bits > 0 else Image.new(picture.mode, picture.size)
 
 

@@ -1,6 +1,6 @@
-"""Image files decoded once: one uint8 array, kept as a .npy file under ~/.cache/dropkey (or $DROPKEY_CACHE).
+"""Decoded image files as one uint8 array, kept as a .npy file in ~/.cache/dropkey (or $DROPKEY_CACHE).
 
-The file's name is a hash of everything the pixels depend on; four bytes of CRC-32 follow the array in it.
+The file name is a hash of everything that the pixels depend on; a CRC-32 of four bytes follows the array.
 """
 
 import fcntl
@@ -46,7 +46,7 @@ def decoded(files: Files, data: DataConfig) -> Pixels:
     with locked(path):
         array = _read(path, shape)
         if array is None:
-            log.info("decoding %d images of %s once; kept in %s", len(files), files.root, path)
+            log.info("decoding %d images of %s once; cached in %s", len(files), files.root, path)
             array = _decode(files, data, shape)
             _write(path, array)
     return Pixels(array)
@@ -62,8 +62,8 @@ def require_room(shape: tuple[int, ...]) -> None:
 
 
 def fingerprint(files: Files, image_size: int) -> str:
-    """Changes with any file's path, length or time of change, and with what the pixels are made into."""
-    place = os.fsencode(files.root.resolve())  # train/ and test/ may hold the same names, of one length and age
+    """Changes with any file's path, size or modification time, and with the image size and channels."""
+    place = os.fsencode(files.root.resolve())  # train/ and test/ may hold equal names, sizes and times
     digest = hashlib.sha256(json.dumps([FORMAT, image_size, files.channels]).encode() + place)
     for row, name in enumerate(files.names):
         stat = os.stat(files.path(row))
@@ -84,7 +84,7 @@ def _decode(files: Files, data: DataConfig, shape: tuple[int, ...]) -> np.ndarra
 
 
 def _read(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
-    """The array, mapped so that processes share it; None where there is none, or none to trust."""
+    """The array, memory-mapped so that processes share it; None if there is none or it is damaged."""
     try:
         array = np.lib.format.open_memmap(path, mode="c")  # c: torch wants writable, the file stays as it is
         with open(path, "rb") as file:
@@ -102,7 +102,7 @@ def _read(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
 
 
 def _write(path: Path, array: np.ndarray) -> None:
-    """Whole or not at all. A cache that cannot be written costs time, not the run."""
+    """Written atomically. If the cache cannot be written, the run goes on without it."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -112,7 +112,7 @@ def _write(path: Path, array: np.ndarray) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        log.warning("decoded images are not kept: cannot write %s (%s)", path, error)
+        log.warning("decoded images are not cached: cannot write %s (%s)", path, error)
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -120,7 +120,7 @@ def _write(path: Path, array: np.ndarray) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """One process makes `path` while the others wait; where locks do not work, each makes it for itself."""
+    """One process creates `path` while the others wait; where file locks do not work, each creates it for itself."""
     with ExitStack() as stack:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

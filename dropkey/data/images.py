@@ -1,6 +1,6 @@
-"""Where pixels come from: image files, or decoded images in memory.
+"""Image stores: files that are decoded on demand, or decoded images in memory.
 
-Both kinds of store know their length and open one image as a PIL picture of `channels` channels.
+Both have a length and return one image as a PIL picture of `channels` channels.
 Shape letters: N images, C channels, H and W height and width (always equal after `fit`).
 """
 
@@ -41,7 +41,7 @@ class Files:
 
 
 class Pixels:
-    """Decoded images: uint8, N C H W. Kept once per device, however many splits and loaders share them."""
+    """Decoded images: uint8, N C H W. One copy per device, shared by all splits and loaders."""
 
     def __init__(self, images: np.ndarray):
         self.images = torch.from_numpy(images)
@@ -51,7 +51,7 @@ class Pixels:
         return len(self.images)
 
     def content(self) -> bytes:
-        return zlib.crc32(self.images.numpy()).to_bytes(4, "little")  # as quick as reading; nobody forges images
+        return zlib.crc32(self.images.numpy()).to_bytes(4, "little")  # as fast as reading
 
     def on(self, device: torch.device) -> torch.Tensor:
         if device.type == "cpu":
@@ -68,7 +68,7 @@ class Pixels:
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A small CPU tensor on the device, without waiting: CUDA copies pageable memory only once it is idle."""
+    """A small CPU tensor, copied to the device without waiting for it (pageable memory would make CUDA wait)."""
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
@@ -85,7 +85,7 @@ def to_tensor(picture: Image.Image) -> torch.Tensor:
 
 
 def open_image(path: str, channels: int) -> Image.Image:
-    """Decode a file whole and convert it to `channels` channels of 8 bits. DataError names a file that cannot be."""
+    """Decodes a file and converts it to `channels` channels of 8 bits. DataError names a file that cannot be read."""
     try:
         with Image.open(path) as picture:
             picture.load()
@@ -98,7 +98,7 @@ def open_image(path: str, channels: int) -> Image.Image:
 
 
 def convert(picture: Image.Image, channels: int) -> Image.Image:
-    """To 8-bit grey or RGB. Transparency is dropped; 16-bit values are scaled, where PIL alone would clip them."""
+    """To 8-bit grey or RGB. Transparency is dropped; 16-bit values are scaled (PIL would clip them)."""
     if picture.mode.startswith("I"):
         values = np.clip(np.asarray(picture, dtype=np.int64), 0, 65535)  # PIL reads some 16-bit PNG as 32-bit "I"
         picture = Image.fromarray(((values + 128) // 257).astype(np.uint8))

@@ -86,7 +86,8 @@ def _microbatch_size(batch_size: int, world_size: int, grad_accum_steps: int, au
 
 
 class TrainLoader:
-    """One process's part of every epoch. `len` is optimizer steps per epoch; images that fill no batch are left out."""
+    """One process's part of every epoch. `len` is the number of optimizer steps per epoch; the last incomplete batch is
+    dropped."""
 
     def __init__(self, dataset, data, augment, microbatch, batch_size, grad_accum_steps, seed, rank, device):
         self._split, self._device = dataset.train, device
@@ -134,7 +135,7 @@ class TrainLoader:
             yield Batch(images, targets, ids)
 
     def close(self) -> None:
-        """Ends the workers. Needed only to free them early: they also end with the process."""
+        """Stops the workers early; otherwise they stop with the process."""
         self._reader.close()
 
 
@@ -165,7 +166,7 @@ def eval_loader(
     world_size: int = 1,
     device: str | torch.device = "cpu",
 ) -> "EvalLoader":
-    """Every image of a split (train, val, test) once over all processes; `batch_size` is global, of any size.
+    """Every image of a split (train, val, test) once over all processes, at any global `batch_size`.
 
     Raises:
         DataError: the data set has no such split.
@@ -177,7 +178,7 @@ def eval_loader(
 
 class EvalLoader:
     """One process's part of a split. `len` is the number of iterations, the same on every rank; where the images of
-    the last one do not go round, some ranks get fewer, or an empty batch."""
+    the last one cannot be shared out evenly, some ranks get fewer images or an empty batch."""
 
     def __init__(self, dataset, split, data, batch_size, rank, world_size, device):
         self._split, self._device = getattr(dataset, split), device
@@ -212,5 +213,5 @@ class EvalLoader:
         return torch.arange(own.start, own.stop)
 
     def close(self) -> None:
-        """Ends the workers."""
+        """Stops the workers."""
         self._reader.close()

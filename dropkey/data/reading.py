@@ -1,7 +1,7 @@
-"""Readers: from a stream of requests to uint8 image batches on the device.
+"""Readers: a stream of requests in, uint8 image batches on the device out.
 
-`OnDevice` indexes a tensor; `Decoding` lets worker processes open and transform pictures. What a request yields
-depends on the request alone, so the number of workers never shows in the result.
+`OnDevice` indexes a tensor; `Decoding` opens and transforms pictures in worker processes. A batch depends on its
+request alone, so the number of workers does not change the result.
 """
 
 import os
@@ -47,7 +47,7 @@ class OnDevice:
 class Decoding:
     """Reads through `workers` processes, which stay until `close` (0: in this process).
 
-    `transform(picture, key)` gives the picture at its final size.
+    `transform(picture, key)` returns the picture at its final size.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Decoding:
         self._loader = self._batches = None
 
     def read(self, requests: Iterable[Request]) -> Iterator[torch.Tensor]:
-        """uint8 B C H W on the device, one per request. Starting anew abandons a reading not finished."""
+        """uint8 B C H W on the device, one per request. A new call abandons an unfinished one."""
         self._plan.requests = (request._replace(rows=request.rows.tolist()) for request in requests)
         plan = self._plan.requests
         if self._loader is None:
@@ -74,7 +74,7 @@ class Decoding:
                 raise DataError(images)
             yield images.to(self._device, non_blocking=True)
             if self._plan.requests is not plan:
-                raise RuntimeError("this reading was abandoned: another one has begun on the same reader")
+                raise RuntimeError("this reading was abandoned: another one was started on the same reader")
 
     def _start(self) -> DataLoader:
         return DataLoader(
@@ -84,7 +84,7 @@ class Decoding:
             num_workers=self._workers,
             persistent_workers=self._workers > 0,
             pin_memory=self._device.type == "cuda",
-            worker_init_fn=_outlive_signals,
+            worker_init_fn=_ignore_signals,
             generator=torch.Generator(),  # without one, every epoch would draw from the process's own
         )
 
@@ -96,7 +96,7 @@ class Decoding:
 
 
 class _Plan:
-    """The sampler: requests set anew for every reading, while the workers persist."""
+    """The sampler: its requests are replaced for every reading, while the workers persist."""
 
     requests: Iterable[Request] = ()
 
@@ -110,7 +110,7 @@ class _Pictures(TorchDataset):
         self.transform = transform
 
     def __getitem__(self, request: Request) -> torch.Tensor | str:
-        """A batch; or what is wrong with it, since torch would wrap a worker's exception in a traceback."""
+        """A batch, or the error message: torch would wrap a worker's exception in a traceback."""
         try:
             tensors = []
             for index, row in enumerate(request.rows):
@@ -121,18 +121,18 @@ class _Pictures(TorchDataset):
             return str(error)
 
 
-def _outlive_signals(worker: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach the whole process group: only the main process is to act on them.
+def _ignore_signals(worker: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach the whole process group, but only the main process should act on them.
 
-    SIGTERM from the main process itself still ends the worker, as torch and multiprocessing rely on.
+    SIGTERM from the main process still ends the worker: torch and multiprocessing rely on it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # elsewhere (macOS) nothing tells who sent a signal
+    if hasattr(signal, "sigwaitinfo"):  # other systems (macOS) do not tell who sent a signal
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_obey_parent, daemon=True).start()
+        threading.Thread(target=_wait_for_parent, daemon=True).start()
 
 
-def _obey_parent() -> None:
+def _wait_for_parent() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)

@@ -1,4 +1,4 @@
-"""Splits of a data set, and how they are held out of one another: by class, and the same in every run."""
+"""Splits of a data set. Held-out splits are stratified by class and the same in every run."""
 
 import hashlib
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from dropkey.data.images import Files, Pixels, convert, resize_center_crop, to_p
 from dropkey.errors import DataError
 from dropkey.seeds import derive_seed
 
-SPLIT_SEED = 0  # never the run's: runs that differ in their seed are compared on the same images
+SPLIT_SEED = 0  # not the run's: runs with different seeds are compared on the same images
 
 
 @dataclass
@@ -49,8 +49,8 @@ class Dataset:
         return len(self.classes)
 
     def fingerprint(self) -> str:
-        """Ten hexadecimal digits over the images trained and tested on, wherever they lie: the pixels where they are
-        in memory, else the names of the files."""
+        """Ten hexadecimal digits over the training and test images: their pixels if they are in memory, else their
+        file names. The folder itself does not count."""
         digest = hashlib.sha256()
         for split in (self.train, self.test):
             digest.update(split.images.content())
@@ -90,9 +90,9 @@ def ranks_within_class(targets: torch.Tensor, purpose: str) -> torch.Tensor:
 
 
 def hold_out(split: Split, fraction: float, name: str) -> tuple[Split, Split]:
-    """(what remains, what is held out): of each class the nearest whole number to `fraction`, but never all.
+    """(remaining, held out): of each class `fraction` of its images, rounded, but never all.
 
-    `name` is val or test, and the key that gave the fraction is named after it.
+    `name` is val or test, as in the config key data.<name>_fraction.
     """
     sizes = torch.bincount(split.targets)
     quota = (sizes.double() * fraction + 0.5).long().minimum(sizes - 1)
@@ -107,7 +107,7 @@ def hold_out(split: Split, fraction: float, name: str) -> tuple[Split, Split]:
 
 
 def limit(split: Split, count: int) -> Split:
-    """`count` images, equally many of each class as far as there are; a smaller count gives a subset."""
+    """`count` images, balanced over the classes as far as possible; a smaller count gives a subset."""
     if count > len(split):
         raise DataError(f"data.max_train_samples={count} but the train split has {len(split)} images; lower or drop it")
     ranks = ranks_within_class(split.targets, "train limit")

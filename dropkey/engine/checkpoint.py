@@ -1,4 +1,4 @@
-"""Checkpoints: atomic, verified, loadable without running code, with the previous one kept in case."""
+"""Checkpoints: written atomically, verified, loadable without running code; the previous one is kept."""
 
 import contextlib
 import os
@@ -35,7 +35,7 @@ def verify(path: Path) -> None:
 def save(state: dict, path: Path, *, keep_previous: bool = False) -> None:
     """Writes `state` (tensors and plain Python only) to `path`, atomically; see `replace_file`.
 
-    With `keep_previous`, the file that was there lives on as previous.pt.
+    With `keep_previous`, the old file is kept as previous.pt.
     """
 
     def rotate_and_verify(temporary: Path) -> None:
@@ -44,7 +44,7 @@ def save(state: dict, path: Path, *, keep_previous: bool = False) -> None:
             link = path.with_name(".previous")
             link.unlink(missing_ok=True)
             try:
-                os.link(path, link)  # a second name, so that at no instant there is no checkpoint
+                os.link(path, link)  # a second name, so that a checkpoint exists at every moment
             except OSError:  # a file system without hard links
                 shutil.copyfile(path, link)
             os.replace(link, path.with_name("previous.pt"))
@@ -62,7 +62,7 @@ def load(path: Path) -> dict:
     """The state in `path`, on the CPU.
 
     Raises:
-        StorageError: missing, damaged, or holding anything but tensors and plain Python (its code is not run).
+        StorageError: missing, damaged, or with anything but tensors and plain Python inside (its code is not run).
     """
     path = Path(path)
     if not path.exists():
@@ -99,7 +99,7 @@ def load_last(directory: Path, info: Callable[[str], None]) -> Optional[dict]:
 
 
 def remove_temporaries(directory: Path) -> None:
-    """Deletes what a killed process left half-written."""
+    """Deletes the half-written files of a killed process."""
     for leftover in [*directory.glob(".*.pt.*"), *directory.glob(".previous")]:
         with contextlib.suppress(OSError):
             leftover.unlink()

@@ -1,4 +1,4 @@
-"""One process or many: rank, device and the few collectives that training needs."""
+"""One process or many: rank, device, and the few collectives that training needs."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ def pick_device(wanted: str, local_rank: int = 0) -> torch.device:
     """auto, cuda, mps or cpu -> the device of this process.
 
     Raises:
-        ConfigError: a device that is not there.
+        ConfigError: no such device here.
     """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     kind = next(name for name, available in there.items() if available) if wanted == "auto" else wanted
@@ -28,18 +28,18 @@ def pick_device(wanted: str, local_rank: int = 0) -> torch.device:
     return torch.device(kind)
 
 
-def store_of_this_life(store: dist.Store) -> dist.Store:
-    """The store through which processes find one another, without the addresses left by processes that torchrun has
-    restarted since: it keeps the store over restarts (torch 2.14), and 1 of 4 tried failed to connect.
-    On several machines the count of restarts may differ between them, so there the store stays as it is."""
+def store_of_this_restart(store: dist.Store) -> dist.Store:
+    """The store through which the processes find each other, without the addresses of processes before a restart:
+    torchrun keeps the store over restarts (torch 2.14), and 1 of 4 restarts then failed to connect.
+    On several machines the restart counts may differ, so there the store is used as it is."""
     if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
         return store
-    return dist.PrefixStore(f"life {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    return dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 @dataclass
 class DistContext:
-    """The processes of a job (torchrun's, or this one alone) and this process's place among them."""
+    """The processes of a torchrun job, or this one alone, and the rank of this process."""
 
     rank: int
     world_size: int
@@ -55,7 +55,7 @@ class DistContext:
             # tensors on the host go through gloo, on the GPU through nccl
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             store, _, _ = next(dist.rendezvous("env://"))
-            dist.init_process_group(backend, store=store_of_this_life(store), rank=rank, world_size=size)
+            dist.init_process_group(backend, store=store_of_this_restart(store), rank=rank, world_size=size)
         return DistContext(rank, size, device)
 
     @property
@@ -78,7 +78,7 @@ class DistContext:
         self.any(False)
 
     def any(self, *flags: bool) -> list[bool]:
-        """For each flag, whether it is set in any process. Every process must call it equally often."""
+        """For each flag, whether it is set in any process. A collective: every process must call it."""
         if self.world_size == 1:
             return list(flags)
         tensor = torch.tensor(flags, dtype=torch.uint8)
@@ -115,9 +115,9 @@ def is_loss_of_a_peer(error: BaseException) -> bool:
 
 
 class StopSignal:
-    """Ctrl-C, SIGTERM and SIGUSR1 ask for an end; whoever trains looks at `number` when it can save.
+    """Ctrl-C, SIGTERM and SIGUSR1 ask the run to stop; the trainer checks `number` where it can save.
 
-    A second Ctrl-C does not wait: it raises KeyboardInterrupt where the program is.
+    A second Ctrl-C raises KeyboardInterrupt at once.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -138,7 +138,7 @@ class StopSignal:
             raise KeyboardInterrupt
         self.number = number
         if number == signal.SIGINT and int(os.environ.get("RANK", 0)) == 0:
-            os.write(2, b"\nstopping after this step; Ctrl-C again stops at once, without saving\n")
+            os.write(2, b"\nstopping after this step; Ctrl-C again stops at once without saving\n")
 
     def interrupted(self, message: str) -> Interrupted:
         """The exception to leave with; 130 after Ctrl-C, else 143 (SIGUSR1 too: schedulers send it before SIGTERM)."""

@@ -16,7 +16,7 @@ from dropkey.errors import ConfigError
 
 
 def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
-    """timm's optimizer of that name; no weight decay on biases, norms and what the model itself exempts.
+    """timm's optimizer of that name. Biases, norms and parameters that the model exempts get no weight decay.
 
     Raises:
         ConfigError: an optimizer that timm does not have, or arguments that it does not take.

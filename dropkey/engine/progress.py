@@ -1,4 +1,4 @@
-"""What a person sees of a training: a bar on a terminal, a line per epoch everywhere, the same lines in log.txt."""
+"""Console output of a training: a progress bar on a terminal, one line per epoch, and the same lines in log.txt."""
 
 from typing import Callable, Optional, Sequence
 
@@ -16,7 +16,7 @@ class Progress:
     Args:
         epochs: in all.
         metrics: those shown after each evaluation.
-        log: receives each line too.
+        log: also receives each line.
         show: False silences it.
     """
 

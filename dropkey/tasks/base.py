@@ -69,7 +69,7 @@ class Task(ABC):
 
     @abstractmethod
     def eval_loader(self, data: Any, split: str, dist, batch_size: Optional[int] = None) -> Any:
-        """Every sample of the split once over all processes, in equally many batches per process, some perhaps empty."""
+        """Every sample of the split once over all processes; as many batches in each process, some perhaps empty."""
 
     @abstractmethod
     def example(self, data: Any, dist) -> Batch:

@@ -1,0 +1,71 @@
+"""The command line's edge: a failure becomes one line on stderr and the exit code of its class."""
+
+import contextlib
+import os
+import signal
+import sys
+import time
+import traceback
+from typing import Iterator
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+
+from dropkey.config.compose import REFUSALS, explain
+from dropkey.config.schema import TrainConfig
+from dropkey.errors import ConfigError, Interrupted, RunError
+
+
+@contextlib.contextmanager
+def job() -> Iterator[None]:
+    """Wraps the body of a @hydra.main function.
+
+    A failure is printed when it happens and ends the process. In a multirun only an interruption does: Hydra runs
+    the other jobs first and then raises the first failure, which must survive pickling, in `command`.
+    """
+    try:
+        yield
+    except Exception as error:
+        failure = error if isinstance(error, RunError) else RunError(f"{type(error).__name__}: {error}")
+        if failure is error:
+            report(failure)
+        else:
+            traceback.print_exc()
+        multirun = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+        if multirun and not isinstance(failure, Interrupted):
+            raise failure from None
+        sys.exit(failure.exit_code)
+
+
+@contextlib.contextmanager
+def command(schema: type = TrainConfig) -> Iterator[None]:
+    """Wraps the call of a @hydra.main function; what its jobs have not printed is printed here."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises errors instead of printing them
+    try:
+        yield
+        return
+    except KeyboardInterrupt:  # outside a training, where nothing is to be saved
+        sys.exit(128 + signal.SIGINT)
+    except RunError as error:
+        failure = error
+    except REFUSALS as error:
+        failure = ConfigError(explain(error, schema))
+    except RuntimeError as error:  # a launcher's, whose worker was killed
+        failure = RunError(f"a job was lost ({str(error).splitlines()[0]}); the same command goes on with the rest")
+    report(failure)
+    sys.exit(failure.exit_code)
+
+
+def report(error: RunError) -> None:
+    """Prints once for all processes of torchrun: in the first one, or in the only one that knows."""
+    if is_first() or error.one_process:
+        prefix = "" if isinstance(error, Interrupted) else "error: "
+        where = f"process {os.environ.get('RANK', 0)}: " if error.one_process else ""
+        print(f"{prefix}{where}{error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(5)  # torchrun stops all processes when one ends: let the first one print before
+
+
+def is_first() -> bool:
+    """Whether this is the process of a torchrun job that prints."""
+    return int(os.environ.get("RANK", 0)) == 0
