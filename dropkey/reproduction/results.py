@@ -103,9 +103,10 @@ def require_same_settings(path: Path, head: dict, now: dict[tuple[str, str], dic
         ConfigError: with row, column, key, old and new value.
     """
     then = {(row, column): head["settings"]["shared"] | own for row, column, own in head["settings"]["cells"]}
-    for row, column in then.keys() ^ now.keys():
-        where = "no longer in the table" if (row, column) in then else "missing in these records"
-        raise ConfigError(f"{path}: row '{row}', column '{column}' is {where}; run the table again")
+    for row, column in [*then, *now]:
+        where = "no longer in the table" if (row, column) not in now else "missing in these records"
+        both = (row, column) in then and (row, column) in now
+        require(both, f"{path}: row '{row}', column '{column}' is {where}; run the table again")
     for (row, column), old in then.items():
         new = now[row, column]
         for key in old:
