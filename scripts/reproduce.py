@@ -128,7 +128,7 @@ def run(table, args: Args) -> int:
         launcher.slots = slurm.slots(args.jobs, args.gpus_per_run, int(args.slurm.get("cpus_per_task", 1)))
     else:
         launcher.slots = slots(args.jobs, args.gpus, args.per_gpu, args.gpus_per_run)
-    outdated = {} if args.mixed else plan.outdated(jobs)
+    outdated = {} if args.mixed else plan.outdated(jobs, args.retry)
     if outdated and args.outdated == "refuse":
         raise ConfigError(
             f"{len(outdated)} finished runs {explain_outdated(outdated)[0]}; outdated=retrain trains them again and "

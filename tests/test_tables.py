@@ -228,7 +228,10 @@ def test_another_version_of_torch_makes_a_run_outdated(mini_jobs):
 
 def test_where_nothing_is_left_to_run_nothing_is_outdated(mini_jobs):
     finish(row(mini_jobs, "none"), engine="old")
-    assert plan.outdated([row(mini_jobs, "none")]) == {}
+    both = [row(mini_jobs, "none"), row(mini_jobs, "dropkey")]
+    assert plan.outdated(both)
+    RunDirectory(both[1].run).set_status("failed", reason="x")  # it runs again on request only
+    assert plan.outdated(both) == {} and plan.outdated(both, retry=True)
 
 
 def test_the_time_of_a_table_follows_from_finished_runs(mini_jobs):

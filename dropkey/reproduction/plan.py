@@ -9,13 +9,14 @@ from dropkey.records import RunDirectory
 from dropkey.reproduction.jobs import DIVERGED, DONE, FAILED, INTERRUPTED, RUNNING, Job, state
 
 STARTUP = 10.0  # seconds until the first step: imports, reading data
+COST = ("task.", "model.", "data.", "augment.", "trainer.")  # the keys that decide the time of an epoch
 FORWARD = 0.4  # time per sample of an evaluation / of a training step
 
 
 def estimate(jobs: Sequence[Job]) -> tuple[float, int, int]:
     """(seconds, bytes, jobs of unknown cost) of the jobs that are not done, one after the other.
 
-    The cost of a job is that of the last finished training which shares its model, data and trainer.
+    The cost of a job is that of the last finished training which shares the keys in `COST`.
     """
     finished = {cost_key(job): job for job in jobs if not job.evaluation and state(job)[0] == DONE}
     seconds, size, unknown = 0.0, 0, 0
@@ -44,19 +45,18 @@ def estimate(jobs: Sequence[Job]) -> tuple[float, int, int]:
 def cost_key(job: Job) -> str:
     """Trainings with the same key take the same time per epoch."""
     keys = identity.canonical(job.config)
-    return str(
-        {k: v for k, v in keys.items() if k.startswith(("model.", "data.", "trainer.")) and k != "trainer.epochs"}
-    )
+    return str({k: v for k, v in keys.items() if k.startswith(COST) and k != "trainer.epochs"})
 
 
-def outdated(jobs: Sequence[Job]) -> dict[Job, str]:
+def outdated(jobs: Sequence[Job], retry: bool = False) -> dict[Job, str]:
     """Finished jobs that cannot be compared with those still to run, and why: a part of the code that both use, or
-    torch, has changed. Empty if all jobs are finished."""
-    left = [job for job in jobs if state(job)[0] != DONE]
+    torch, has changed. Empty if nothing is to run; failed jobs run again only if `retry`."""
+    over = (DONE,) if retry else (DONE, FAILED, DIVERGED)
+    left = [job for job in jobs if state(job)[0] not in over]
     used = {part for job in left for part in code_of(job.config, cuda=True)}
     torch, found = importlib.metadata.version("torch"), {}
     for job in jobs:
-        if job in left or not left:
+        if not left or state(job)[0] != DONE:
             continue
         result = RunDirectory(job.run).read_json(job.result)
         changed = [part for part in changed_parts(result["code"]) if part in used]
