@@ -426,10 +426,12 @@ def test_a_run_in_training_is_not_discarded(mini_jobs):
     assert jobs.state(job)[0] == DONE
 
 
-def test_a_run_is_running_while_its_process_holds_it_and_interrupted_after(mini_jobs):
+def test_a_run_is_running_only_while_a_process_holds_it_and_done_only_with_a_summary(mini_jobs):
     job = row(mini_jobs, "none")
     assert jobs.state(job) == (MISSING, "")
     RunDirectory(job.run).set_status("running")
     with RunDirectory(job.run).lock():
         assert jobs.state(job)[0] == RUNNING
     assert jobs.state(job)[0] == INTERRUPTED
+    RunDirectory(job.run).set_status("done")
+    assert jobs.state(job)[0] == INTERRUPTED  # its summary is missing
