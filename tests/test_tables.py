@@ -134,6 +134,25 @@ def test_a_job_knows_the_directory_that_train_py_will_use(mini, tmp_path):
                 assert identity.run_directory(check.check(compose.compose(list(job.overrides)))) == job.run
 
 
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    {
+        (): "eval-test.json",
+        ("eval.split=val", "eval.weights=best", "eval.monte_carlo=16"): "eval-val-best-mc16.json",
+        ("data=cifar10", "eval.weights=best"): "eval-test-cifar10-best.json",
+        ("checkpoint=runs/x/checkpoints/previous.pt",): "eval-test-previous.json",
+    }.items(),
+    ids=str,
+)
+def test_the_file_of_an_evaluation_is_named_after_what_it_evaluates(overrides, name):
+    assert identity.evaluation_name(compose.compose(list(overrides), "eval")) == name
+
+
+def test_different_jobs_have_different_results():
+    todo = distinct(jobs_of(tables.load("alignment", "smoke", (0, 1)), "runs"))
+    assert len({(job.run, job.result) for job in todo}) == len(todo) == 16
+
+
 def test_tables_share_the_runs_they_have_in_common(tmp_path):
     runs = [
         {job.run for job in jobs_of(tables.load(name, "smoke", (0,)), str(tmp_path)).values()}
