@@ -122,6 +122,12 @@ def test_records_whose_row_has_changed_since_are_refused(tmp_path):
         results.read(GOLDEN / "records.jsonl", table)
 
 
+def test_records_made_without_an_override_of_the_command_are_refused():
+    table = tables.load(str(GOLDEN / "mini.yaml"), "smoke", overrides=("trainer.epochs=7",))
+    with pytest.raises(ConfigError, match=r"with trainer\.epochs=25, now it is 7"):
+        results.read(GOLDEN / "records.jsonl", table)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
