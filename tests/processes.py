@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Callable
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["torch", "timm", "sklearn.datasets", "wandb", "runs"])
+SERVER.set_forkserver_preload(["torch", "timm", "sklearn.datasets", "wandb", "dropkey.session"])
 
 
 @dataclass

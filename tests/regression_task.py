@@ -132,6 +132,16 @@ class Regression(Task):
     def scores(self) -> "PointScores":
         return PointScores()
 
+    def samples(self, data: Splits, split: str, ids: Tensor, dist):
+        yield getattr(data, split).take(ids)
+
+    def pictures(self, batch: SetBatch) -> Tensor:
+        """The coordinates as grey levels, a row per point."""
+        return torch.sigmoid(batch.points)[:, None]
+
+    def sample_names(self, data: Splits, split: str, ids: Tensor) -> list[str]:
+        return [f"{split} {number}" for number in ids.tolist()]
+
 
 class PointScores:
     def __init__(self):

@@ -236,7 +236,7 @@ def test_a_diverged_run_is_not_repeated_unless_asked_for(tmp_path, monkeypatch):
     run = RunDirectory(training.run_directory(cfg))
     run.path.mkdir()
     run.set_status("diverged", reason="loss nan")
-    with pytest.raises(Diverged, match="overwrite=true tries anew"):
+    with pytest.raises(Diverged, match="overwrite=true trains it again"):
         training.train(cfg)
 
 

@@ -114,6 +114,12 @@ class Normalize:
         return images.float().sub_(self.shift).mul_(self.scale)
 
 
+def denormalized(images: torch.Tensor, data: DataConfig) -> torch.Tensor:
+    """The inverse of `Normalize`, in [0, 1]."""
+    mean, std = (torch.tensor(per_channel(v, data.channels)).view(-1, 1, 1) for v in (data.mean, data.std))
+    return (images * std + mean).clamp(0, 1)
+
+
 class BatchAugment:
     """uint8 B C H W -> float32 B C H W: mirror, crop out of a reflected border, normalise, erase.
 

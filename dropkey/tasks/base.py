@@ -98,3 +98,16 @@ class Task(ABC):
 
     @abstractmethod
     def scores(self) -> Scores: ...
+
+    # --------------------------------------------------------------------------------------- looking at samples
+
+    @abstractmethod
+    def samples(self, data: Any, split: str, ids: Tensor, dist) -> Iterator[Batch]:
+        """The samples at those positions of a split, in this order, as the model takes them."""
+
+    @abstractmethod
+    def pictures(self, batch: Batch) -> Tensor:
+        """The samples as people see them: float B C H W in [0, 1], on the CPU."""
+
+    @abstractmethod
+    def sample_names(self, data: Any, split: str, ids: Tensor) -> list[str]: ...

@@ -1,15 +1,20 @@
 """Image classification: one class per image."""
 
+import dataclasses
+from typing import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dropkey import data as loaders
 from dropkey import datasets
+from dropkey.data.augment import denormalized
 from dropkey.metrics import Metric
 from dropkey.models import create_model
 from dropkey.tasks.base import Task
 
+SHOWN = 64  # images at a time: with 3,136 tokens (T2T) an image has 40 MB of attention weights in each layer
 BINS = 15  # of the calibration error (Guo et al., 2017)
 
 
@@ -87,6 +92,18 @@ class Classification(Task):
 
     def scores(self) -> "ClassificationScores":
         return ClassificationScores()
+
+    def samples(self, data: loaders.Dataset, split: str, ids: Tensor, dist) -> Iterator[loaders.Batch]:
+        some = dataclasses.replace(data, **{split: getattr(data, split).subset(ids)})
+        yield from self.eval_loader(some, split, dist, SHOWN)
+
+    def pictures(self, batch: loaders.Batch) -> Tensor:
+        return denormalized(batch.images.cpu(), self.cfg.data)
+
+    def sample_names(self, data: loaders.Dataset, split: str, ids: Tensor) -> list[str]:
+        """Class and position, on two lines."""
+        targets = getattr(data, split).targets
+        return [f"{data.classes[targets[number]]}\n{split} {number}" for number in ids.tolist()]
 
 
 class ClassificationScores:
