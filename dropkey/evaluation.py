@@ -19,11 +19,9 @@ from dropkey.session import build_regularized, rounded
 
 
 def evaluate_run(cfg: EvalConfig, trained: TrainConfig, directory: Path) -> tuple[dict, Path]:
-    """Figures of a trained run on a split, and the JSON file in the run directory that now holds them.
+    """The metrics of a trained run on a split, and the JSON file in its directory that now has them; `trained` is the
+    run's own config.
 
-    Args:
-        cfg: what to evaluate and how.
-        trained: the run's own config.
     Raises:
         ConfigError, DataError, StorageError: see dropkey.errors.
     """
@@ -68,28 +66,17 @@ def evaluate_run(cfg: EvalConfig, trained: TrainConfig, directory: Path) -> tupl
             "data": settings.data.name,
             "root": settings.data.root,
             "monte_carlo": options.monte_carlo,
+            "settings": identity.evaluation_settings(cfg),
             "checkpoint": str(file),
             "run": str(directory),
             "hardware": f"{dist.world_size} x {device_name(dist)}",
             "versions": versions(),
             "code": code_of(settings, cuda=dist.device.type == "cuda"),
         }
-        path = directory / evaluation_name(cfg, settings)
+        path = directory / identity.evaluation_name(cfg)
         if dist.is_main:
             write_json(path, result)
         return result, path
-
-
-def evaluation_name(cfg: EvalConfig, settings: TrainConfig) -> str:
-    """eval-test.json, eval-val-best-mc16.json, eval-test-cifar10.json: one file per question."""
-    parts = ["eval", cfg.eval.split]
-    if cfg.data is not None:
-        parts.append(identity.data_label(settings))
-    if cfg.checkpoint or cfg.eval.weights != "last":
-        parts.append(Path(cfg.checkpoint).stem if cfg.checkpoint else cfg.eval.weights)
-    if cfg.eval.monte_carlo:
-        parts.append(f"mc{cfg.eval.monte_carlo}")
-    return "-".join(parts) + ".json"
 
 
 def describe(result: dict) -> str:

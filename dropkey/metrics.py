@@ -13,6 +13,7 @@ class Metric:
         unit: such as "%"; empty for a plain number.
         digits: decimals shown.
         higher_is_better: the direction of the best checkpoint and of a table's claims.
+        proportion: the percentage of samples that are right; reports then show its binomial standard error.
     """
 
     key: str
@@ -20,6 +21,7 @@ class Metric:
     unit: str = ""
     digits: int = 2
     higher_is_better: bool = True
+    proportion: bool = False
 
     def format(self, value: float) -> str:
         """Label, value and unit, such as: loss 0.1234"""

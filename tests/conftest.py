@@ -57,6 +57,7 @@ def stand_in(tmp_path, monkeypatch):
         (scripts / name).write_text(f"{call}stand_in.main({name!r}, sys.argv[1:])\n")
     monkeypatch.setattr(slots, "SCRIPTS", scripts)
     monkeypatch.setattr(runner, "POLL", 0.02)
+    monkeypatch.setattr(runner, "RECHECK", 0.1)
     return scripts
 
 

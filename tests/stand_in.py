@@ -1,7 +1,7 @@
-"""Stands in for train.py and eval.py where a test is about what launches them: same files, no training, no torch.
+"""Stands in for train.py and eval.py in tests of the launcher: it writes the same files, without training or torch.
 
 It misbehaves as the environment variable BEHAVIOUR says: a JSON object from a part of the run's name to one of raise,
-exit, kill, diverge, stop, sleep, once (fails at the first attempt only), wait once (sleeps at the first).
+exit, kill, diverge, stop, sleep, wait once (sleeps at the first attempt only).
 """
 
 import json
@@ -13,33 +13,51 @@ from pathlib import Path
 
 from dropkey.errors import Busy
 from dropkey.records import RunDirectory
-from dropkey.reproduction.jobs import Compositions
 
-FIGURES = {"top1": 50.0, "top5": 90.0, "loss": 1.0, "ece": 3.0}
-OWN = ("seed", "output", "init_from")  # of a task, not of its composition
+METRICS = [{"key": "top1", "label": "top-1", "unit": "%"}, {"key": "loss", "label": "loss", "higher_is_better": False}]
 VERSIONS = {"torch": "0", "python": "0"}
+RESULT = {
+    "loss": 1.0,
+    "metrics": METRICS,
+    "samples": 10,
+    "versions": VERSIONS,
+    "hardware": "none",
+    "code": {"engine": "new"},
+}
 
 
-def main(script: str, words: list[str]) -> None:
-    if script == "eval.py":
-        run = RunDirectory(Path(next(w for w in words if w.startswith("run=")).removeprefix("run=")))
-        passes = int(next(w for w in words if w.startswith("eval.monte_carlo=")).split("=")[1])
-        text = json.dumps({**FIGURES, "count": 10, "monte_carlo": passes, "versions": VERSIONS, "hardware": "none"})
-        (run.path / f"eval-test-mc{passes}.json").write_text(text)
-        return
-    given = {key: value for key, _, value in (word.partition("=") for word in words) if key in OWN}
-    output, seed = Path(given["output"]), int(given["seed"])
-    rest = tuple(word for word in words if word.partition("=")[0] not in OWN)
-    composed = Compositions(output).get(rest)  # remembered: composing anew takes longer than all the rest
-    start = Path(given["init_from"]).name if "init_from" in given else None
-    run = RunDirectory(output / composed.run_name(seed, start))
+def announce(jobs, output: Path) -> None:
+    """What the stand-in must know of its jobs, which the real scripts compose: it takes longer than all the rest."""
+    from dropkey.config.identity import evaluation_settings
+
+    known = {
+        " ".join(job.overrides): {
+            "run": str(job.run),
+            "result": job.result,
+            "settings": evaluation_settings(job.evaluation) if job.evaluation else None,
+        }
+        for job in jobs
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "jobs.json").write_text(json.dumps(known))
+
+
+def main(script: str, overrides: list[str]) -> None:
+    given = dict(override.split("=", 1) for override in overrides)
+    output = Path(given["output"] if script == "train.py" else given["run"] + "/..")
+    job = json.loads((output / "jobs.json").read_text())[" ".join(overrides)]
+    run = RunDirectory(job["run"])
     with open(output / "starts.txt", "a") as file:
-        file.write(run.path.name + "\n")
+        file.write(f"{run.path.name} {job['result']}\n")
+    if script == "eval.py":
+        content = {**RESULT, "top1": 50.0, "settings": job["settings"]}
+        (run.path / job["result"]).write_text(json.dumps(content))
+        return
     if run.finished:
         return
     try:
         with run.lock():
-            train(run, top1=50 + 10 * composed.keys.get("regularizer.ratio", 0) + seed)
+            train(run, top1=50 + 10 * float(given.get("regularizer.ratio", 0)) + int(given["seed"]))
     except Busy as error:
         sys.exit(error.exit_code)
 
@@ -48,9 +66,9 @@ def train(run: RunDirectory, top1: float) -> None:
     run.set_status("running")
     act(run)
     time.sleep(float(os.environ.get("PAUSE", "0")))
-    run.append({"kind": "epoch", "step": 1, "epoch": 1, "train_loss": 0.5, "eval_top1": 40.0, "eval_loss": 1.0})
-    rest = {"images": 10, "epochs": 1, "seconds": 1.0, "best_split": "val", "code": "c", "data": "d", "commit": "e"}
-    run.write_summary({**FIGURES, "top1": top1, **rest, "versions": VERSIONS, "hardware": "none"})
+    run.append({"kind": "epoch", "step": 1, "epoch": 1, "train_loss": 0.5, "eval_top1": 40.0})
+    rest = {"epochs": 1, "seconds": 1.0, "samples_per_second": 10.0, "best_split": "val", "data": "d", "commit": "e"}
+    run.write_summary({**RESULT, **rest, "top1": top1})
     run.set_status("done")
 
 
@@ -70,9 +88,6 @@ def act(run: RunDirectory) -> None:
     if how == "stop":
         run.set_status("interrupted", reason="SIGTERM")
         sys.exit(143)
-    if how == "once" and not (run.path / "tried").exists():
-        (run.path / "tried").touch()
-        sys.exit(9)
     if how == "sleep" or (how == "wait once" and not (run.path / "tried").exists()):
         (run.path / "tried").touch()
         signal.signal(signal.SIGTERM, lambda *_: (run.set_status("interrupted", reason="SIGTERM"), sys.exit(143)))

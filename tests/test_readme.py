@@ -150,24 +150,18 @@ def test_pictures_are_drawn(words, run, monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("words", of("reproduce"), ids=" ".join)
-def test_tables_are_planned(words, monkeypatch, tmp_path, tables):
+def test_tables_are_planned(words, monkeypatch, tmp_path):
     """What the words say can be done; that it then is: test_reproduce.py."""
     from dropkey.reproduction.jobs import jobs_of
     from dropkey.reproduction.slots import slots
 
     script = load_script("scripts/reproduce.py", monkeypatch)
     shutil.copy(ROOT / "configs" / "table" / "schedule.yaml", tmp_path / "mine.yaml")
-    _, options = script.read([word.replace("mine.yaml", str(tmp_path / "mine.yaml")) for word in words])
-    table = script.load(options)
+    args, overrides = script.read([word.replace("mine.yaml", str(tmp_path / "mine.yaml")) for word in words])
+    table = script.load(args, overrides)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7")
-    assert slots(options.jobs or None, options.gpus, options.per_gpu, options.gpus_per_run)
-    assert len(jobs_of(table, str(tables))) == len(table.rows) * len(table.columns) * len(table.seeds)
-
-
-@pytest.fixture(scope="module")
-def tables(tmp_path_factory):
-    """Where compositions are remembered."""
-    return tmp_path_factory.mktemp("tables")
+    assert slots(args.jobs, args.gpus, args.per_gpu, args.gpus_per_run)
+    assert len(jobs_of(table, "runs")) == len(table.rows) * len(table.columns) * len(table.seeds)
 
 
 def test_the_readme_shows_a_committed_table():

@@ -15,53 +15,47 @@ import pytest
 
 from dropkey.errors import ConfigError
 from dropkey.records import RunDirectory
-from dropkey.reproduction import document, results, tables, writers
-from dropkey.reproduction.comparison import compare
-from dropkey.reproduction.jobs import Composed, Job
-from dropkey.reproduction.statistics import AGREES, UNDECIDED
+from dropkey.reproduction import content, report, results, tables
+from dropkey.reproduction.comparison import Comparison, compare
+from dropkey.reproduction.jobs import Job, composed
+from dropkey.reproduction.statistics import AGREES, DISAGREES, UNDECIDED
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden" / "table"  # regenerate: python tests/golden/make.py table
-FORMATS = (
-    "report.md",
-    "report.tex",
-    "report.csv",
-    "report.json",
-    "report.html",
-    "forest.svg",
-    "curves.svg",
-    "entropy.svg",
-)
-NO_PICTURES = {"forest.svg": "<svg/>", "curves.svg": "<svg/>", "entropy.svg": "<svg/>"}
+PICTURES = ("forest.svg", "curves.svg", "entropy.svg")
+FORMATS = ("report.md", "report.tex", "report.csv", "report.json", "report.html", *PICTURES)
+DRAWN = dict.fromkeys(PICTURES, "<svg/>")
 RESULTS = sorted((ROOT / "results").glob("*/records.jsonl"))
 
 
-def golden_comparison():
+def changed(**changes):
+    """The golden table, head and records, the records changed by `changes`: a function of a record for each key."""
     table = tables.load(str(GOLDEN / "mini.yaml"), "smoke")
-    head, found = results.read(GOLDEN / "records.jsonl", "mini", "smoke")
+    head, found = results.read(GOLDEN / "records.jsonl", table)
+    return table, head, [{**entry, **{key: change(entry) for key, change in changes.items()}} for entry in found]
+
+
+def golden_comparison() -> Comparison:
+    table, head, found = changed()
     return compare(table, head, found, results.require_one_version(found, mixed=False))
+
+
+def markdown(comparison: Comparison) -> str:
+    return report.markdown(comparison, DRAWN)
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     directory = tmp_path_factory.mktemp("report")
-    writers.write(golden_comparison(), directory)
+    report.write(golden_comparison(), directory)
     return directory
 
 
-def changed(**changes):
-    """The golden comparison, its records changed by `changes`, a function of a record for each key."""
-    table = tables.load(str(GOLDEN / "mini.yaml"), "smoke")
-    head, found = results.read(GOLDEN / "records.jsonl", "mini", "smoke")
-    found = [{**entry, **{key: change(entry) for key, change in changes.items()}} for entry in found]
-    return table, head, found
-
-
-# ------------------------------------------------------------------------------------------------ to the byte
+# ----------------------------------------------------------------------------------------------- bytes, records
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_the_mini_sweep_gives_the_committed_report_to_the_byte(name, written):
+def test_the_mini_sweep_gives_exactly_the_committed_report(name, written):
     assert (written / name).read_bytes() == (GOLDEN / name).read_bytes()
 
 
@@ -69,27 +63,91 @@ def test_the_mini_sweep_gives_the_committed_report_to_the_byte(name, written):
 def test_the_committed_results_are_what_their_records_say(file, tmp_path):
     name, scale = file.parent.name.rsplit("-", 1)
     table = tables.load(name, scale)
-    head, found = results.read(file, name, scale)
-    writers.write(compare(table, head, found, results.require_one_version(found, mixed=False)), tmp_path)
+    head, found = results.read(file, table)
+    report.write(compare(table, head, found, results.require_one_version(found, mixed=False)), tmp_path)
     for written in sorted(tmp_path.iterdir()):
         assert written.read_bytes() == (file.parent / written.name).read_bytes(), written.name
 
 
 def test_records_survive_writing_and_reading(tmp_path):
     table, head, found = changed()
-    results.write(tmp_path / "r.jsonl", dataclasses.replace(table, name="mini", seeds=tuple(head["seeds"])), found)
-    assert results.read(tmp_path / "r.jsonl", "mini", "smoke") == (head, found)
+    results.write(tmp_path / "r.jsonl", head, found)
+    assert results.read(tmp_path / "r.jsonl", table) == (head, found)
 
 
 def test_records_of_another_table_are_refused():
-    with pytest.raises(ConfigError, match="records of table=mini scale=smoke, not schedule cpu"):
-        results.read(GOLDEN / "records.jsonl", "schedule", "cpu")
+    with pytest.raises(ConfigError, match="records of table=mini scale=smoke, not of table=schedule scale=cpu"):
+        results.read(GOLDEN / "records.jsonl", tables.load("schedule", "cpu"))
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", "no json", '{"table": "mini"}'], ids=str)
+def test_a_file_without_records_is_refused(text, tmp_path):
+    (tmp_path / "r.jsonl").write_text(text)
+    with pytest.raises(ConfigError, match="has no records of a table"):
+        results.read(tmp_path / "r.jsonl", tables.load(str(GOLDEN / "mini.yaml"), "smoke"))
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    """(head, settings of the golden table now)"""
+    table, head, _ = changed()
+    return head, results.settings(table, results.jobs_of(table, "runs"))
+
+
+@pytest.mark.parametrize("key", json.loads((GOLDEN / "records.jsonl").open().readline())["settings"]["shared"])
+def test_records_made_with_another_default_are_refused(key, recorded):
+    head, now = recorded
+    now = {place: {**keys, key: "changed"} for place, keys in now.items()}
+    message = f"was run with {key}={head['settings']['shared'][key]}, now it is changed; run the table again"
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        results.require_same_settings(Path("r.jsonl"), head, now)
+
+
+def test_a_key_that_is_gone_is_refused_and_a_new_one_is_not(recorded):
+    head, now = recorded
+    results.require_same_settings(Path("r.jsonl"), head, {place: {**keys, "new": 1} for place, keys in now.items()})
+    without = {place: {k: v for k, v in keys.items() if k != "optim.lr"} for place, keys in now.items()}
+    with pytest.raises(ConfigError, match=r"optim\.lr=0\.002, now it is not a key"):
+        results.require_same_settings(Path("r.jsonl"), head, without)
+
+
+def mini_with(tmp_path: Path, old: str, new: str) -> tables.Table:
+    (tmp_path / "mini.yaml").write_text((GOLDEN / "mini.yaml").read_text().replace(old, new))
+    return tables.load(str(tmp_path / "mini.yaml"), "smoke")
+
+
+def test_records_whose_row_has_changed_since_are_refused(tmp_path):
+    table = mini_with(tmp_path, "regularizer.ratio=0.3 schedule=constant", "regularizer.ratio=0.4 schedule=constant")
+    with pytest.raises(ConfigError, match=r"row 'DropKey, constant', .* with regularizer\.ratio=0\.3, now it is 0\.4"):
+        results.read(GOLDEN / "records.jsonl", table)
+
+
+def test_records_made_without_an_override_of_the_command_are_refused():
+    table = tables.load(str(GOLDEN / "mini.yaml"), "smoke", overrides=("trainer.epochs=7",))
+    with pytest.raises(ConfigError, match=r"with trainer\.epochs=25, now it is 7"):
+        results.read(GOLDEN / "records.jsonl", table)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("  Dropout: reg", "  Another: reg", "row 'Dropout', .* is no longer in the table"),
+        ("\nclaims", "\n  Another: regularizer=dropkey\nclaims", "row 'Another', .* is missing in these records"),
+    ],
+)
+def test_records_of_other_rows_are_refused(old, new, message, tmp_path):
+    mini_with(tmp_path, "  - DropKey, decreasing > Dropout\n", "")
+    text = (tmp_path / "mini.yaml").read_text().replace(old, new)
+    (tmp_path / "mini.yaml").write_text(text)
+    table = tables.load(str(tmp_path / "mini.yaml"), "smoke")
+    with pytest.raises(ConfigError, match=message):
+        results.read(GOLDEN / "records.jsonl", table)
 
 
 def test_plan_and_report_import_no_torch():
     program = (
         "import sys; sys.argv = ['x']; import runpy; module = runpy.run_path('scripts/reproduce.py');"
-        "from dropkey.reproduction import comparison, display, document, plan, results, runner, jobs, writers;"
+        "from dropkey.reproduction import comparison, display, jobs, plan, report, results, runner, slurm;"
         "print([name for name in ('torch', 'timm', 'torchvision', 'wandb') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
@@ -117,13 +175,13 @@ def test_what_the_paper_does_not_tell_is_not_known(written):
 
 def test_ours_is_named_for_what_it_is(written):
     text = (written / "report.md").read_text()
-    assert "ours: ViT 2 x 32" in text and "digits, 8 px, 480 training images" in text
+    assert "ours: ViT 2 x 32" in text and "digits, 8 px, 480 training samples" in text
 
 
 def test_a_row_that_is_trained_in_another_way_is_named_beside_the_baselines_training():
     table, head, found = changed(facts=lambda entry: "digits, 9 epochs" if entry["row"] == "Dropout" else "digits")
     rows = {**table.rows, "Dropout": tables.Row("Dropout", of="DropKey")}
-    text = document.what_was_run(compare(dataclasses.replace(table, rows=rows), head, found, []))
+    text = content.about(compare(dataclasses.replace(table, rows=rows), head, found, []))
     assert "ViT 2 x 32: digits; 'Dropout': digits, 9 epochs, starting from the runs of 'DropKey'." in text
 
 
@@ -137,12 +195,12 @@ def test_every_claim_has_a_verdict_with_its_rule(written):
     text = (written / "report.md").read_text()
     for claim in golden_comparison().table.claims:
         assert re.search(rf"\| {claim} \|.*\| (agrees|disagrees|cannot tell yet) \|", text)
-    assert "adjusted by Holm over the 3 claims" in text
+    assert "Holm's correction over the 3 claims" in text
 
 
 def test_a_clear_difference_agrees_and_noise_does_not():
     table, head, found = changed(top1=lambda r: {"DropKey, decreasing": 60}.get(r["row"], 50) + r["seed"] / 9)
-    found = [{**entry, "state": "done", "data": "d", "code": "c", "torch": "t"} for entry in found]
+    found = [{**entry, "state": "done"} for entry in found]
     verdicts = {str(f.claim): f.verdict for f in compare(table, head, found, []).findings}
     assert verdicts["DropKey, decreasing > DropKey, constant"] == AGREES
     noise = dict(zip(table.rows, [(50, 53, 49), (52, 49, 51), (49, 52, 51), (51, 50, 53)], strict=True))
@@ -150,56 +208,135 @@ def test_a_clear_difference_agrees_and_noise_does_not():
     assert {f.verdict for f in compare(table, head, found, []).findings} == {UNDECIDED}
 
 
-def test_the_last_epoch_counts_not_the_best(tmp_path):
-    task = Job("train.py", (), tmp_path / "run", "summary.json", Composed("", {}, "m", "d", 8, None, 2, None, 32, 1))
-    run = RunDirectory(task.run)
+def lower_is_better(**values: tuple[float, ...]) -> Comparison:
+    """The golden table with an error in millimetres as its metric; values of three seeds for each row."""
+    table, head, found = changed(error=lambda entry: values[entry["row"].replace(", ", "_")][entry["seed"]])
+    found = [{**found[0], **entry, "state": "done", "top1": None} for entry in found]
+    metric = {"key": "error", "label": "vertex error", "unit": "mm", "digits": 3, "higher_is_better": False}
+    return compare(dataclasses.replace(table, paper={}), {**head, "metrics": [metric]}, found, [])
+
+
+ERRORS = {
+    "no regularizer": (5.0, 5.1, 5.2),
+    "DropKey_decreasing": (1.0, 1.1, 1.2),
+    "DropKey_constant": (2.0, 2.1, 2.21),
+    "Dropout": (0.5, 0.61, 0.7),
+}
+
+
+def test_where_lower_is_better_the_row_with_the_lower_metric_wins_a_claim():
+    verdicts = {str(found.claim): found.verdict for found in lower_is_better(**ERRORS).findings}
+    assert verdicts["DropKey, decreasing > no regularizer"] == AGREES
+    assert verdicts["DropKey, decreasing > DropKey, constant"] == AGREES
+    assert verdicts["DropKey, decreasing > Dropout"] == DISAGREES
+
+
+def test_labels_units_digits_and_direction_are_those_of_the_metric(tmp_path):
+    report.write(lower_is_better(**ERRORS), tmp_path)
+    text = {name: (tmp_path / name).read_text() for name in FORMATS if (tmp_path / name).exists()}
+    assert "last epoch: vertex error (mm)" in text["report.md"]
+    assert "| DropKey, decreasing | 1.100 ± 0.100 (3) |" in text["report.md"]
+    assert (
+        "a lower vertex error is better" in text["report.md"]
+        and "Differences in vertex error (mm)" in text["report.md"]
+    )
+    assert "| DropKey, decreasing | −4.000 |" in text["report.md"]
+    assert "vertex error (mm) & difference" in text["report.tex"]
+    assert "reason,error,train_loss" in text["report.csv"]
+    assert "vertex error minus that of 'no regularizer' (mm), lower is better" in text["forest.svg"]
+    assert "vertex error (mm)" in text["curves.svg"]
+    for written in text.values():
+        assert "top-1" not in written and "binomial" not in written
+
+
+def test_no_code_of_tables_knows_a_metric():
+    for file in [*(ROOT / "dropkey" / "reproduction").rglob("*.*"), ROOT / "scripts" / "reproduce.py"]:
+        if file.suffix != ".pyc":
+            assert not re.search(r"top.?[15]|\bece\b|accurac|image", file.read_text(), re.I), file.name
+
+
+@pytest.fixture
+def job(tmp_path):
+    """A finished training of two epochs."""
+    job = Job("train.py", (), tmp_path / "run", "summary.json", composed(("logger=none",)))
+    run = RunDirectory(job.run)
     run.set_status("done")
     for epoch, top1 in ((1, 99.0), (2, 40.0)):
         run.append({"kind": "epoch", "epoch": epoch, "train_loss": 1.0 / epoch, "eval_top1": top1, "eval_loss": 1.0})
-    keys = dict.fromkeys(("top5", "loss", "ece", "images", "epochs", "seconds", "best_split", "commit", "hardware"), 1)
-    run.write_summary({**keys, "top1": 41.0, "best_top1": 99.0, "best_epoch": 1, "versions": {"torch": "t"}})
-    entry = results.record(("row", "column", 0), task)
-    assert (entry["top1"], entry["train_loss"]) == (41.0, 0.5)
+    keys = dict.fromkeys(("samples", "epochs", "seconds", "best_split", "commit", "hardware", "code"), 1)
+    metrics = [{"key": "top1", "label": "top-1"}, {"key": "loss", "label": "loss", "higher_is_better": False}]
+    values = {"top1": 41.0, "loss": 1.5, "best_top1": 99.0, "best_epoch": 1}
+    run.write_summary({**keys, **values, "metrics": metrics, "versions": {"torch": "t"}})
+    return job
+
+
+def test_the_last_epoch_counts_not_the_best(job):
+    entry = results.record(("row", "column", 0), job, RunDirectory(job.run).summary())
+    assert (entry["top1"], entry["loss"], entry["train_loss"]) == (41.0, 1.5, 0.5)
     assert 99.0 not in [value for value in entry.values() if isinstance(value, float)]
 
 
+def test_the_curve_of_a_run_is_its_training_loss_and_the_watched_metric(job):
+    entry = results.record(("row", "column", 0), job, RunDirectory(job.run).summary())
+    assert entry["curve"] == [[1, 1.0, 99.0], [2, 0.5, 40.0]]
+
+
+def test_runs_with_different_metrics_are_refused(job, tmp_path):
+    table = tables.load("schedule", "smoke", (0,))
+    other = dataclasses.replace(job, run=tmp_path / "other")
+    RunDirectory(other.run).set_status("done")
+    RunDirectory(other.run).write_summary(
+        {**RunDirectory(job.run).summary(), "metrics": [{"key": "error", "label": "e"}]}
+    )
+    with pytest.raises(ConfigError, match="different metrics: run and other"):
+        results.gather(table, {("no regularizer", "c", 0): job, ("no regularizer", "c", 1): other})
+
+
 def test_runs_of_different_versions_are_not_mixed_unasked():
-    _, _, found = changed(code=lambda r: "old" if r["seed"] == 0 else "new")
-    with pytest.raises(ConfigError, match=r"2 versions of the code .new: 7 runs, old: 4 runs.*mixed=true"):
+    _, _, found = changed(code=lambda r: {"engine": "old" if r["seed"] == 0 else "new", "data": "same"})
+    with pytest.raises(ConfigError, match=r"2 versions of the code of engine .new: 7 runs, old: 4 runs.*mixed=true"):
         results.require_one_version(found, mixed=False)
-    assert results.require_one_version(found, mixed=True)
+    assert len(results.require_one_version(found, mixed=True)) == 1
 
 
-def test_runs_of_different_data_are_not_mixed_unasked():
-    _, _, found = changed(data=lambda r: str(r["seed"]))
-    with pytest.raises(ConfigError, match="versions of the data in column 'ViT 2 x 32'"):
+def test_runs_conflict_only_in_code_that_they_share():
+    _, _, found = changed(code=lambda r: {"engine": "e", f"regularizer/{r['row']}": r["row"]})
+    assert results.require_one_version(found, mixed=False) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "message"), [("data", "versions of the data in column 'ViT 2 x 32'"), ("torch", "3 versions of torch")]
+)
+def test_runs_of_different_data_or_torch_are_not_mixed_unasked(key, message):
+    _, _, found = changed(**{key: lambda r: str(r["seed"])})
+    with pytest.raises(ConfigError, match=message):
         results.require_one_version(found, mixed=False)
 
 
 def test_a_mixed_report_says_so():
     table, head, found = changed(torch=lambda r: str(r["seed"]))
-    blocks = document.build(compare(table, head, found, results.require_one_version(found, mixed=True)))
-    assert "Mixed on request" in writers.markdown(blocks)
+    text = markdown(compare(table, head, found, results.require_one_version(found, mixed=True)))
+    assert "mixed on request" in text and "3 versions of torch" in text
 
 
 def test_a_table_of_one_seed_shows_means_without_intervals():
     table, head, found = changed()
-    text = writers.markdown(document.build(compare(table, head, [r for r in found if r["seed"] == 0], [])))
-    assert " ± 0.00" not in text and "nan" not in text.replace("loss nan", "")
+    text = markdown(compare(table, head, [r for r in found if r["seed"] == 0], []))
+    assert " ± 0.00" not in text and not re.search(r"\bnan\b", text.replace("loss nan", ""))
 
 
-def test_a_table_without_runs_can_be_shown():
+def test_a_table_without_runs_can_be_shown(tmp_path):
     table, head, found = changed(state=lambda r: "missing")
-    assert "– (0/3)" in writers.markdown(document.build(compare(table, head, found, [])))
-    assert writers.page(document.build(compare(table, head, found, [])), NO_PICTURES)
+    assert "– (0/3)" in report.write(compare(table, head, found, []), tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------- formats
 
 
-def test_without_measurements_there_is_no_picture_of_entropy():
+def test_without_measurements_there_is_no_picture_of_entropy(tmp_path):
     table, head, found = changed(heads=lambda entry: None, entropy=lambda entry: None)
-    assert "ntropy" not in writers.markdown(document.build(compare(table, head, found, [])))
+    assert "ntropy" not in report.write(compare(table, head, found, []), tmp_path)
+    assert not (tmp_path / "entropy.svg").exists()
 
 
 def test_csv_and_json_hold_every_seed(written):
@@ -256,9 +393,12 @@ def test_special_characters_do_not_break_a_format():
     rows = {odd if label == "Dropout" else label: row for label, row in table.rows.items()}
     found = [{**entry, "row": odd if entry["row"] == "Dropout" else entry["row"]} for entry in found]
     comparison = compare(dataclasses.replace(table, rows=rows, claims=()), head, found, [])
-    assert "A \\| B" in writers.markdown(document.build(comparison))
-    assert r"A | B \& C\_1 $<$50 \%$>$ \textbackslash{} \{x\}" in writers.latex(comparison)
-    assert "&lt;50 %&gt;" in writers.page(document.build(comparison), NO_PICTURES)
+    text = markdown(comparison)
+    assert r"| A \| B & C_1 \<50 %> \\ {x} 'y' \"z\" |".replace('\\"', '"') in text
+    assert r"A | B \& C\_1 $<$50 \%$>$ \textbackslash{} \{x\}" in report.latex(comparison)
+    page = report.page("a < b", text, DRAWN)
+    assert "<td>A | B &amp; C_1 &lt;50 %&gt; \\ {x} 'y' &quot;z&quot;</td>" in page
+    assert "<title>a &lt; b</title>" in page
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)

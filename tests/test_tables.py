@@ -1,6 +1,8 @@
 """Tables: their YAML, the runs they need, and what runs them. A stand-in trains where the launcher is the matter."""
 
 import collections
+import dataclasses
+import importlib.metadata
 import json
 import os
 import signal
@@ -11,12 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from dropkey.config import check, compose, identity
-from dropkey.errors import ConfigError
-from dropkey.records import RunDirectory
-from dropkey.reproduction import jobs, runner, slots, tables
-from dropkey.reproduction.jobs import DIVERGED, DONE, FAILED, INTERRUPTED, MISSING
-from dropkey.reproduction.plan import distinct
+import stand_in as standing_in
+from dropkey import code_version
+from dropkey.config import check, compose, identity, schema
+from dropkey.errors import Busy, ConfigError
+from dropkey.records import RunDirectory, write_json
+from dropkey.reproduction import jobs, plan, runner, slots, tables
+from dropkey.reproduction.jobs import DIVERGED, DONE, FAILED, INTERRUPTED, MISSING, RUNNING, Job, distinct, jobs_of
 from dropkey.reproduction.runner import Launcher
 
 ROOT = Path(__file__).parents[1]
@@ -33,12 +36,6 @@ claims: [dropkey > none]
 """
 
 
-@pytest.fixture(scope="module")
-def compositions(tmp_path_factory):
-    """A directory in which compositions are remembered: composing takes a third of a second."""
-    return tmp_path_factory.mktemp("compositions")
-
-
 @pytest.fixture
 def mini(tmp_path):
     file = tmp_path / "mini.yaml"
@@ -47,14 +44,16 @@ def mini(tmp_path):
 
 
 def launched(table, output: Path, at_once: int = 2, **options) -> dict[str, runner.JobState]:
-    """Run directory's name -> job, after a launch of the whole table."""
-    todo = distinct(jobs.jobs_of(table, str(output)).values())
-    items = Launcher(todo, slots.slots(at_once, "none", 1, 1), **options).run()
-    return {item.job.name: item for item in items}
+    """Name of the job -> its state, after a launch of the whole table."""
+    todo = distinct(jobs_of(table, str(output)))
+    standing_in.announce(todo, output)
+    return {one.job.name: one for one in Launcher(todo, slots.slots(at_once, "none", 1, 1), **options).run()}
 
 
 def started(output: Path) -> collections.Counter:
-    return collections.Counter((output / "starts.txt").read_text().split())
+    """How often each training was started."""
+    lines = (output / "starts.txt").read_text().splitlines()
+    return collections.Counter(line.split()[0] for line in lines if line.endswith("summary.json"))
 
 
 # ------------------------------------------------------------------------------------------------------------ YAML
@@ -68,17 +67,17 @@ def test_every_table_has_every_scale(name, scale):
 
 
 @pytest.mark.parametrize("name", tables.names())
-def test_every_row_of_every_table_composes(name, compositions):
+def test_every_row_of_every_table_composes(name):
     table = tables.load(name, "smoke", seeds=(0,))
-    assert len(jobs.jobs_of(table, str(compositions))) == len(table.rows) * len(table.columns)
+    assert len(jobs_of(table, "runs")) == len(table.rows) * len(table.columns)
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_every_column_of_every_scale_composes(scale, compositions):
+def test_every_column_of_every_scale_composes(scale):
     for name in tables.names():
         table = tables.load(name, scale)
-        for words in table.columns.values():
-            jobs.Compositions(compositions).get((*words, "regularizer=dropkey"))
+        for overrides in table.columns.values():
+            assert jobs.composed(overrides)
 
 
 @pytest.mark.parametrize("name", tables.names())
@@ -88,11 +87,11 @@ def test_every_table_says_in_its_header_what_it_claims_and_how_to_run_it(name):
 
 
 WRONG = {
-    ("title", "tilte"): "tilte is no key of a table; did you mean title?",
-    ("baseline: none", "baseline: nothing"): "baseline 'nothing' is no row",
+    ("title", "tilte"): "tilte is not a key of a table; did you mean title?",
+    ("baseline: none", "baseline: nothing"): "baseline 'nothing' is not a row",
     ("dropkey > none", "dropkey > nothing"): "claim 'dropkey > nothing'",
-    ("of: dropkey, evaluate", "of: drop, evaluate"): "row 'several passes' is of 'drop', which is no row",
-    ("regularizer=none\n", "none\n"): "row 'none': 'none' is no key=value",
+    ("of: dropkey, evaluate", "of: drop, evaluate"): "row 'several passes' is of 'drop', which is not a row",
+    ("regularizer=none\n", "none\n"): "row 'none': 'none' is not key=value",
     (
         "evaluate: eval.monte_carlo=4",
         "evaluate: eval.device=cpu",
@@ -106,7 +105,7 @@ WRONG = {
 def test_a_mistake_in_a_table_is_one_line_that_names_it(change, message, mini, tmp_path):
     mini.write_text(MINI.replace(*change))
     with pytest.raises(ConfigError) as error:
-        jobs.jobs_of(tables.load(str(mini), "smoke"), str(tmp_path / "runs"))
+        jobs_of(tables.load(str(mini), "smoke"), str(tmp_path / "runs"))
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -120,48 +119,158 @@ def test_an_unknown_table_or_scale_names_the_nearest():
 def test_a_row_of_ones_own_needs_one_line_in_a_copy(mini, tmp_path):
     mini.write_text(MINI.replace("claims", "  mine: regularizer=dropkey regularizer.ratio=0.2\nclaims"))
     table = tables.load(str(mini), "smoke")
-    assert len(distinct(jobs.jobs_of(table, str(tmp_path)).values())) == 5 * len(table.seeds)
+    assert len(distinct(jobs_of(table, str(tmp_path)))) == 5 * len(table.seeds)
 
 
-# ----------------------------------------------------------------------------------------------------------- tasks
+# ------------------------------------------------------------------------------------------------------------ jobs
 
 
-def test_a_task_knows_the_directory_that_train_py_will_use(mini, tmp_path):
-    table = tables.load(str(mini), "smoke", seeds=(3,), extra=("optim.lr=3e-3",))
-    for task in jobs.jobs_of(table, str(tmp_path / "runs")).values():
-        if task.script == "train.py":
-            words = [word for word in task.words if not word.startswith("init_from=")]
-            cfg = check.check(compose.compose(words))
-            cfg.init_from = next((w.split("=", 1)[1] for w in task.words if w.startswith("init_from=")), None)
-            assert identity.run_directory(cfg) == task.run
+def test_a_job_knows_the_directory_that_train_py_will_use(mini, tmp_path):
+    table = tables.load(str(mini), "smoke", (3,), ("optim.lr=3e-3",))
+    for exists in (False, True):  # the name of a fine-tuned run does not depend on whether its start exists
+        for job in jobs_of(table, str(tmp_path / "runs")).values():
+            if not job.evaluation:
+                job.run.mkdir(parents=True, exist_ok=exists)
+                assert identity.run_directory(check.check(compose.compose(list(job.overrides)))) == job.run
 
 
-def test_the_name_of_a_fine_tuned_run_does_not_depend_on_whether_its_start_exists(mini, tmp_path):
-    table = tables.load(str(mini), "smoke", seeds=(0,))
-    before = jobs.jobs_of(table, str(tmp_path))["tuned", "ViT 2 x 32", 0]
-    before.needs.run.mkdir(parents=True)
-    words = [word for word in before.words if not word.startswith("init_from=")]
-    cfg = check.check(compose.compose(words))
-    cfg.init_from = str(before.needs.run)
-    assert identity.run_directory(cfg) == before.run
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    {
+        (): "eval-test.json",
+        ("eval.split=val", "eval.weights=best", "eval.monte_carlo=16"): "eval-val-best-mc16.json",
+        ("data=cifar10", "eval.weights=best"): "eval-test-cifar10-best.json",
+        ("checkpoint=runs/x/checkpoints/previous.pt",): "eval-test-previous.json",
+    }.items(),
+    ids=str,
+)
+def test_the_file_of_an_evaluation_is_named_after_what_it_evaluates(overrides, name):
+    assert identity.evaluation_name(compose.compose(list(overrides), "eval")) == name
+
+
+def test_different_jobs_have_different_results():
+    todo = distinct(jobs_of(tables.load("alignment", "smoke", (0, 1)), "runs"))
+    assert len({(job.run, job.result) for job in todo}) == len(todo) == 16
 
 
 def test_tables_share_the_runs_they_have_in_common(tmp_path):
     runs = [
-        {task.run for task in jobs.jobs_of(tables.load(name, "smoke", (0,)), str(tmp_path)).values()}
+        {job.run for job in jobs_of(tables.load(name, "smoke", (0,)), str(tmp_path)).values()}
         for name in ("schedule", "controls", "structured")
     ]
     assert len(set.intersection(*runs)) == 2  # no regularizer; DropKey, decreasing
 
 
-def test_compositions_are_kept_until_a_config_changes(mini, tmp_path, monkeypatch):
-    table = tables.load(str(mini), "smoke")
-    first = jobs.jobs_of(table, str(tmp_path))
-    monkeypatch.setattr(jobs, "summarise", lambda words: pytest.fail("composed again"))
-    assert jobs.jobs_of(table, str(tmp_path)) == first
-    monkeypatch.setattr(jobs, "sources", lambda: "another version")
-    with pytest.raises(pytest.fail.Exception):
-        jobs.jobs_of(table, str(tmp_path))
+def with_default(monkeypatch, kind: type, key: str, value) -> None:
+    """Changes a default of the schema."""
+    names = [field.name for field in dataclasses.fields(kind)]
+    defaults = list(kind.__init__.__defaults__)
+    defaults[names.index(key)] = value
+    monkeypatch.setattr(kind.__init__, "__defaults__", tuple(defaults))
+    jobs.composed.cache_clear()
+    jobs.composed_evaluation.cache_clear()
+
+
+@pytest.fixture
+def clear_compositions():
+    yield
+    jobs.composed.cache_clear()
+    jobs.composed_evaluation.cache_clear()
+
+
+def test_a_changed_default_is_another_run(mini, tmp_path, monkeypatch, clear_compositions):
+    table = tables.load(str(mini), "smoke", (0,))
+    before = {job.run for job in jobs_of(table, str(tmp_path)).values()}
+    with_default(monkeypatch, schema.TrainerConfig, "overfit", True)
+    assert not before & {job.run for job in jobs_of(table, str(tmp_path)).values()}
+
+
+CHANGED = {"split": "val", "weights": "best", "monte_carlo": 8, "batch_size": 7, "device": "cpu"}
+
+
+@pytest.mark.parametrize("key", [field.name for field in dataclasses.fields(schema.EvaluationConfig)])
+def test_a_changed_default_of_an_evaluation_lets_no_old_result_stand(
+    key, mini, tmp_path, monkeypatch, clear_compositions
+):
+    setting = "eval.split=test" if key == "monte_carlo" else "eval.monte_carlo=4"
+    mini.write_text(MINI.replace("eval.monte_carlo=4", setting))
+    table, place = tables.load(str(mini), "smoke", (0,)), ("several passes", "ViT 2 x 32", 0)
+    job = jobs_of(table, str(tmp_path))[place]
+    write_json(job.run / job.result, {"settings": identity.evaluation_settings(job.evaluation)})
+    assert jobs.state(job)[0] == DONE
+    with_default(monkeypatch, schema.EvaluationConfig, key, CHANGED[key])
+    expected = DONE if key == "device" else MISSING  # where it is computed is not part of a result
+    assert jobs.state(jobs_of(table, str(tmp_path))[place])[0] == expected
+
+
+# ------------------------------------------------------------------------------------------------------------ plan
+
+
+def finish(job: Job, torch: str = importlib.metadata.version("torch"), **code: str) -> None:
+    """Writes what a finished training leaves; `code` changes digests of its parts."""
+    run = RunDirectory(job.run)
+    run.set_status("done")
+    parts = {**code_version.code_of(job.config), **code}
+    rest = {"metrics": standing_in.METRICS, "seconds": 50.0, "samples": 100, "samples_per_second": 20.0}
+    run.write_summary({"top1": 50.0, "code": parts, "versions": {"torch": torch}, **rest})
+
+
+@pytest.fixture
+def mini_jobs(mini, tmp_path):
+    return jobs_of(tables.load(str(mini), "smoke", (0,)), str(tmp_path / "runs"))
+
+
+def row(found: dict, label: str) -> Job:
+    return found[label, "ViT 2 x 32", 0]
+
+
+def test_a_finished_run_is_outdated_if_code_that_new_runs_use_has_changed(mini_jobs):
+    finish(row(mini_jobs, "dropkey"), engine="old")
+    (job, reason), *others = plan.outdated(distinct(mini_jobs)).items()
+    assert (job, others) == (row(mini_jobs, "dropkey"), [])
+    assert reason == "the code of engine has changed"
+
+
+def test_a_change_that_no_new_run_uses_leaves_finished_runs_comparable(mini_jobs):
+    finish(row(mini_jobs, "dropkey"), **{"regularizer/dropkey": "old"})
+    finish(row(mini_jobs, "tuned"))
+    left = [row(mini_jobs, "dropkey"), row(mini_jobs, "tuned"), row(mini_jobs, "none")]  # only `none` is to be run
+    assert plan.outdated(left) == {}
+    assert plan.outdated(distinct(mini_jobs))  # with the evaluation of the DropKey run, it is
+
+
+def test_another_version_of_torch_makes_a_run_outdated(mini_jobs):
+    finish(row(mini_jobs, "none"), torch="1.0")
+    (reason,) = plan.outdated(distinct(mini_jobs)).values()
+    assert "it used torch 1.0, now it is" in reason
+
+
+def test_where_nothing_is_left_to_run_nothing_is_outdated(mini_jobs):
+    finish(row(mini_jobs, "none"), engine="old")
+    both = [row(mini_jobs, "none"), row(mini_jobs, "dropkey")]
+    assert plan.outdated(both)
+    RunDirectory(both[1].run).set_status("failed", reason="x")  # it runs again on request only
+    assert plan.outdated(both) == {} and plan.outdated(both, retry=True)
+
+
+def test_the_time_of_a_table_follows_from_finished_runs(mini_jobs):
+    nothing = plan.estimate(distinct(mini_jobs))
+    assert nothing == (0, 0, 4)  # unknown
+    finish(row(mini_jobs, "none"))
+    epochs = row(mini_jobs, "dropkey").config.trainer.epochs
+    seconds, size, unknown = plan.estimate(distinct(mini_jobs))
+    # a training as long, one of 5 epochs, and 4 passes over 100 samples at 0.4 x 1/20 s; each after a start
+    assert seconds == pytest.approx(50 + 50 * 5 / epochs + 4 * 100 * 0.4 / 20 + 3 * plan.STARTUP)
+    assert size > 0 and unknown == 0
+
+
+def test_an_interrupted_run_needs_only_what_is_left(mini_jobs):
+    finish(row(mini_jobs, "none"))
+    job = row(mini_jobs, "dropkey")
+    RunDirectory(job.run).set_status("interrupted")
+    RunDirectory(job.run).append({"kind": "epoch", "step": 1, "epoch": job.config.trainer.epochs - 5})
+    seconds, size, _ = plan.estimate([row(mini_jobs, "none"), job])
+    assert seconds == pytest.approx(50 * 5 / job.config.trainer.epochs + plan.STARTUP) and size == 0
 
 
 # ---------------------------------------------------------------------------------------------------------- slots
@@ -176,18 +285,18 @@ def test_runs_at_once_share_the_cores(monkeypatch):
 @pytest.mark.parametrize("cores, jobs", [(1, 1), (2, 2), (64, 4)])
 def test_without_a_gpu_there_is_a_run_per_core_up_to_four(cores, jobs, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
-    assert [slot.threads for slot in slots.slots(None, "none", 1, 1)] == [cores // jobs] * jobs
+    assert [slot.threads for slot in slots.slots(0, "none", 1, 1)] == [cores // jobs] * jobs
 
 
 def test_several_runs_share_a_gpu():
-    places = slots.slots(None, "0,1", 2, 1)
+    places = slots.slots(0, "0,1", 2, 1)
     assert sorted(slot.environment()["CUDA_VISIBLE_DEVICES"] for slot in places) == ["0", "0", "1", "1"]
 
 
 def test_a_run_on_several_gpus_goes_through_torchrun():
-    (first, second) = slots.slots(None, "0,1,2,3", 1, 2)
-    task = jobs.Job("train.py", ("a=1",), Path("runs/x"), "summary.json", None)
-    assert "torch.distributed.run" in first.command(task) and "--nproc-per-node=2" in first.command(task)
+    (first, second) = slots.slots(0, "0,1,2,3", 1, 2)
+    job = Job("train.py", ("a=1",), Path("runs/x"), "summary.json", None)
+    assert "torch.distributed.run" in first.command(job) and "--nproc-per-node=2" in first.command(job)
     assert second.environment()["CUDA_VISIBLE_DEVICES"] == "2,3"
 
 
@@ -221,7 +330,7 @@ def six(tmp_path):
 
 def test_runs_that_raise_exit_die_or_diverge_leave_the_others_going(six, tmp_path, stand_in, monkeypatch):
     output = tmp_path / "runs"
-    names = [task.run.name for task in jobs.jobs_of(six, str(output)).values()]
+    names = [job.run.name for job in jobs_of(six, str(output)).values()]
     bad = dict(zip(names[1:5], ("raise", "exit", "kill", "diverge"), strict=True))
     monkeypatch.setenv("BEHAVIOUR", json.dumps(bad))
     items = launched(six, output)
@@ -237,12 +346,6 @@ def test_runs_that_raise_exit_die_or_diverge_leave_the_others_going(six, tmp_pat
     assert started(output) == before  # only when asked to
     assert {job.state for job in launched(six, output, retry=True).values()} == {DONE}
     assert [(started(output) - before)[name] for name in names] == [0, 1, 1, 1, 1, 0]
-
-
-def test_what_fails_now_is_tried_again_as_often_as_asked(six, tmp_path, stand_in, monkeypatch):
-    monkeypatch.setenv("BEHAVIOUR", '{"-s0-": "once"}')
-    assert FAILED in {job.state for job in launched(six, tmp_path / "a").values()}
-    assert {job.state for job in launched(six, tmp_path / "b", retries=1).values()} == {DONE}
 
 
 def test_what_depends_on_a_failed_run_says_so(mini, tmp_path, stand_in, monkeypatch):
@@ -265,25 +368,26 @@ LAUNCH = """
 import json, sys
 from pathlib import Path
 sys.path[:0] = {path}
-from dropkey.reproduction import runner, slots, tables, jobs, plan
-slots.SCRIPTS = Path({scripts!r})
-table = tables.load({table!r}, "smoke", (0, 1, 2))
-todo = plan.distinct(jobs.jobs_of(table, {output!r}).values())
+from dropkey.reproduction import jobs, runner, slots, tables
+import stand_in
+slots.SCRIPTS, runner.POLL, runner.RECHECK = Path({scripts!r}), 0.02, 0.1
+todo = jobs.distinct(jobs.jobs_of(tables.load({table!r}, "smoke", (0, 1, 2)), {output!r}))
+stand_in.announce(todo, Path({output!r}))
 launcher = runner.Launcher(todo, slots.slots(2, "none", 1, 1))
-jobs = launcher.run()
-print(json.dumps([[job.state for job in jobs], launcher.stopped]))
+states = launcher.run()
+print(json.dumps([[one.state for one in states], launcher.stopped]))
 """
 
 
 def launcher_process(mini, scripts, output) -> subprocess.Popen:
-    code = LAUNCH.format(path=[str(ROOT)], scripts=str(scripts), table=str(mini), output=str(output))
+    path = [str(ROOT), str(ROOT / "tests")]
+    code = LAUNCH.format(path=path, scripts=str(scripts), table=str(mini), output=str(output))
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
 
 
 def test_two_launchers_at_once_run_nothing_twice_and_both_see_all_done(mini, tmp_path, stand_in, monkeypatch):
     monkeypatch.setenv("PAUSE", "0.3")
     output = tmp_path / "runs"
-    jobs.jobs_of(tables.load(str(mini), "smoke", (0, 1, 2)), str(output))
     both = [launcher_process(mini, stand_in, output) for _ in range(2)]
     for process in both:
         states, _ = json.loads(process.communicate(timeout=120)[0])
@@ -321,10 +425,32 @@ def test_a_launcher_killed_outright_loses_nothing(mini, tmp_path, stand_in, monk
     assert max(started(output).values()) <= 2  # a second start finds the run locked or done
 
 
-def test_the_state_of_a_run_whose_process_died_is_interrupted(tmp_path):
-    task = jobs.Job("train.py", (), tmp_path / "run", "summary.json", None)
-    assert jobs.state(task) == (MISSING, "")
-    RunDirectory(task.run).set_status("running")
-    status = RunDirectory(task.run).status()
-    (task.run / "status.json").write_text(json.dumps({**status, "pid": 2**22 + 1}))
-    assert jobs.state(task)[0] == INTERRUPTED
+def test_a_discarded_result_is_made_again(mini, tmp_path, stand_in):
+    output, table = tmp_path / "runs", tables.load(str(mini), "smoke", (0,))
+    launched(table, output)
+    for label in ("none", "several passes"):
+        runner.discard(row(jobs_of(table, str(output)), label))
+    before = started(output)
+    assert {one.state for one in launched(table, output).values()} == {DONE}
+    assert [name.split("-")[1] for name in started(output) - before] == ["none"]
+
+
+def test_a_run_in_training_is_not_discarded(mini_jobs):
+    job = row(mini_jobs, "none")
+    finish(job)
+    with RunDirectory(job.run).lock(), pytest.raises(Busy):
+        runner.discard(job)
+    with runner.claimed(job), pytest.raises(Busy, match="another launcher"):
+        runner.discard(job)
+    assert jobs.state(job)[0] == DONE
+
+
+def test_a_run_is_running_only_while_a_process_holds_it_and_done_only_with_a_summary(mini_jobs):
+    job = row(mini_jobs, "none")
+    assert jobs.state(job) == (MISSING, "")
+    RunDirectory(job.run).set_status("running")
+    with RunDirectory(job.run).lock():
+        assert jobs.state(job)[0] == RUNNING
+    assert jobs.state(job)[0] == INTERRUPTED
+    RunDirectory(job.run).set_status("done")
+    assert jobs.state(job)[0] == INTERRUPTED  # its summary is missing

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dropkey.config.check import family
-from dropkey.config.schema import TrainConfig
+from dropkey.config.schema import EvalConfig, TrainConfig
 
 # Keys that do not change the result: where files are, what is logged, how fast it runs.
 NO_EFFECT = (
@@ -84,9 +84,36 @@ def model_label(cfg: TrainConfig) -> str:
     return name
 
 
-def data_label(cfg: TrainConfig) -> str:
+def data_label(cfg: TrainConfig | EvalConfig) -> str:
     name = cfg.data.name if cfg.data.name != "folder" else Path(cfg.data.root).resolve().name
     return re.sub(r"[^\w.]+", "_", name) or "folder"
+
+
+def training_facts(cfg: TrainConfig) -> str:
+    """Data, resolution and length of a training for captions: 'digits, 8 px, 480 training samples, 25 epochs'."""
+    data, trainer = cfg.data, cfg.trainer
+    samples = f", {data.max_train_samples:,} training samples" if data.max_train_samples else ""
+    steps = f", at most {trainer.max_steps} steps" if trainer.max_steps else ""
+    return f"{data_label(cfg)}, {data.image_size} px{samples}, {trainer.epochs} epochs{steps}"
+
+
+def evaluation_settings(cfg: EvalConfig) -> dict[str, object]:
+    """Every key of an evaluation that changes its result, flat; kept in its file, so that a table notices a change."""
+    keys = flatten({"eval": asdict(cfg.eval), "data": asdict(cfg.data) if cfg.data else None})
+    keys["checkpoint"] = Path(cfg.checkpoint).name if cfg.checkpoint else None
+    return {key: value for key, value in keys.items() if key != "eval.device" and not has_no_effect(key)}
+
+
+def evaluation_name(cfg: EvalConfig) -> str:
+    """eval-test.json, eval-val-best-mc16.json, eval-test-cifar10.json: one file per question."""
+    parts = ["eval", cfg.eval.split]
+    if cfg.data is not None:
+        parts.append(data_label(cfg))
+    if cfg.checkpoint or cfg.eval.weights != "last":
+        parts.append(Path(cfg.checkpoint).stem if cfg.checkpoint else cfg.eval.weights)
+    if cfg.eval.monte_carlo:
+        parts.append(f"mc{cfg.eval.monte_carlo}")
+    return "-".join(parts) + ".json"
 
 
 def run_directory(cfg: TrainConfig) -> Path:

@@ -1,1 +1,1 @@
-"""Tables of the paper: what they ask, the runs they need, and what came of them. Imports no torch."""
+"""Tables of the paper: their YAML, the runs they need, a launcher, and the report. Imports no torch."""

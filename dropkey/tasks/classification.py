@@ -22,8 +22,8 @@ class Classification(Task):
     """Cross-entropy of class ids, or of the soft targets that mixup, cutmix and label smoothing make."""
 
     metrics = (
-        Metric("top1", "top-1", "%"),
-        Metric("top5", "top-5", "%"),
+        Metric("top1", "top-1", "%", proportion=True),
+        Metric("top5", "top-5", "%", proportion=True),
         Metric("loss", "loss", digits=4, higher_is_better=False),
         Metric("ece", "calibration error", "%", higher_is_better=False),
     )

@@ -22,8 +22,9 @@ from dropkey.config.check import check  # noqa: E402
 from dropkey.config.compose import compose  # noqa: E402
 from dropkey.config.schema import REGULARIZER_NAMES  # noqa: E402
 from dropkey.records import RunDirectory  # noqa: E402
-from dropkey.reproduction import jobs, results, tables, writers  # noqa: E402
+from dropkey.reproduction import jobs, results, tables  # noqa: E402
 from dropkey.reproduction.comparison import compare  # noqa: E402
+from dropkey.reproduction.report import write  # noqa: E402
 
 TABLE = HERE / "table"
 FILE = TABLE / "records.jsonl"
@@ -44,19 +45,19 @@ def table() -> None:
     mini = tables.load(str(TABLE / "mini.yaml"), "smoke", (0, 1, 2))
     with tempfile.TemporaryDirectory() as folder:
         todo = jobs.jobs_of(mini, folder)
-        for task in todo.values():
-            session.train(check(compose(list(task.words))), RunDirectory(task.run))
-            entropy.record_entropy(task.run)
+        for job in todo.values():
+            session.train(check(compose(list(job.overrides))), RunDirectory(job.run))
+            entropy.record_entropy(job.run)
         last = RunDirectory(todo["DropKey, constant", "ViT 2 x 32", 2].run)
-        last.set_status("diverged", reason="loss nan")  # made up: no run of this size does
-        results.write(FILE, mini, results.gather(mini, todo))
+        last.set_status("diverged", reason="loss nan")  # made up: no run of this size diverges
+        results.write(FILE, *results.gather(mini, todo))
     report()
 
 
 def report() -> None:
-    head, found = results.read(FILE, "mini", "smoke")
     mini = tables.load(str(TABLE / "mini.yaml"), "smoke")
-    writers.write(compare(mini, head, found, results.require_one_version(found, mixed=False)), TABLE)
+    head, found = results.read(FILE, mini)
+    write(compare(mini, head, found, results.require_one_version(found, mixed=False)), TABLE)
 
 
 if __name__ == "__main__":
