@@ -413,7 +413,7 @@ def test_a_stopped_launcher_lets_its_runs_save_and_the_next_one_goes_on(number, 
 
 
 def test_a_launcher_killed_outright_loses_nothing(mini, tmp_path, stand_in, monkeypatch):
-    monkeypatch.setenv("PAUSE", "1")
+    monkeypatch.setenv("PAUSE", "0.5")
     output = tmp_path / "runs"
     process = launcher_process(mini, stand_in, output)
     while not list(output.glob("*/status.json")):
