@@ -25,7 +25,7 @@ ENGINE = (
 )
 ENGINE += ("engine/distributed.py",)
 TRITON = tuple(f"operator/{name}.py" for name in ("kernels", "kernels_backward", "kernel_options", "tiling"))
-TRITON += ("operator/triton_attention.py",)
+TRITON += ("operator/triton_ops.py",)
 FILES = {
     "engine": ENGINE,
     "data": ("data/*.py",),
@@ -96,7 +96,7 @@ def regularizer_source(name: str) -> str:
         entries[key.value] = value
     if name not in entries:
         return ""  # added by the user's own code
-    reached = {key: definitions[key] for key in ("mask", "compute_mask")}  # through which all masks are drawn
+    reached = {key: definitions[key] for key in ("seeded_mask", "compute_mask")}  # through which all masks are drawn
     todo = [entries[name], *reached.values()]
     while todo:
         for node in ast.walk(todo.pop()):

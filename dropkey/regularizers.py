@@ -1,8 +1,8 @@
-"""What is dropped: for each regularizer a mask, and what the mask does to the attention weights.
+"""What is dropped: for each regularizer how its mask is drawn, and what the mask does to the attention weights.
 
-A new regularizer is one line in `REGULARIZERS` (and a function that draws its mask, unless an existing one serves), plus its
-name in `dropkey.config.schema.REGULARIZER_NAMES`. Shapes: B batch, H heads, Q queries, K keys, K = prefix + h * w.
-Masks are boolean, True where something is dropped.
+A new regularizer is one line in `REGULARIZERS` (and a function that draws its mask, unless an existing one serves) and
+its name in `dropkey.config.schema.REGULARIZER_NAMES`. Shapes: B batch, H heads, Q queries, K keys = prefix tokens +
+height · width of the grid. Masks are boolean, True where something is dropped.
 """
 
 import math
@@ -14,7 +14,8 @@ from typing import Callable, Optional, Union
 import torch
 from torch import Tensor
 
-from dropkey.bernoulli import CACHED, as_ratio, as_seed, as_threshold, bernoulli
+from dropkey import bernoulli
+from dropkey.bernoulli import as_ratio, as_seed, as_threshold
 
 Grid = tuple[int, int]
 Window = Optional[Union[int, str]]
@@ -25,68 +26,69 @@ FULL = 0  # window="full" as a number
 # ------------------------------------------------------------------------------------------------------- drawing
 
 
-def independent(seed: Tensor, threshold: Tensor, shape: list[int], **_) -> Tensor:
-    """One draw for each element: DropKey's and Dropout's mask."""
-    return bernoulli(seed, threshold, math.prod(shape[:-1]), shape[-1]).view(shape)
+def independent_mask(seed: Tensor, threshold: Tensor, shape: list[int], **_) -> Tensor:
+    """One draw for each element: the mask of DropKey and of Dropout."""
+    return bernoulli.draw(seed, threshold, math.prod(shape[:-1]), shape[-1]).view(shape)
 
 
-def block(points: Tensor, grid: Grid, window: int) -> Tensor:
+def dilate_block(points: Tensor, grid: Grid, window: int) -> Tensor:
     """DropKey-Block: each seed point drops a square around itself."""
-    return spread(spread(points, grid, window, down=True), grid, window, down=False)
+    return dilate(dilate(points, grid, window, vertical=True), grid, window, vertical=False)
 
 
-def cross(points: Tensor, grid: Grid, window: int) -> Tensor:
-    """DropKey-Cross: each seed point drops a piece of its row and of its column."""
-    return spread(points, grid, window, down=True) | spread(points, grid, window, down=False)
+def dilate_cross(points: Tensor, grid: Grid, window: int) -> Tensor:
+    """DropKey-Cross: each seed point drops a part of its row and of its column."""
+    return dilate(points, grid, window, vertical=True) | dilate(points, grid, window, vertical=False)
 
 
-def structured(
+def structured_mask(
     seed: Tensor, threshold: Tensor, shape: list[int], *, is_block: bool, grid: Grid, num_prefix: int, window: int
 ) -> Tensor:
-    """Seed points on the key grid, for each (sample, head, query), and what they drop around themselves.
+    """Seed points on the grid of keys for each (sample, head, query), and what they drop around themselves.
 
-    The probability of a seed point is such that the realised mean ratio on this very grid is the one asked for
-    (DropBlock's formula counts inner points only and overshoots on small grids). Prefix tokens have no place on the
-    grid; each is dropped by itself.
+    The probability of a seed point is solved so that the mean ratio on this grid is the requested one (DropBlock's
+    formula counts inner points only and drops too much on small grids). Prefix tokens have no place on the grid; each
+    is dropped independently.
     """
     rows, cells = math.prod(shape[:-1]), grid[0] * grid[1]
-    at = as_threshold(seed_probability(is_block, grid, window, as_ratio(threshold)), seed.device)
+    point = as_threshold(seed_probability(is_block, grid, window, as_ratio(threshold)), seed.device)
     mask = torch.empty(rows, shape[-1], dtype=torch.bool, device=seed.device)
-    step = max(1, CACHED // cells) if seed.device.type == "cpu" else max(1, rows)
+    step = max(1, bernoulli.CHUNK // cells) if seed.device.type == "cpu" else max(1, rows)
     for first in range(0, rows, step):
         part = mask[first : first + step]
-        points = bernoulli(seed, at, len(part), cells, first_row=first)
-        part[:, num_prefix:] = (block if is_block else cross)(points, grid, window)
-        part[:, :num_prefix] = bernoulli(seed, threshold, len(part), num_prefix, first_column=cells, first_row=first)
+        points = bernoulli.draw(seed, point, len(part), cells, first_row=first)
+        part[:, num_prefix:] = (dilate_block if is_block else dilate_cross)(points, grid, window)
+        prefix = bernoulli.draw(seed, threshold, len(part), num_prefix, first_column=cells, first_row=first)
+        part[:, :num_prefix] = prefix
     return mask.view(shape)
 
 
-def spread(points: Tensor, grid: Grid, window: int, *, down: bool) -> Tensor:
-    """Every True of ... hw reaches (window - 1) / 2 cells both ways along its row, or `down` its column; with FULL
-    the whole line.
+def dilate(points: Tensor, grid: Grid, window: int, *, vertical: bool) -> Tensor:
+    """Extends every True of `points` (..., height · width) by window // 2 cells in both directions of its row, or of
+    its column if `vertical`; with FULL to the whole line.
 
-    A shift goes over all grids at once as one long line, a few times faster than over rows of some 14 cells; what
-    would leave its row or grid is masked before. What has reached r cells can be shifted by r + 1 without a gap, so a
-    window of 7 takes two shifts and not three.
+    All grids are shifted at once as one long vector, a few times faster than row by row; what would cross the border of
+    a row or grid is masked before. What reaches r cells can be shifted by r + 1 without a gap, so a window of 7 takes
+    two shifts instead of three.
     """
     height, width = grid
     cell = torch.arange(height * width, device=points.device)
-    place, size, stride = (cell // width, height, width) if down else (cell % width, width, 1)
+    place, size, stride = (cell // width, height, width) if vertical else (cell % width, width, 1)
     half = size - 1 if window == FULL else min(window // 2, size - 1)
     reach = 0
     while reach < half:
         step = min(reach + 1, half - reach)
-        ahead, back = (points & stays for stays in (place + step < size, place >= step))
-        points, by = points.clone(), step * stride
-        points.view(-1)[by:] |= ahead.view(-1)[:-by]
-        points.view(-1)[:-by] |= back.view(-1)[by:]
+        ahead, back = points & (place + step < size), points & (place >= step)
+        points, shift = points.clone(), step * stride
+        points.view(-1)[shift:] |= ahead.view(-1)[:-shift]
+        points.view(-1)[:-shift] |= back.view(-1)[shift:]
         reach += step
     return points
 
 
 def seed_probability(is_block: bool, grid: Grid, window: int, ratio: Tensor) -> Tensor:
-    """The seed probability g at which the mean of 1 - (1 - g)^n over the cells is `ratio`, n being the number of
-    seed positions whose window covers the cell. To seven digits, without reading `ratio` on the host."""
+    """The probability g of a seed point at which the mean of 1 - (1 - g)^n over the cells is `ratio`, n being the
+    number of positions whose window covers the cell. Seven digits, without reading `ratio` on the host."""
     hazards, reached = hazard_table(is_block, grid, window, ratio.device, ratio.dtype)
     wanted = -torch.log1p(-ratio)
     above = torch.searchsorted(reached, wanted).clamp(1, len(reached) - 1)
@@ -97,13 +99,13 @@ def seed_probability(is_block: bool, grid: Grid, window: int, ratio: Tensor) -> 
 
 @lru_cache(maxsize=None)
 def hazard_table(is_block: bool, grid: Grid, window: int, device: torch.device, dtype: torch.dtype):
-    """Seed hazards -log(1 - g), densest near 0, and for each the hazard -log(1 - ratio) that it brings about."""
+    """Hazards -log(1 - g) of seed points, densest near 0, and for each the hazard -log(1 - ratio) that results."""
 
-    def reach(size: int) -> list[int]:
+    def positions(size: int) -> list[int]:
         half = size if window == FULL else window // 2
         return [min(i + half, size - 1) - max(i - half, 0) + 1 for i in range(size)]
 
-    covers = Counter(r * c if is_block else r + c - 1 for r in reach(grid[0]) for c in reach(grid[1]))
+    covers = Counter(r * c if is_block else r + c - 1 for r in positions(grid[0]) for c in positions(grid[1]))
     hazards = torch.linspace(0, 1, 8193, dtype=torch.float64) ** 3 * 23  # 1 - exp(-23) is beyond the largest ratio
     survive = sum(count * torch.exp(-n * hazards) for n, count in covers.items()) / (grid[0] * grid[1])
     return hazards.to(device, dtype), -torch.log(survive).to(device, dtype)
@@ -112,69 +114,80 @@ def hazard_table(is_block: bool, grid: Grid, window: int, device: torch.device, 
 # ---------------------------------------------------------------------------------------- what the mask then does
 
 
-def survivors(drop: Tensor, dtype: torch.dtype) -> Tensor:
+def keep_factor(drop: Tensor, dtype: torch.dtype) -> Tensor:
     """1 where kept, 0 where dropped: multiplying costs half of `masked_fill`, forward and backward."""
     return (~drop).to(dtype)
 
 
-def share(kept: Tensor) -> Tensor:
-    """The sum over keys to divide by; 1 for a query that lost all its keys, whose weights and gradients stay 0.
+def divisor(kept: Tensor) -> Tensor:
+    """The sum over keys; 1 for a query that lost all its keys, whose weights and gradients stay 0.
 
-    Less than 1e-18 counts as all lost: the gradient of 1 / total would overflow, and infinity times 0 is NaN.
+    A sum below 1e-18 counts as all lost: the gradient of its reciprocal would overflow, and infinity times 0 is NaN.
     """
     total = kept.sum(-1, keepdim=True)
     return total.masked_fill(total < 1e-18, 1.0)
 
 
-def scale(weights: Tensor, drop: Tensor, ratio: Tensor) -> Tensor:
-    """Ordinary Dropout: survivors times 1 / (1 - ratio)."""
-    return weights * survivors(drop, weights.dtype).div_(1.0 - ratio)
+def rescale(weights: Tensor, drop: Tensor, ratio: Tensor) -> Tensor:
+    """Ordinary Dropout: kept weights times 1 / (1 - ratio)."""
+    return weights * keep_factor(drop, weights.dtype).div_(1.0 - ratio)
 
 
 def renormalise(weights: Tensor, drop: Tensor, ratio: Tensor) -> Tensor:
-    """DropKey from weights that are already softmaxed: masked, then divided by what survives.
+    """DropKey on weights that are already softmaxed: masked, then divided by the sum of what is kept.
 
-    Equal, gradients included, to setting the dropped logits to -inf before the softmax (paper.md, equivalence;
-    arXiv 2403.00812). A query whose keys are all dropped gets weights 0 and gradient 0.
+    Equal, gradients included, to setting the dropped logits to -inf before the softmax (docs/paper.md, "Equivalence").
+    A query whose keys are all dropped gets weights 0 and gradient 0.
     """
-    kept = weights * survivors(drop, weights.dtype)
-    return kept * share(kept).reciprocal()
+    kept = weights * keep_factor(drop, weights.dtype)
+    return kept * divisor(kept).reciprocal()
 
 
 def renormalise_detached(weights: Tensor, drop: Tensor, ratio: Tensor) -> Tensor:
-    """DropAttention (Zehui et al., 2019, arXiv 1907.11065): the divisor takes no gradient."""
-    kept = weights * survivors(drop, weights.dtype)
-    return kept * share(kept.detach()).reciprocal()
+    """DropAttention (Zehui et al., 2019, arXiv 1907.11065): no gradient flows through the divisor."""
+    kept = weights * keep_factor(drop, weights.dtype)
+    return kept * divisor(kept.detach()).reciprocal()
 
 
 @dataclass(frozen=True)
 class Regularizer:
-    """`mask` draws what is dropped; `reweigh` applies it to softmaxed weights; `masks_logits` says that dropping is
-    the same as -inf in the logits, so that any attention that takes a mask can do it; along the axes `shared` one
-    draw is for all."""
+    """How a regularizer drops.
+
+    Attributes:
+        mask: (seed, threshold, shape, **grid) -> mask.
+        reweigh: applies the mask to softmaxed weights: (weights, mask, ratio) -> weights.
+        masks_logits: whether dropping equals -inf in the logits, so that any attention that takes a mask can do it.
+        shared: axes along which one draw holds for all.
+    """
 
     mask: Callable[..., Tensor]
     reweigh: Callable[[Tensor, Tensor, Tensor], Tensor]
     masks_logits: bool
     shared: tuple[str, ...] = ()
 
-    def shape(self, full: list[int]) -> list[int]:
+    def mask_shape(self, full: list[int]) -> list[int]:
         return [1 if axis in self.shared else size for axis, size in zip(AXES[-len(full) :], full, strict=True)]
 
 
 REGULARIZERS = {
-    "dropout": Regularizer(independent, scale, masks_logits=False),
-    "dropkey": Regularizer(independent, renormalise, masks_logits=True),
-    "dropkey_block": Regularizer(partial(structured, is_block=True), renormalise, masks_logits=True),
-    "dropkey_cross": Regularizer(partial(structured, is_block=False), renormalise, masks_logits=True),
-    "dropkey_column": Regularizer(independent, renormalise, masks_logits=True, shared=("query",)),
-    "dropattention": Regularizer(independent, renormalise_detached, masks_logits=False),
+    "dropout": Regularizer(independent_mask, rescale, masks_logits=False),
+    "dropkey": Regularizer(independent_mask, renormalise, masks_logits=True),
+    "dropkey_block": Regularizer(partial(structured_mask, is_block=True), renormalise, masks_logits=True),
+    "dropkey_cross": Regularizer(partial(structured_mask, is_block=False), renormalise, masks_logits=True),
+    "dropkey_column": Regularizer(independent_mask, renormalise, masks_logits=True, shared=("query",)),
+    "dropattention": Regularizer(independent_mask, renormalise_detached, masks_logits=False),
 }
-STRUCTURED = ("dropkey_block", "dropkey_cross")  # the kinds that must know the grid of the keys
+STRUCTURED = ("dropkey_block", "dropkey_cross")  # these must know the grid of the keys
+
+
+def check_name(regularizer: str) -> None:
+    """Raises ValueError for a regularizer that does not exist."""
+    if regularizer != "none" and regularizer not in REGULARIZERS:
+        raise ValueError(f"no regularizer '{regularizer}'; choose from none, {', '.join(REGULARIZERS)}")
 
 
 def check_window(regularizer: str, window: Window) -> None:
-    """Raises ValueError if Block or Cross cannot have that window; the other kinds have none."""
+    """Raises ValueError for a window that DropKey-Block or DropKey-Cross cannot have; the others have none."""
     if regularizer not in STRUCTURED or (window == "full" and regularizer == "dropkey_cross"):
         return
     if not isinstance(window, int) or window < 1 or window % 2 == 0:
@@ -182,7 +195,7 @@ def check_window(regularizer: str, window: Window) -> None:
         raise ValueError(f"{regularizer} takes an odd window in cells{also}, not {window}")
 
 
-def draw(
+def draw_mask(
     regularizer: str,
     shape: tuple[int, int, int, int],
     ratio: Union[float, Tensor],
@@ -208,10 +221,10 @@ def draw(
         ValueError: Block or Cross without a grid and window that fit the keys.
     """
     device = torch.device(device)
-    return mask(regularizer, shape, as_threshold(ratio, device), as_seed(seed, device), grid, num_prefix, window)
+    return seeded_mask(regularizer, shape, as_threshold(ratio, device), as_seed(seed, device), grid, num_prefix, window)
 
 
-def mask(
+def seeded_mask(
     regularizer: str,
     shape: tuple[int, int, int, int],
     threshold: Tensor,
@@ -220,21 +233,23 @@ def mask(
     num_prefix: int = 0,
     window: Window = None,
 ) -> Tensor:
-    """`draw`, with ratio and seed as the tensors that `bernoulli` takes."""
-    where = [*grid, num_prefix, FULL if window == "full" else window] if regularizer in STRUCTURED and grid else []
+    """`draw_mask`, with ratio and seed as the tensors that `bernoulli.draw` takes."""
+    layout = []
     if regularizer in STRUCTURED:
         check_window(regularizer, window)
         if grid is None:
             raise ValueError(f"{regularizer} needs grid=(height, width) of the keys")
         if num_prefix + grid[0] * grid[1] != shape[-1]:
             raise ValueError(f"{shape[-1]} keys are not {num_prefix} prefix tokens and a grid of {grid[0]} x {grid[1]}")
+        layout = [*grid, num_prefix, FULL if window == "full" else window]
     compute = mask_op if torch.compiler.is_compiling() else compute_mask
-    return compute(seed, threshold, regularizer, list(shape), where)
+    return compute(seed, threshold, regularizer, list(shape), layout)
 
 
-def compute_mask(seed: Tensor, threshold: Tensor, regularizer: str, shape: list[int], where: list[int]) -> Tensor:
-    places = {"grid": tuple(where[:2]), "num_prefix": where[2], "window": where[3]} if where else {}
-    return REGULARIZERS[regularizer].mask(seed, threshold, REGULARIZERS[regularizer].shape(shape), **places)
+def compute_mask(seed: Tensor, threshold: Tensor, regularizer: str, shape: list[int], layout: list[int]) -> Tensor:
+    rule = REGULARIZERS[regularizer]
+    options = {"grid": tuple(layout[:2]), "num_prefix": layout[2], "window": layout[3]} if layout else {}
+    return rule.mask(seed, threshold, rule.mask_shape(shape), **options)
 
 
 # Opaque to compilers, which thereby draw the same mask as eager code.
@@ -242,10 +257,10 @@ mask_op = torch.library.custom_op(
     "dropkey::mask",
     compute_mask,
     mutates_args=(),
-    schema="(Tensor seed, Tensor threshold, str regularizer, SymInt[] shape, SymInt[] where) -> Tensor",
+    schema="(Tensor seed, Tensor threshold, str regularizer, SymInt[] shape, SymInt[] layout) -> Tensor",
 )
 
 
 @mask_op.register_fake
-def _(seed, threshold, regularizer, shape, where):
-    return torch.empty(REGULARIZERS[regularizer].shape(shape), dtype=torch.bool, device=seed.device)
+def _(seed, threshold, regularizer, shape, layout):
+    return torch.empty(REGULARIZERS[regularizer].mask_shape(shape), dtype=torch.bool, device=seed.device)

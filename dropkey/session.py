@@ -21,7 +21,7 @@ from dropkey.engine.optim import build_autocast, duration
 from dropkey.engine.progress import Progress
 from dropkey.engine.trainer import Trainer
 from dropkey.errors import ConfigError, Diverged, Interrupted, RunError, StorageError
-from dropkey.operator import choose
+from dropkey.operator import select_impl
 from dropkey.provenance import device_name, git_commit, peak_memory_mib, versions
 from dropkey.records import RunDirectory
 from dropkey.regularizers import STRUCTURED
@@ -217,8 +217,8 @@ def regularize(model: nn.Module, cfg: TrainConfig) -> patching.Report:
             impl=regularizer.impl,
         )
         if any(layer.mechanism == "fused" for layer in report.layers):
-            example = torch.empty(1, 1, 1, 64, device=next(model.parameters()).device)
-            choose(regularizer.impl, regularizer.name, example, example, example)  # refused now, not while training
+            example = [torch.empty(1, 1, 1, 64, device=next(model.parameters()).device)] * 3
+            select_impl(regularizer.impl, regularizer.name, *example)  # refused now, not while training
         return report
     except ValueError as error:
         raise ConfigError(f"regularizer={regularizer.name}: {error}") from None

@@ -1,16 +1,15 @@
-"""What DropKey costs, always as a ratio to plain attention in the same run, because machines are noisy.
+"""What DropKey costs: python scripts/benchmark.py attention|regularizers|step|all|tune [key=value ...]
 
-    python scripts/benchmark.py attention             # the operator, forward and backward, beside its rivals
-    python scripts/benchmark.py kinds                 # what the other regularizers cost
-    python scripts/benchmark.py step                  # a whole training step
-    python scripts/benchmark.py all --device cuda     # everything, on a GPU
-    python scripts/benchmark.py tune --device cuda    # tilings of the Triton kernels, fastest first
+attention     the operator, forward and backward, beside other ways to drop keys (on a GPU FlexAttention among them)
+regularizers  what the other regularizers cost
+step          a whole training step
+all           these three
+tune          tilings of the Triton kernels, fastest first (GPU only)
 
-Prints a table and writes it with hardware and versions to benchmarks/results/<what>-<device>.json, and a picture.
-Every way takes turns with plain attention; a ratio is that of the medians, its spread the quartiles over rounds.
+Prints a table and writes it with hardware and versions to <output>/<action>-<device>.json, and a picture. Machines are
+noisy, so each way takes turns with plain attention; the ratio is that of the medians, the spread the quartiles.
 """
 
-import argparse
 import dataclasses
 import functools
 import itertools
@@ -20,7 +19,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Callable, Optional
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +31,8 @@ sys.path.insert(0, str(ROOT))
 import dropkey  # noqa: E402
 from benchmarks.rivals import PLAIN, RATIO, flex, ways_for  # noqa: E402
 from benchmarks.show import picture, table  # noqa: E402
+from dropkey.config.check import require  # noqa: E402
+from dropkey.config.script_args import arg, parse, run_script  # noqa: E402
 from dropkey.provenance import git_commit, versions  # noqa: E402
 from dropkey.records import hardware  # noqa: E402
 from dropkey.regularizers import STRUCTURED  # noqa: E402
@@ -66,8 +67,8 @@ def seconds(action: Callable[[], object], device: torch.device) -> float:
 
 
 def measure(actions: dict[str, Callable], base: str, rounds: int, device: torch.device) -> list[dict]:
-    """Median milliseconds and ratio of each action, in turn with the base alone: memory that one rival leaves to the
-    allocator would otherwise be another's time. One that fails says why and leaves the others going."""
+    """Median milliseconds and ratio of each action, each in turn with the base alone, because memory that one action
+    leaves to the allocator would change the time of another. An action that fails gets its reason; the others go on."""
     rows = []
     for name, action in actions.items():
         times = []
@@ -99,29 +100,26 @@ def memory(action: Callable[[], Tensor], tensors: list[Tensor], grad: Tensor) ->
     kept, own = {}, {x.untyped_storage().data_ptr() for x in tensors}
 
     def pack(x: Tensor) -> Tensor:
-        if x.untyped_storage().data_ptr() not in own:
-            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        out = action()
-        found = sum(kept.values())
-    torch.autograd.grad(out, tensors, grad)
-    return found
+        action()
+    return sum(size for pointer, size in kept.items() if pointer not in own)
 
 
-def error(attend: Callable, tensors: list[Tensor], dropped: bool) -> dict[str, float]:
+def error(way: Callable, tensors: list[Tensor], dropped: bool) -> dict[str, float]:
     """Largest deviation of the output and of the gradients of one sample from float64 under the same mask, relative
     to the largest entry."""
-    some = [x[:1].detach().requires_grad_() for x in tensors]
-    exact = [x.detach().double().requires_grad_() for x in some]
-    grad, seed = torch.randn_like(some[0]), torch.tensor(7, device=some[0].device)
+    sample = [x[:1].detach().requires_grad_() for x in tensors]
+    exact = [x.detach().double().requires_grad_() for x in sample]
+    grad, seed = torch.randn_like(sample[0]), torch.tensor(7, device=sample[0].device)
     wanted = dropkey.attention(*exact, ratio=RATIO if dropped else 0.0, impl="reference", seed=seed)
     wanted = [wanted, *torch.autograd.grad(wanted, exact, grad.double())]
-    out = attend(*some, seed=seed) if dropped else attend(*some)
-    found = [out, *torch.autograd.grad(out, some, grad)]
-    off = [((a.double() - b).abs().max() / b.abs().max()).item() for a, b in zip(found, wanted, strict=True)]
-    return {"output": float(f"{off[0]:.2g}"), "gradients": float(f"{max(off[1:]):.2g}")}
+    out = way(*sample, seed=seed) if dropped else way(*sample)
+    found = [out, *torch.autograd.grad(out, sample, grad)]
+    errors = [((a.double() - b).abs().max() / b.abs().max()).item() for a, b in zip(found, wanted, strict=True)]
+    return {"output": float(f"{errors[0]:.2g}"), "gradients": float(f"{max(errors[1:]):.2g}")}
 
 
 def inputs(shape: tuple[int, ...], dtype: str, device: torch.device) -> tuple[list[Tensor], Tensor]:
@@ -152,25 +150,20 @@ def attention(device: torch.device, rounds: int) -> list[dict]:
     return rows
 
 
-def kinds(device: torch.device, rounds: int) -> list[dict]:
-    windows = {"dropkey_block": (3, 5, 7), "dropkey_cross": (3, 5, 7, "full")}
+def regularizers(device: torch.device, rounds: int) -> list[dict]:
     names = [("dropkey", None), ("dropkey_column", None), ("dropout", None), ("dropattention", None)]
-    names += [(kind, window) for kind in STRUCTURED for window in windows[kind]]
+    names += [(name, window) for name in STRUCTURED for window in (3, 5, 7)] + [("dropkey_cross", "full")]
     shape, dtype = STRUCTURED_SHAPE, DTYPES[device.type][0]
     tensors, grad = inputs(shape, dtype, device)
 
-    def run(kind: str, window: object) -> None:
-        where = {"grid": GRID, "num_prefix": 1, "window": window} if window else {}
-        out = dropkey.attention(*tensors, regularizer=kind, ratio=RATIO, **where)
+    def run(regularizer: str, window: object) -> None:
+        layout = {"grid": GRID, "num_prefix": 1, "window": window} if window else {}
+        out = dropkey.attention(*tensors, regularizer=regularizer, ratio=RATIO, **layout)
         torch.autograd.grad(out, tensors, grad)
 
-    def plain() -> None:
-        torch.autograd.grad(F.scaled_dot_product_attention(*tensors), tensors, grad)
-
-    actions = {PLAIN: plain}
-    actions |= {f"{kind} {window or ''}".strip(): functools.partial(run, kind, window) for kind, window in names}
-    rows = measure(actions, PLAIN, rounds, device)
-    return [{"shape": list(shape), "dtype": dtype, **row} for row in rows]
+    actions = {PLAIN: lambda: torch.autograd.grad(F.scaled_dot_product_attention(*tensors), tensors, grad)}
+    actions |= {f"{name} {window or ''}".strip(): functools.partial(run, name, window) for name, window in names}
+    return [{"shape": list(shape), "dtype": dtype, **row} for row in measure(actions, PLAIN, rounds, device)]
 
 
 def step(device: torch.device, rounds: int) -> list[dict]:
@@ -187,7 +180,7 @@ def step(device: torch.device, rounds: int) -> list[dict]:
             ("no regularizer, attention by parts", False, {"regularizer": "none"}),
             ("DropKey", True, {}),
             ("DropKey, attention by parts", False, {}),
-            ("DropKey, the paper's two lines made safe", True, {"impl": "reference"}),
+            ("DropKey, impl=reference", True, {"impl": "reference"}),
             ("attention dropout", False, {"regularizer": "dropout"}),
         ):
             torch.manual_seed(0)
@@ -238,35 +231,35 @@ def tune(device: torch.device, rounds: int) -> list[dict]:
     return rows
 
 
-MEASURED = {"attention": attention, "kinds": kinds, "step": step}
+MEASURED = {"attention": attention, "regularizers": regularizers, "step": step}
 
 
-def main(words: Optional[list[str]] = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=[*MEASURED, "all", "tune"])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--rounds", type=int, default=30, help="how often each way is timed, 2 or more")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
-    chosen = parser.parse_args(words)
-    if chosen.rounds < 2:
-        sys.exit(f"--rounds {chosen.rounds}: a spread takes 2 or more")
-    if chosen.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("--device cuda: torch sees no CUDA GPU here; take --device cpu")
-    if chosen.what == "tune" and chosen.device == "cpu":
-        sys.exit("tune: the Triton kernels run on a GPU; take --device cuda")
-    device = torch.device(chosen.device)
-    chosen.output.mkdir(parents=True, exist_ok=True)
-    for what in MEASURED if chosen.what == "all" else [chosen.what]:
-        rows = (MEASURED | {"tune": tune})[what](device, chosen.rounds)
-        where = torch.cuda.get_device_name(device) if device.type == "cuda" else hardware()
-        origin = {"hardware": where, "threads": torch.get_num_threads(), "rounds": chosen.rounds, "ratio": RATIO}
-        result = {"what": what, **origin, "versions": versions(), "commit": git_commit(), "rows": rows}
-        path = chosen.output / f"{what}-{device.type}.json"
+@dataclasses.dataclass
+class Args:
+    action: str = arg("", "what to measure", choices=(*MEASURED, "all", "tune"))
+    device: str = arg("cuda" if torch.cuda.is_available() else "cpu", "where", choices=("cpu", "cuda"))
+    rounds: int = arg(30, "how often each way is timed, 2 or more")
+    output: str = arg(str(ROOT / "benchmarks" / "results"), "directory of the results")
+
+
+def main(words: list[str]) -> None:
+    args = parse(Args, words, __doc__)
+    require(args.rounds >= 2, f"rounds={args.rounds}: quartiles take 2 or more")
+    require(args.device == "cpu" or torch.cuda.is_available(), "device=cuda: torch sees no CUDA GPU; use device=cpu")
+    require(args.action != "tune" or args.device == "cuda", "tune: the Triton kernels need a GPU; use device=cuda")
+    device, output = torch.device(args.device), Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    for action in MEASURED if args.action == "all" else [args.action]:
+        rows = (MEASURED | {"tune": tune})[action](device, args.rounds)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else hardware()
+        origin = {"hardware": name, "threads": torch.get_num_threads(), "rounds": args.rounds, "ratio": RATIO}
+        result = {"what": action, **origin, "versions": versions(), "commit": git_commit(), "rows": rows}
+        path = output / f"{action}-{device.type}.json"
         path.write_text(json.dumps(result, indent=1) + "\n")
-        if what != "tune":
-            picture(rows, path.with_suffix(".png"), f"{what}, forward and backward, time over plain; {where}")
-        print(f"{table(rows)}\n\n{where}, torch {torch.__version__}; written to {path}\n", flush=True)
+        if action != "tune":
+            picture(rows, path.with_suffix(".png"), f"{action}, forward and backward, time over plain; {name}")
+        print(f"{table(rows)}\n\n{name}, torch {torch.__version__}; written to {path}\n", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -1,158 +1,95 @@
-"""Pictures of what a regularizer does, drawn from runs or from the regularizers themselves.
+"""Pictures of what a regularizer does: python scripts/visualize.py maps|entropy|masks|schedules [key=value ...]
 
-    python scripts/visualize.py maps run=<run>[,<run> ...]        where models look, side by side on the same images
-    python scripts/visualize.py entropy run=<run>[,<run> ...]     entropy of attention over depth: table, record, plot
-    python scripts/visualize.py masks                             keys dropped by DropKey, Block and Cross
-    python scripts/visualize.py schedules                         drop ratio over depth
+maps       where models attend, side by side on the same images: run=<run>[,<run> ...]
+entropy    entropy of attention over depth, as table, record and plot: run=<run>[,<run> ...]
+masks      keys dropped by DropKey, DropKey-Block and DropKey-Cross
+schedules  drop ratio over depth
 
-maps      images=0,5,7 (positions in the test split), head=rollout|mean|all|<number>, layer=-1 (of a head)
-masks     ratio=0.3 grid=14
-schedules ratio=0.3 layers=12
-maps, entropy: root=<directory> where the runs' images lie now; a run may be a pattern, run='runs/*-cifar10-*'
-all       output=<file.png, .jpg, .pdf or .svg>; else the directory of the one run, or pictures/
-
-Exit codes as in train.py.
+A run may be a pattern: run='runs/*-cifar10-*'. Exit codes as in train.py.
 """
 
-import dataclasses
 import glob
 import sys
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
+from typing import List, Optional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dropkey.config import identity
-from dropkey.config.check import in_range, nearest, one_of, require
-from dropkey.errors import ConfigError, RunError
+from dropkey.config.check import in_range, require
+from dropkey.config.script_args import arg, parse, run_script
 
 HEADS = ("rollout", "mean", "all")
-NUMBERS = {"layer": int, "grid": int, "layers": int, "ratio": float}
 
 
-@dataclasses.dataclass
-class Options:
-    """Of all commands; `COMMANDS` says which takes which."""
+@dataclass
+class Args:
+    action: str = arg("", "what to draw", choices=("maps", "entropy", "masks", "schedules"))
+    run: List[str] = arg([], "maps, entropy: run directories or patterns, with commas")
+    images: List[int] = arg([], "maps: positions in the test split, such as 0,5,7; empty: six, evenly over it")
+    head: str = arg("rollout", "maps: rollout over layers; or of one layer mean, all, or a head's number")
+    layer: int = arg(-1, "maps: the layer of a head, negative from the end")
+    root: Optional[str] = arg(None, "maps, entropy: directory of the runs' images, if it has moved")
+    ratio: float = arg(0.3, "masks, schedules: drop ratio")
+    grid: int = arg(14, "masks: side of the grid of keys")
+    layers: int = arg(12, "schedules: number of attention layers")
+    output: str = arg("", "file .png, .jpg, .pdf or .svg; empty: in the directory of the one run, or in pictures/")
 
-    run: tuple[str, ...] = ()
-    images: Optional[tuple[int, ...]] = None  # None: six, evenly over the test split
-    head: str = "rollout"
-    layer: int = -1
-    root: Optional[str] = None
-    ratio: float = 0.3
-    grid: int = 14
-    layers: int = 12
-    output: Optional[Path] = None
 
-
-def maps(options: Options) -> Path:
+def maps(args: Args, path: Path) -> None:
     import torch
 
     from dropkey.analysis import figures, trained
-    from dropkey.analysis.maps import look
+    from dropkey.analysis.maps import attention_maps
 
-    labels = trained.labels([trained.config_of(run) for run in options.run], seeds=True)
-    found, pictures = [], []
-    for run in options.run:
-        opened = trained.open_run(run, options.root)
-        ids = opened.spread(6) if options.images is None else opened.positions(options.images)
+    require(args.head in HEADS or args.head.isdigit(), f"head={args.head}: choose {', '.join(HEADS)} or a number")
+    labels = trained.labels([trained.config_of(run) for run in args.run], seeds=True)
+    found, shown = [], []
+    for run in args.run:
+        opened = trained.open_run(run, args.root)
+        ids = opened.positions(tuple(args.images)) if args.images else opened.spread(6)
         images = opened.images(ids)
-        found.append(look(opened.model, images, options.head, options.layer))
-        pictures.append(opened.pictures(images))
-        require(torch.equal(pictures[0], pictures[-1]), f"{run} was trained for other images than {options.run[0]}")
-    path = where(options, "maps")
-    figures.maps(pictures[0], opened.names(ids), found, labels, path)
-    return path
+        found.append(attention_maps(opened.model, images, args.head, args.layer))
+        shown.append(opened.pictures(images))
+        require(torch.equal(shown[0], shown[-1]), f"run={run} has other images than {args.run[0]}")
+    figures.plot_maps(shown[0], opened.names(ids), found, labels, path)
 
 
-def entropy(options: Options) -> Path:
+def entropy(args: Args, path: Path) -> None:
     from dropkey.analysis import figures, trained
-    from dropkey.analysis.entropy import record
+    from dropkey.analysis.entropy import record_entropy
 
-    configs = [trained.config_of(run) for run in options.run]
+    configs = [trained.config_of(run) for run in args.run]
     groups, legend = defaultdict(list), {}
     print(f"{'entropy of attention':<56} {'epoch':>5} {'nats':>7} {'of log K':>9}")
-    for run, cfg, label in zip(options.run, configs, trained.labels(configs, seeds=False), strict=True):
-        result, _ = record(run, options.root)
+    for run, cfg, label in zip(args.run, configs, trained.labels(configs, seeds=False), strict=True):
+        result, _ = record_entropy(run, args.root)
         print(f"{run:<56} {result['epoch']:>5} {result['mean_nats']:>7.3f} {result['mean']:>9.4f}", flush=True)
         groups[identity.group_hash(cfg)].append(result)
         legend[identity.group_hash(cfg)] = label
-    path = where(options, "entropy")
-    figures.entropy(list(groups.values()), list(legend.values()), path)
-    return path
+    figures.plot_entropy(list(groups.values()), list(legend.values()), path)
 
 
-def masks(options: Options) -> Path:
+def masks(args: Args, path: Path) -> None:
     from dropkey.analysis import figures
 
-    in_range("ratio", options.ratio, "in [0, 1)")
-    require(2 <= options.grid <= 64, f"grid={options.grid} must be in [2, 64]")
-    path = where(options, "masks")
-    figures.masks(options.ratio, options.grid, path)
-    return path
+    in_range("ratio", args.ratio, "in [0, 1)")
+    require(2 <= args.grid <= 64, f"grid={args.grid} must be in [2, 64]")
+    figures.plot_masks(args.ratio, args.grid, path)
 
 
-def schedules(options: Options) -> Path:
+def schedules(args: Args, path: Path) -> None:
     from dropkey.analysis import figures
 
-    in_range("ratio", options.ratio, "in [0, 1)")
-    in_range("layers", options.layers, "above 0")
-    path = where(options, "schedules")
-    figures.schedule(options.ratio, options.layers, path)
-    return path
-
-
-COMMANDS = {
-    "maps": (maps, ("run", "images", "head", "layer", "root", "output")),
-    "entropy": (entropy, ("run", "root", "output")),
-    "masks": (masks, ("ratio", "grid", "output")),
-    "schedules": (schedules, ("ratio", "layers", "output")),
-}
-
-
-def where(options: Options, name: str) -> Path:
-    """The picture's file."""
-    if options.output is not None:
-        return options.output
-    return (Path(options.run[0]) if len(options.run) == 1 else Path("pictures")) / f"{name}.png"
-
-
-# ------------------------------------------------------------------------------------------------------ the words
-
-
-def parse(words: list[str]) -> tuple[str, Options]:
-    """The command and its options; ConfigError for what is none."""
-    require(bool(words), f"which picture? {', '.join(COMMANDS)}; --help tells more")
-    command, *rest = words
-    one_of("the picture", command, COMMANDS)
-    keys, given = COMMANDS[command][1], {}
-    for word in rest:
-        key, sign, value = word.partition("=")
-        require(bool(sign and value), f"cannot read '{word}'; options look like key=value")
-        require(key in keys, f"{key} is no option of {command}{nearest(key, keys)}")
-        given[key] = converted(key, value)
-    require("run" not in keys or bool(given.get("run")), f"{command} takes run=<run directory>[,<another>]")
-    return command, Options(**given)
-
-
-def converted(key: str, value: str):
-    """The value as the type of its field."""
-    if key == "run":
-        return tuple(run for part in value.split(",") for run in matching(part))
-    if key == "head":
-        require(value in HEADS or value.isdigit(), f"head={value} is neither {', '.join(HEADS)} nor a head's number")
-    try:
-        if key == "images":
-            return tuple(int(part) for part in value.split(","))
-        return NUMBERS[key](value) if key in NUMBERS else Path(value) if key == "output" else value
-    except ValueError:
-        wanted = {"images": "whole numbers, such as 0,5,7", "ratio": "a number"}.get(key, "a whole number")
-        raise ConfigError(f"{key}={value}: {key} takes {wanted}") from None
+    in_range("ratio", args.ratio, "in [0, 1)")
+    in_range("layers", args.layers, "above 0")
+    figures.plot_schedules(args.ratio, args.layers, path)
 
 
 def matching(run: str) -> list[str]:
-    """Run directories that a pattern means, or the one named."""
+    """The run directories that a pattern means, or the one named."""
     if not glob.has_magic(run):
         return [run]
     found = sorted(path for path in glob.glob(run) if (Path(path) / "checkpoints" / "last.pt").exists())
@@ -161,18 +98,15 @@ def matching(run: str) -> list[str]:
 
 
 def main(words: list[str]) -> None:
-    if {"-h", "--help"} & set(words):
-        print(__doc__)
-        return
-    try:
-        command, options = parse(words)
-        print(f"picture {COMMANDS[command][0](options)}")
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    args = parse(Args, words, __doc__)
+    if args.action in ("maps", "entropy"):
+        require(bool(args.run), f"{args.action} takes run=<run directory>[,<another>]")
+        args.run = [run for pattern in args.run for run in matching(pattern)]
+    directory = Path(args.run[0]) if len(args.run) == 1 else Path("pictures")
+    path = Path(args.output) if args.output else directory / f"{args.action}.png"
+    {"maps": maps, "entropy": entropy, "masks": masks, "schedules": schedules}[args.action](args, path)
+    print(f"picture {path}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main)

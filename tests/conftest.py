@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +26,11 @@ def no_cache_at_home(tmp_path_factory):
     os.environ["DROPKEY_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     yield
     del os.environ["DROPKEY_CACHE"]
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
 
 
 @pytest.fixture
@@ -57,20 +63,24 @@ def stand_in(tmp_path, monkeypatch):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """(kind, mask, arguments) of everything that patched layers have dropped since the test began."""
-    draws, mask, attend = [], regularizers.mask, layer.attend
+    """Lists `regularizers`, `masks`, `layouts`: what patched layers have drawn since the test began."""
+    seen = SimpleNamespace(regularizers=[], masks=[], layouts=[])
+    draw, attend = regularizers.seeded_mask, layer.seeded_attention
 
-    def record(kind, shape, threshold, seed, **where):
-        draws.append((kind, mask(kind, shape, threshold, seed, **where), where))
-        return draws[-1][1]
+    def record(regularizer, shape, threshold, seed, **layout):
+        seen.regularizers.append(regularizer)
+        seen.masks.append(draw(regularizer, shape, threshold, seed, **layout))
+        seen.layouts.append(layout)
+        return seen.masks[-1]
 
-    def record_attention(q, k, v, kind, threshold, seed, *, impl, scale, bias, **where):
-        record(kind, (*q.shape[:-1], k.shape[-2]), threshold, seed, **where)
-        count = len(draws)
-        out = attend(q, k, v, kind, threshold, seed, impl=impl, scale=scale, bias=bias, **where)
-        del draws[count:]  # the same mask, where this implementation does not draw it itself
-        return out
+    def record_attention(q, k, v, regularizer, threshold, seed, **options):
+        """Not every implementation draws the mask by itself."""
+        layout = {key: value for key, value in options.items() if key in ("grid", "num_prefix", "window")}
+        record(regularizer, (*q.shape[:-1], k.shape[-2]), threshold, seed, **layout)
+        with monkeypatch.context() as unrecorded:
+            unrecorded.setattr(regularizers, "seeded_mask", draw)
+            return attend(q, k, v, regularizer, threshold, seed, **options)
 
-    monkeypatch.setattr(regularizers, "mask", record)
-    monkeypatch.setattr(layer, "attend", record_attention)
-    return draws
+    monkeypatch.setattr(regularizers, "seeded_mask", record)
+    monkeypatch.setattr(layer, "seeded_attention", record_attention)
+    return seen

@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "weights": {"engine", "errors"},
     "provenance": {"engine", "records"},
     "session": {
-        *("code_version", "config", "plotting", "engine", "errors", "operator", "patching", "provenance"),
+        *("code_version", "config", "engine", "errors", "operator", "patching", "plotting", "provenance"),
         *("records", "regularizers", "seeds", "tasks", "weights"),
     },
     "evaluation": {
@@ -44,7 +44,7 @@ MAY_IMPORT = {
         *("code_version", "config", "data", "datasets", "engine", "errors", "patching", "plotting", "provenance"),
         *("records", "regularizers", "schedules", "session", "tasks", "weights"),
     },
-    "reproduction": {"code_version", "config", "errors", "metrics", "plotting", "records"},
+    "reproduction": {"code_version", "config", "errors", "metrics", "records"},
 }
 FILES = [file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py"]
 

@@ -1,4 +1,4 @@
-"""scripts/benchmark.py measures, writes and draws; and the README says what it wrote."""
+"""scripts/benchmark.py measures, writes and draws; the documentation shows its results."""
 
 import importlib.util
 import json
@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.rivals import flex_row_keys, flex_score_mod
 from benchmarks.show import summary
+from dropkey import attention
+from dropkey.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -27,9 +30,9 @@ def benchmark(monkeypatch):
     return module
 
 
-@pytest.mark.parametrize("what", ["attention", "kinds", "step"])
+@pytest.mark.parametrize("what", ["attention", "regularizers", "step"])
 def test_it_writes_a_table_a_file_and_a_picture(benchmark, what, tmp_path, capsys):
-    benchmark.main([what, "--device", "cpu", "--rounds", "2", "--output", str(tmp_path)])
+    benchmark.main([what, "device=cpu", "rounds=2", f"output={tmp_path}"])
     result = json.loads((tmp_path / f"{what}-cpu.json").read_text())
     assert torch.__version__.startswith(result["versions"]["torch"])
     assert not [row for row in result["rows"] if "failed" in row]
@@ -47,7 +50,7 @@ def test_dropkey_is_as_exact_as_plain_attention(benchmark):
     assert max(off) < 1e-5
 
 
-def test_a_way_that_fails_says_why_and_leaves_the_others_going(benchmark):
+def test_a_way_that_fails_gives_its_reason_and_the_others_go_on(benchmark):
     def broken():
         raise RuntimeError("no kernel image\nand more")
 
@@ -62,21 +65,32 @@ def test_memory_counts_what_is_kept_for_the_backward(benchmark):
     assert benchmark.memory(lambda: x * 2, [x], torch.ones(1024)) == 0
 
 
-@pytest.mark.parametrize("words", [["attention", "--device", "cuda"], ["tune", "--device", "cpu"]])
+@pytest.mark.parametrize("words", [["attention", "device=cuda"], ["tune", "device=cpu"]])
 def test_what_cannot_be_measured_here_ends_in_a_line(benchmark, words):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    with pytest.raises(SystemExit, match="take --device"):
+    with pytest.raises(ConfigError, match="use device="):
         benchmark.main(words)
 
 
 @pytest.mark.parametrize("file", sorted(RESULTS.glob("*.json")), ids=lambda file: file.stem)
-def test_committed_results_say_what_they_were_measured_with(file):
+def test_committed_results_have_their_hardware_and_versions(file):
     result = json.loads(file.read_text())
     assert {"hardware", "threads", "rounds", "versions", "commit"} <= result.keys()
     assert result["rounds"] >= 5
 
 
-def test_the_readme_shows_what_was_measured():
+def test_the_documentation_shows_what_was_measured():
     rows = json.loads((RESULTS / "attention-cpu.json").read_text())["rows"]
-    assert summary(rows, ("float32",)) in (ROOT / "README.md").read_text()
+    assert summary(rows, ("float32",)) in (ROOT / "docs" / "operator.md").read_text()
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_drops_the_same_keys(benchmark):
+    """Forward and not compiled: on a CPU it has no backward pass."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    tensors, seed = [torch.randn(2, 3, 16, 8) for _ in range(3)], torch.tensor(7)
+    score_mod = flex_score_mod(flex_row_keys(tensors[0], seed), heads=3, queries=16)
+    wanted = attention(*tensors, ratio=benchmark.RATIO, seed=seed, impl="reference")
+    torch.testing.assert_close(flex_attention(*tensors, score_mod=score_mod), wanted, rtol=1e-4, atol=1e-5)

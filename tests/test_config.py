@@ -110,6 +110,13 @@ def test_no_option_repeats_a_default_of_the_schema(group, option):
     assert {key for key, value in keys.items() if schema[key] == value} <= allowed
 
 
+@pytest.mark.parametrize("name", of("experiment"))
+def test_an_experiment_opens_with_its_claim_and_a_command_that_trains_it(name):
+    text = (CONFIGS / "experiment" / f"{name}.yaml").read_text().partition("defaults:")[0]
+    assert "# Claim: " in text
+    assert re.search(rf"# Command: .*train\.py experiment={name}\b", text)
+
+
 @pytest.mark.parametrize(
     "debug, steps", [("smoke", 20), ("profile", 12), ("overfit", None)], ids=["smoke", "profile", "overfit"]
 )

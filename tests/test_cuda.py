@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import dropkey
 from dropkey import bernoulli
-from tiny_models import FAMILIES, pictures
+from tiny_models import FAMILIES, images_for
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
 SHAPES = [(2, 3, n, n, d) for n in (1, 5, 49, 65, 197, 577) for d in (64, 128)] + [
@@ -30,12 +30,12 @@ def run(tensors, attend=dropkey.attention, **arguments):
 @pytest.mark.parametrize("impl", ["triton", "sdpa"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("kind", ["dropkey", "dropkey_column"])
-def test_values_and_gradients_are_those_of_the_reference_in_float64(kind, shape, dtype, impl):
+@pytest.mark.parametrize("regularizer", ["dropkey", "dropkey_column"])
+def test_values_and_gradients_are_those_of_the_reference_in_float64(regularizer, shape, dtype, impl):
     tensors = inputs(*shape, dtype)
     exact = [x.detach().double().requires_grad_() for x in tensors]
-    wanted = run(exact, impl="reference", regularizer=kind)
-    for ours, theirs in zip(run(tensors, impl=impl, regularizer=kind), wanted, strict=True):
+    wanted = run(exact, impl="reference", regularizer=regularizer)
+    for ours, theirs in zip(run(tensors, impl=impl, regularizer=regularizer), wanted, strict=True):
         scale = max(1.0, theirs.abs().max().item())
         assert (ours.double() - theirs).abs().max().item() < TOLERANCE[dtype] * scale
 
@@ -54,18 +54,17 @@ def test_a_trained_bias_takes_its_gradient(shape):
 def test_masks_are_those_of_the_cpu():
     devices = [torch.device(name) for name in ("cpu", "cuda")]
     masks = [
-        bernoulli.bernoulli(bernoulli.as_seed(9, at), bernoulli.as_threshold(0.3, at), 1000, 197).cpu()
-        for at in devices
+        bernoulli.draw(bernoulli.as_seed(9, at), bernoulli.as_threshold(0.3, at), 1000, 197).cpu() for at in devices
     ]
     assert torch.equal(*masks)
 
 
 def test_auto_is_triton_on_a_gpu():
     tensors = inputs(2, 3, 65, 65, 64, torch.bfloat16)
-    assert dropkey.operator.choose("auto", "dropkey", *tensors) == "triton"
+    assert dropkey.operator.select_impl("auto", "dropkey", *tensors) == "triton"
 
 
-def test_runs_are_equal_to_the_bit():
+def test_runs_are_bitwise_identical():
     tensors = inputs(4, 6, 577, 577, 64, torch.bfloat16)
     first, second = run(tensors, impl="triton"), run(tensors, impl="triton")
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -105,10 +104,10 @@ def test_a_graph_that_is_replayed_draws_new_masks_and_follows_the_ratio():
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_a_compiled_model_trains_and_draws_anew(mode):
+def test_a_compiled_model_trains_and_draws_new_masks(mode):
     model = FAMILIES["vit"]().cuda()
     dropkey.apply(model, "dropkey", 0.3)
-    compiled, images = torch.compile(model, mode=mode), pictures(model).cuda()
+    compiled, images = torch.compile(model, mode=mode), images_for(model).cuda()
     outs = []
     for _ in range(5):
         with torch.autocast("cuda", torch.bfloat16):
@@ -122,7 +121,7 @@ def test_a_compiled_model_trains_and_draws_anew(mode):
 def test_a_graph_that_is_replayed_follows_a_new_seed_of_the_masks():
     model, outs = FAMILIES["vit"]().cuda(), []
     dropkey.apply(model, "dropkey", 0.3, "constant")
-    images = pictures(model).cuda()
+    images = images_for(model).cuda()
     dropkey.seed_masks(model, 1)
     with torch.no_grad():
         stream = torch.cuda.Stream()

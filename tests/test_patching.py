@@ -11,25 +11,31 @@ from torch import nn
 
 from dropkey import patching
 from dropkey.config import schema
-from dropkey.patching.find import KIND_OF_CLASS
-from dropkey.patching.layer import Regularize
+from dropkey.patching.find import KIND_OF_CLASS, find_attention_modules
+from dropkey.patching.layer import AttentionRegularizer
 from dropkey.patching.patch import regularized_layers
 from dropkey.regularizers import REGULARIZERS
 from dropkey.schedules import ratios
-from tiny_models import EVERY_LAYER, FAMILIES, KINDS_AND_NONE, deit, pictures, t2t, t2t_t, vit, volo, window_of
+from tiny_models import (
+    EVERY_LAYER,
+    FAMILIES,
+    FAMILY_AND_REGULARIZER,
+    deit,
+    images_for,
+    t2t,
+    t2t_t,
+    vit,
+    volo,
+    window_of,
+)
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
-KIND = pytest.mark.parametrize("kind", REGULARIZERS)
-KIND_OR_NONE = pytest.mark.parametrize("kind", KINDS_AND_NONE)
+REGULARIZER = pytest.mark.parametrize("regularizer", REGULARIZERS)
+BOTH = pytest.mark.parametrize(("family", "regularizer"), FAMILY_AND_REGULARIZER)
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
-def patch(model, kind="dropkey", ratio=0.3, schedule="constant", layers=EVERY_LAYER, **others):
-    return patching.apply(model, kind, ratio, schedule, layers=layers, window=window_of(kind), **others)
+def patch(model, regularizer="dropkey", ratio=0.3, schedule="constant", layers=EVERY_LAYER, **others):
+    return patching.apply(model, regularizer, ratio, schedule, layers=layers, window=window_of(regularizer), **others)
 
 
 def run(model, images, seed=1):
@@ -51,65 +57,60 @@ def equal(ours, theirs):
 # ---- what must not change
 
 
-@KIND_OR_NONE
-@FAMILY
-def test_state_dict_is_unchanged(family, kind):
+@BOTH
+def test_state_dict_is_unchanged(family, regularizer):
     model = FAMILIES[family]()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    patch(model, kind)
+    patch(model, regularizer)
     assert list(before) == list(model.state_dict())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-@KIND_OR_NONE
-@FAMILY
-def test_evaluation_is_that_of_the_unpatched_model_bit_for_bit(family, kind):
+@BOTH
+def test_evaluation_is_bitwise_that_of_the_unpatched_model(family, regularizer):
     model = FAMILIES[family]().eval()
-    images = pictures(model)
+    images = images_for(model)
     before = model(images)
-    patch(model, kind, 0.7)
+    patch(model, regularizer, 0.7)
     assert torch.equal(model(images), before)
     assert torch.equal(model.train().eval()(images), before)
 
 
-@KIND
-@FAMILY
-def test_ratio_zero_trains_like_the_unpatched_model_bit_for_bit(family, kind):
+@BOTH
+def test_ratio_zero_trains_bitwise_like_the_unpatched_model(family, regularizer):
     model = FAMILIES[family]()
-    images = pictures(model)
+    images = images_for(model)
     before = run_and_gradients(model, images)
     before = [x.clone() for x in before]
-    patch(model, kind, 0.0)
+    patch(model, regularizer, 0.0)
     assert equal(run_and_gradients(model, images), before)
 
 
-@KIND
-def test_the_last_site_of_a_decreasing_schedule_trains_bit_for_bit_like_the_unpatched_one(kind):
+@REGULARIZER
+def test_the_last_layer_of_a_decreasing_schedule_trains_bitwise_like_the_unpatched_one(regularizer):
     model = vit()
     attention, tokens = model.blocks[-1].attn, torch.randn(2, 17, 32)
     before = attention(tokens)
-    patch(model, kind, 0.3, "decreasing")
+    patch(model, regularizer, 0.3, "decreasing")
     assert torch.equal(attention(tokens), before)
 
 
 # ---- what must change
 
 
-@KIND
-@FAMILY
-def test_every_site_draws_one_mask_in_training(drawn, family, kind):
+@BOTH
+def test_every_layer_draws_one_mask_in_training(drawn, family, regularizer):
     model = FAMILIES[family]()
-    report = patch(model, kind, 0.3)
-    model(pictures(model))
-    assert [name for name, *_ in drawn] == [kind] * len(report.layers)
+    report = patch(model, regularizer, 0.3)
+    model(images_for(model))
+    assert drawn.regularizers == [regularizer] * len(report.layers)
 
 
-@KIND
-@FAMILY
-def test_training_passes_differ(family, kind):
+@BOTH
+def test_training_passes_differ(family, regularizer):
     model = FAMILIES[family]()
-    patch(model, kind)
-    images = pictures(model)
+    patch(model, regularizer)
+    images = images_for(model)
     assert not torch.equal(run(model, images, seed=1), run(model, images, seed=2))
 
 
@@ -124,7 +125,7 @@ def test_an_own_attention_dropout_is_replaced(family):
     for module in plain.modules():
         if isinstance(getattr(module, "attn_drop", None), nn.Dropout):
             module.attn_drop.p = 0.0
-    images = pictures(model)
+    images = images_for(model)
     patch(model, "dropkey", 0.0)
     assert torch.equal(run(model, images), run(plain, images))
 
@@ -132,17 +133,16 @@ def test_an_own_attention_dropout_is_replaced(family):
 # ---- taking it back, doing it twice
 
 
-@KIND
-@FAMILY
-def test_undo_restores_classes_dropout_and_training_bit_for_bit(family, kind):
+@BOTH
+def test_undo_restores_classes_dropout_and_training_bitwise(family, regularizer):
     model = FAMILIES[family]()
     for module in model.modules():
         if isinstance(getattr(module, "attn_drop", None), nn.Dropout):
             module.attn_drop.p = 0.2
-    images = pictures(model)
+    images = images_for(model)
     classes, text = [type(module) for module in model.modules()], repr(model)
     before = [x.clone() for x in run_and_gradients(model, images)]
-    patch(model, kind)
+    patch(model, regularizer)
     patching.undo(model)
     assert [type(module) for module in model.modules()] == classes
     assert repr(model) == text
@@ -165,15 +165,14 @@ def test_undo_of_an_unpatched_model_does_nothing():
     assert repr(model) == text
 
 
-@pytest.mark.parametrize("kind", ["dropkey", "dropkey_cross", "dropattention"])
-@FAMILY
-def test_applying_twice_is_applying_once(family, kind):
+@BOTH
+def test_applying_twice_is_applying_once(family, regularizer):
     once = FAMILIES[family]()
     twice = copy.deepcopy(once)
-    text, images = repr(once), pictures(once)
-    report = patch(once, kind)
+    text, images = repr(once), images_for(once)
+    report = patch(once, regularizer)
     patch(twice, "dropout", 0.7, "increasing")
-    assert patch(twice, kind) == report
+    assert patch(twice, regularizer) == report
     assert repr(twice) == repr(once)
     assert equal(run_and_gradients(twice, images), run_and_gradients(once, images))
     patching.undo(twice)
@@ -214,22 +213,22 @@ COPIES = {
 
 
 @pytest.mark.parametrize("build", [vit, volo, t2t_t])
-@pytest.mark.parametrize("way", COPIES)
-def test_copies_keep_masks_in_force(way, build):
+@pytest.mark.parametrize("copy_of", COPIES)
+def test_copies_keep_masks_in_force(copy_of, build):
     model = build()
     patch(model)
-    images = pictures(model)
-    twin = COPIES[way](model)
+    images = images_for(model)
+    twin = COPIES[copy_of](model)
     assert equal(run_and_gradients(twin, images), run_and_gradients(model, images))
     assert not torch.equal(run(twin, images, seed=1), run(twin, images, seed=2))
 
 
-@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
-def test_copies_can_be_changed_and_taken_back_by_themselves(way):
+@pytest.mark.parametrize("copy_of", ["deepcopy", "pickle", "torch.save"])
+def test_copies_can_be_changed_and_taken_back_by_themselves(copy_of):
     model = vit()
     text = repr(model)
     patch(model)
-    twin = COPIES[way](model)
+    twin = COPIES[copy_of](model)
     patching.set_ratio(twin, 0.0)
     assert all(layer.ratio == 0.3 for _, layer in regularized_layers(model))
     patching.undo(twin)
@@ -242,7 +241,7 @@ def test_weights_go_from_unpatched_to_patched_and_back():
     patch(patched)
     assert str(patched.load_state_dict(plain.state_dict())) == "<All keys matched successfully>"
     assert str(vit().load_state_dict(patched.state_dict())) == "<All keys matched successfully>"
-    images = pictures(plain)
+    images = images_for(plain)
     assert torch.equal(plain.eval()(images), patched.eval()(images))
 
 
@@ -255,12 +254,12 @@ def test_ratios_follow_the_order_in_which_layers_run(family, schedule):
     model, order = FAMILIES[family](), []
     report = patch(model, "dropkey", 0.3, schedule, end=0.05)
     for name, module in model.named_modules():
-        if isinstance(getattr(module, "attn_drop", None), Regularize):
+        if isinstance(getattr(module, "attn_drop", None), AttentionRegularizer):
             module.register_forward_pre_hook(lambda module, inputs, name=name: order.append(name))
-    model(pictures(model))
-    assert [site.name for site in report.layers] == order
+    model(images_for(model))
+    assert [layer.name for layer in report.layers] == order
     wanted = ratios(schedule, 0.3, 0.05, len(order))
-    assert [site.ratio for site in report.layers] == wanted
+    assert [layer.ratio for layer in report.layers] == wanted
     assert [model.get_submodule(name).attn_drop.ratio for name in order] == wanted
 
 
@@ -276,7 +275,7 @@ def test_ratios_follow_the_order_in_which_layers_run(family, schedule):
 )
 def test_by_default_self_and_class_attention_are_taken(build, kinds):
     report = patching.apply(build())
-    assert [site.kind for site in report.layers] == kinds
+    assert [layer.kind for layer in report.layers] == kinds
 
 
 @pytest.mark.parametrize(
@@ -284,7 +283,7 @@ def test_by_default_self_and_class_attention_are_taken(build, kinds):
 )
 def test_outlook_and_token_attention_are_taken_on_request(build, kinds):
     report = patching.apply(build(), layers=EVERY_LAYER)
-    assert [site.kind for site in report.layers] == kinds
+    assert [layer.kind for layer in report.layers] == kinds
     assert report.skipped == []
 
 
@@ -316,21 +315,21 @@ def test_what_is_skipped_is_reported_with_the_reason(build, layers, skipped):
 )
 def test_attention_without_a_distribution_over_keys_is_skipped(name, arguments, reason):
     with torch.device("meta"):
-        found = list(patching.patch.find(timm.create_model(name, **arguments)))
+        found = list(find_attention_modules(timm.create_model(name, **arguments)))
     assert any(reason in (each.unsupported_reason or "") for each in found)
 
 
-def test_the_sites_are_those_of_the_config():
+def test_the_layers_are_those_of_the_config():
     assert {"self", "cross", *KIND_OF_CLASS.values()} == set(schema.LAYERS)
 
 
 @FAMILY
-def test_the_report_names_every_site_with_its_ratio(family):
+def test_the_report_names_every_layer_with_its_ratio(family):
     report = patch(FAMILIES[family](), "dropkey", 0.3, "decreasing")
     lines = str(report).splitlines()
     assert lines[0].startswith(f"dropkey (decreasing) at {len(report.layers)} attention layers")
-    for line, site in zip(lines[1:], report.layers, strict=False):
-        assert line.split() == [site.name, site.kind, site.mechanism, "ratio", f"{site.ratio:.4f}"]
+    for line, layer in zip(lines[1:], report.layers, strict=False):
+        assert line.split() == [layer.name, layer.kind, layer.mechanism, "ratio", f"{layer.ratio:.4f}"]
 
 
 def test_the_printed_model_shows_kind_and_ratio():
@@ -351,12 +350,11 @@ def test_set_ratio_gives_what_apply_would_give(schedule):
 # ---- Monte Carlo
 
 
-@KIND
-@FAMILY
-def test_always_on_acts_in_evaluation_and_ends(family, kind):
+@BOTH
+def test_always_on_acts_in_evaluation_and_ends(family, regularizer):
     model = FAMILIES[family]().eval()
-    patch(model, kind)
-    images = pictures(model)
+    patch(model, regularizer)
+    images = images_for(model)
     plain = run(model, images)
     with patching.always_on(model):
         assert not torch.equal(run(model, images, seed=1), run(model, images, seed=2))
@@ -366,7 +364,7 @@ def test_always_on_acts_in_evaluation_and_ends(family, kind):
 def test_always_on_ends_after_an_exception_too():
     model = vit().eval()
     patch(model)
-    images = pictures(model)
+    images = images_for(model)
     plain = model(images)
     with pytest.raises(KeyError), patching.always_on(model):
         raise KeyError
@@ -376,7 +374,7 @@ def test_always_on_ends_after_an_exception_too():
 def test_always_on_leaves_training_as_it_is():
     model = volo()
     patch(model)
-    images = pictures(model)
+    images = images_for(model)
     plain = run(model, images)
     with patching.always_on(model):
         assert torch.equal(run(model, images), plain)
@@ -392,7 +390,7 @@ def test_a_model_without_attention_is_refused(name):
         patching.apply(model)
 
 
-def test_a_model_without_the_sites_asked_for_is_refused():
+def test_a_model_without_the_layers_asked_for_is_refused():
     with pytest.raises(ValueError, match=r"VisionTransformer has no attention layer of layers=\['outlook'\]"):
         patching.apply(vit(), layers=("outlook",))
 
@@ -400,7 +398,7 @@ def test_a_model_without_the_sites_asked_for_is_refused():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"regularizer": "dropkeys"}, "no regularizer 'dropkeys'; there are none, dropout"),
+        ({"regularizer": "dropkeys"}, "no regularizer 'dropkeys'; choose from none, dropout"),
         ({"schedule": "cosine"}, "no schedule 'cosine'"),
         ({"impl": "flash"}, "no impl 'flash'"),
         ({"regularizer": "dropout", "impl": "sdpa"}, "impl=sdpa masks logits"),
@@ -429,7 +427,7 @@ def test_another_ratio_keeps_the_schedule(schedule, end):
     patching.set_ratio(model, 0.4)
     report = patching.apply(other, "dropkey", 0.4, schedule, end=end)
     layers = [layer for _, layer in regularized_layers(model)]
-    assert [layer.ratio for layer in layers] == [site.ratio for site in report.layers]
+    assert [layer.ratio for layer in layers] == [layer.ratio for layer in report.layers]
 
 
 def test_a_ratio_for_a_model_without_regularizer_is_refused():

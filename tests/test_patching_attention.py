@@ -1,5 +1,7 @@
 """What patched layers compute: as dense recomputations, on the right grid, compiled, checkpointed, in bf16."""
 
+from itertools import cycle
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,30 +16,37 @@ from dropkey.bernoulli import as_ratio, as_threshold
 from dropkey.models.t2t_vit import TokenTransformerAttention
 from dropkey.patching.find import key_grid
 from dropkey.regularizers import REGULARIZERS, STRUCTURED
-from tiny_models import EVERY_LAYER, FAMILIES, deit, pictures, t2t, t2t_small, t2t_t, vit, volo, window_of
+from tiny_models import (
+    EVERY_LAYER,
+    FAMILIES,
+    FAMILY_AND_REGULARIZER,
+    deit,
+    images_for,
+    t2t,
+    t2t_small,
+    t2t_t,
+    vit,
+    volo,
+    window_of,
+)
 
-KIND = pytest.mark.parametrize("kind", REGULARIZERS)
+REGULARIZER = pytest.mark.parametrize("regularizer", REGULARIZERS)
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
-def patch(module, kind="dropkey", ratio=0.3, **others):
-    others = {"layers": EVERY_LAYER, "window": window_of(kind)} | others
-    return patching.apply(module, kind, ratio, "constant", **others)
+def patch(module, regularizer="dropkey", ratio=0.3, **others):
+    others = {"layers": EVERY_LAYER, "window": window_of(regularizer)} | others
+    return patching.apply(module, regularizer, ratio, "constant", **others)
 
 
 # ---- dense recomputations, in the paper's own words: -1e12 on dropped logits, softmax
 
 
-def weigh(logits, drop, kind, ratio=0.3):
+def weigh(logits, drop, regularizer, ratio=0.3):
     """Attention weights under the mask; a query without keys attends to nothing."""
-    if REGULARIZERS[kind].masks_logits:
+    if REGULARIZERS[regularizer].masks_logits:
         return (logits - 1e12 * drop.double()).softmax(-1) * ~drop.all(-1, keepdim=True)
     weights = logits.softmax(-1) * ~drop
-    if kind == "dropout":
+    if regularizer == "dropout":
         return weights / (1 - as_ratio(as_threshold(ratio, torch.device("cpu"))))
     total = weights.sum(-1, keepdim=True).detach()
     return weights / torch.where(total > 0, total, 1)
@@ -47,34 +56,34 @@ def heads(x, count):
     return x.unflatten(-1, (count, -1)).transpose(-2, -3)
 
 
-def dense_self(module, x, drop, kind, bias=0.0):
+def dense_self(module, x, drop, regularizer, bias=0.0):
     q, k, v = (heads(part, module.num_heads) for part in module.qkv(x.flatten(1, -2)).chunk(3, dim=-1))
-    weights = weigh(q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5 + bias, drop, kind)
+    weights = weigh(q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5 + bias, drop, regularizer)
     return module.proj((weights @ v).transpose(1, 2).flatten(2)).view_as(x)
 
 
-def dense_window(module, x, drop, kind):
-    return dense_self(module, x, drop, kind, bias=module._get_rel_pos_bias())
+def dense_window(module, x, drop, regularizer):
+    return dense_self(module, x, drop, regularizer, bias=module._get_rel_pos_bias())
 
 
-def dense_class(module, x, drop, kind):
+def dense_class(module, x, drop, regularizer):
     k, v = (heads(part, module.num_heads) for part in module.kv(x).chunk(2, dim=-1))
     q = heads(module.q(x[:, :1]), module.num_heads)
-    weights = weigh(q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5, drop, kind)
+    weights = weigh(q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5, drop, regularizer)
     return module.proj((weights @ v).transpose(1, 2).flatten(2))
 
 
-def dense_token(module, x, drop, kind):
+def dense_token(module, x, drop, regularizer):
     q, k, v = module.qkv(x).chunk(3, dim=-1)
-    return module.proj(weigh(q @ k.transpose(-2, -1) * x.shape[-1] ** -0.5, drop[:, 0], kind) @ v) + v
+    return module.proj(weigh(q @ k.transpose(-2, -1) * x.shape[-1] ** -0.5, drop[:, 0], regularizer) @ v) + v
 
 
-def dense_outlook(module, x, drop, kind):
+def dense_outlook(module, x, drop, regularizer):
     """Stride 1, kernel 3: each position predicts a 9 x 9 matrix over its neighbourhood; the results are added up."""
     batch, height, width, channels = x.shape
     logits = module.attn(x).view(batch, height, width, module.num_heads, 9, 9) * (channels / module.num_heads) ** -0.5
     drop = drop.expand(-1, -1, 9, -1).reshape(batch, module.num_heads, height, width, 9, 9).permute(0, 2, 3, 1, 4, 5)
-    weights, padded = weigh(logits, drop, kind), F.pad(module.v(x), (0, 0, 1, 1, 1, 1))
+    weights, padded = weigh(logits, drop, regularizer), F.pad(module.v(x), (0, 0, 1, 1, 1, 1))
     out = torch.zeros_like(padded)
     offsets = [(down, across) for down in range(3) for across in range(3)]
     near = torch.stack([padded[:, i : i + height, j : j + width] for i, j in offsets], dim=-2)  # B H W 9 C
@@ -93,7 +102,7 @@ def unfused(module):
     return fused(module, False)
 
 
-# name: module, shape of its input, dense recomputation, the way patching reports
+# name: module, shape of its input, dense recomputation, the mechanism reported
 LAYERS = {
     "timm, fused": (lambda: fused(Attention(16, 2)), (2, 17, 16), dense_self, "fused"),
     "timm, parts": (lambda: unfused(Attention(16, 2)), (2, 17, 16), dense_self, "weights"),
@@ -107,17 +116,17 @@ LAYERS = {
 }
 
 
-@KIND
+@REGULARIZER
 @pytest.mark.parametrize("layer", LAYERS)
-def test_training_is_the_dense_recomputation_with_the_same_mask(drawn, layer, kind):
-    build, shape, dense, way = LAYERS[layer]
+def test_training_is_the_dense_recomputation_with_the_same_mask(drawn, layer, regularizer):
+    build, shape, dense, mechanism = LAYERS[layer]
     model = nn.Sequential(build()).double()
-    report = patch(model, kind, grid=(4, 4))
-    assert [site.mechanism for site in report.layers] == [way]
+    report = patch(model, regularizer, grid=(4, 4))
+    assert [layer.mechanism for layer in report.layers] == [mechanism]
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     out = model(x)
-    ((_, drop, _),) = drawn
-    wanted = dense(model[0], x, drop, kind)
+    (drop,) = drawn.masks
+    wanted = dense(model[0], x, drop, regularizer)
     torch.testing.assert_close(out, wanted, rtol=0, atol=1e-12)
     towards, trained = torch.randn_like(out), [x, *model.parameters()]
     ours, theirs = (torch.autograd.grad((y * towards).sum(), trained) for y in (out, wanted))
@@ -125,17 +134,17 @@ def test_training_is_the_dense_recomputation_with_the_same_mask(drawn, layer, ki
 
 
 @pytest.mark.parametrize("masked", ["attn_mask", "is_causal"])
-@KIND
-def test_masks_of_the_caller_hold_besides(drawn, kind, masked):
+@REGULARIZER
+def test_masks_of_the_caller_hold_besides(drawn, regularizer, masked):
     arguments = {masked: torch.rand(2, 1, 17, 17) < 0.8 if masked == "attn_mask" else True}
     model = nn.Sequential(Attention(16, 2)).double()
-    patch(model, kind, grid=(4, 4))
+    patch(model, regularizer, grid=(4, 4))
     x = torch.randn(2, 17, 16, dtype=torch.float64)
     out = model[0](x, **arguments)
-    ((_, drop, _),) = drawn
+    (drop,) = drawn.masks
     allowed = arguments.get("attn_mask", torch.ones(17, 17, dtype=torch.bool).tril())
     bias = torch.zeros(allowed.shape, dtype=torch.float64).masked_fill(~allowed, -1e12)
-    wanted = dense_self(model[0], x, drop, kind, bias)
+    wanted = dense_self(model[0], x, drop, regularizer, bias)
     alive = (~drop & allowed).any(-1).all(1)
     torch.testing.assert_close(out[alive], wanted[alive], rtol=0, atol=1e-12)
 
@@ -153,12 +162,12 @@ def test_grouped_queries_are_diverted_too(drawn):
     patch(model)
     q, (k, v) = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 2, 9, 8)
     out = model[0](q, k, v)
-    ((_, drop, _),) = drawn
+    (drop,) = drawn.masks
     wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=~drop, enable_gqa=True)
     torch.testing.assert_close(out, wanted)
 
 
-def test_a_layer_that_is_told_to_show_its_weights_stays_regularized(drawn):
+def test_a_layer_that_is_asked_for_its_weights_stays_regularized(drawn):
     """As tools that plot attention maps do: they set fused_attn to False."""
     model = nn.Sequential(Attention(16, 2)).double()
     patch(model)
@@ -168,12 +177,12 @@ def test_a_layer_that_is_told_to_show_its_weights_stays_regularized(drawn):
         torch.manual_seed(1)
         outs.append(model(x))
     torch.testing.assert_close(*outs, rtol=0, atol=1e-12)
-    assert len(drawn) == 2
+    assert len(drawn.masks) == 2
 
 
-@KIND
-def test_half_precision_weights_are_renormalised_in_fp32(kind):
-    layer = patching.layer.Regularize(kind, window_of(kind), "auto", "self", None, 0)
+@REGULARIZER
+def test_half_precision_weights_are_renormalised_in_fp32(regularizer):
+    layer = patching.layer.AttentionRegularizer(regularizer, window_of(regularizer), "auto", "self", None, 0)
     layer.ratio = 0.3
     weights = torch.randn(2, 3, 196, 196).softmax(-1).bfloat16()
     torch.manual_seed(1)
@@ -231,22 +240,22 @@ GRIDS = {  # grid and prefix tokens of each layer's keys, in forward order
 }
 
 
-@pytest.mark.parametrize("kind", STRUCTURED)
+@pytest.mark.parametrize("regularizer", STRUCTURED)
 @pytest.mark.parametrize("name", GRIDS)
-def test_structured_kinds_see_the_grid_of_every_layer(drawn, name, kind):
+def test_structured_regularizers_see_the_grid_of_every_layer(drawn, name, regularizer):
     build, wanted = GRIDS[name]
     model = build()
-    patch(model, kind)
+    patch(model, regularizer)
     size = {"volo": (32, 32), "volo, non-square": (40, 80), "volo, 9 x 4": (72, 32)}.get(name)
-    model(torch.randn(2, 3, *size) if size else pictures(model))
-    assert [(where["grid"], where["num_prefix"]) for *_, where in drawn] == wanted
+    model(torch.randn(2, 3, *size) if size else images_for(model))
+    assert [(layout["grid"], layout["num_prefix"]) for layout in drawn.layouts] == wanted
 
 
 def test_a_grid_can_be_given(drawn):
     model = nn.Sequential(Attention(16, 2))
     patch(model, "dropkey_block", grid=(2, 8))
     model(torch.randn(2, 17, 16))
-    assert drawn[0][2]["grid"] == (2, 8)
+    assert drawn.layouts[0]["grid"] == (2, 8)
 
 
 # ---- compiled, checkpointed, bf16
@@ -258,10 +267,12 @@ def training_step(function, x, module):
     return [out, *torch.autograd.grad(out.square().sum(), [x, *module.parameters()])]
 
 
-@pytest.mark.parametrize(("kind", "backend"), [("dropkey", "aot_eager"), *((kind, "eager") for kind in REGULARIZERS)])
-def test_a_patched_layer_compiles_without_graph_breaks(kind, backend):
+@pytest.mark.parametrize(
+    ("regularizer", "backend"), [("dropkey", "aot_eager"), ("dropkey_cross", "eager"), ("dropout", "eager")]
+)
+def test_a_patched_layer_compiles_without_graph_breaks(regularizer, backend):
     model = nn.Sequential(Attention(16, 2))
-    patch(model, kind, grid=(4, 4))
+    patch(model, regularizer, grid=(4, 4))
     x = torch.randn(2, 17, 16, requires_grad=True)
     torch.compiler.reset()
     compiled = torch.compile(model[0], fullgraph=True, backend=backend)
@@ -269,11 +280,11 @@ def test_a_patched_layer_compiles_without_graph_breaks(kind, backend):
     assert not torch.equal(compiled(x), compiled(x))
 
 
-@pytest.mark.parametrize("kind", ["dropkey", "dropkey_cross"])
-def test_a_compiled_layer_follows_new_ratios_and_modes(kind):
+@pytest.mark.parametrize("regularizer", ["dropkey_cross"])
+def test_a_compiled_layer_follows_new_ratios_and_modes(regularizer):
     """Numbers that change between calls become symbols inside torch.compile."""
     model = nn.Sequential(Attention(16, 2))
-    patch(model, kind, grid=(4, 4))
+    patch(model, regularizer, grid=(4, 4))
     x = torch.randn(2, 17, 16, requires_grad=True)
     torch.compiler.reset()
     compiled = torch.compile(model[0], fullgraph=True, backend="eager")
@@ -285,12 +296,11 @@ def test_a_compiled_layer_follows_new_ratios_and_modes(kind):
     assert torch.equal(compiled(x), model(x))
 
 
-@KIND
-@pytest.mark.parametrize("layer", LAYERS)
-def test_checkpointed_layers_give_the_same_gradients(layer, kind):
+@pytest.mark.parametrize(("layer", "regularizer"), list(zip(LAYERS, cycle(REGULARIZERS), strict=False)))
+def test_checkpointed_layers_give_the_same_gradients(layer, regularizer):
     build, shape, _, _ = LAYERS[layer]
     model = nn.Sequential(build())
-    patch(model, kind, grid=(4, 4))
+    patch(model, regularizer, grid=(4, 4))
     x = torch.randn(shape, requires_grad=True)
     plain = training_step(model, x, model)
     again = training_step(lambda x: checkpoint(model, x, use_reentrant=False), x, model)
@@ -301,7 +311,7 @@ def test_checkpointed_layers_give_the_same_gradients(layer, kind):
 def test_checkpointed_models_give_the_same_gradients(family):
     model, gradients = FAMILIES[family](), []
     patch(model)
-    images = pictures(model)
+    images = images_for(model)
     for enable in (False, True):
         model.set_grad_checkpointing(enable)
         model.zero_grad()
@@ -311,13 +321,12 @@ def test_checkpointed_models_give_the_same_gradients(family):
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
-@KIND
-@pytest.mark.parametrize("family", FAMILIES)
-def test_bf16_autocast_stays_finite(family, kind):
+@pytest.mark.parametrize(("family", "regularizer"), FAMILY_AND_REGULARIZER)
+def test_bf16_autocast_stays_finite(family, regularizer):
     model = FAMILIES[family]()
-    patch(model, kind, 0.7)
+    patch(model, regularizer, 0.7)
     with torch.autocast("cpu", torch.bfloat16):
-        logits = model(3 * pictures(model))
+        logits = model(3 * images_for(model))
     logits.float().square().sum().backward()
     assert logits.isfinite().all()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)

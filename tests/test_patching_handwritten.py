@@ -1,4 +1,4 @@
-"""Attention as people write it in models of their own, and what they are told where it cannot be regularized."""
+"""Attention as people write it in models of their own, and the errors where it cannot be regularized."""
 
 import pytest
 import torch
@@ -6,14 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import dropkey
-from dropkey.patching import layers
+from dropkey.patching import find
 
 WIDTH, HEADS = 16, 2
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
 
 
 class Projected(nn.Module):
@@ -118,7 +113,7 @@ class UsedTwice(nn.Module):
         return self.again(self.first(x))
 
 
-# name: model, (kind, way) of each site
+# name: model, (kind, mechanism) of each layer
 MODELS = {
     "scaled_dot_product_attention": (Fused, [("self", "fused")]),
     "einsum": (Einsum, [("self", "weights")]),
@@ -143,12 +138,12 @@ def apply(model, ratio=0.4, **others):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_handwritten_attention_is_regularized_in_training_only_and_can_be_taken_back(monkeypatch, name):
-    monkeypatch.setattr(layers, "SOFTMAX_CLASSES", layers.SOFTMAX_CLASSES | {"FloatDropout", "OtherNames"})
+    monkeypatch.setattr(find, "SOFTMAX_CLASSES", find.SOFTMAX_CLASSES | {"FloatDropout", "OtherNames"})
     build, wanted = MODELS[name]
     model, x = build(), torch.randn(2, 9, WIDTH)
     text, trained, evaluated = repr(model), run(model, x), run(model.eval(), x)
     report = apply(model.train())
-    assert [(site.kind, site.mechanism) for site in report.layers] == wanted
+    assert [(layer.kind, layer.mechanism) for layer in report.layers] == wanted
     assert not torch.equal(run(model, x, seed=1), run(model, x, seed=2))
     assert torch.equal(run(model.eval(), x), evaluated)
     with dropkey.always_on(model):
@@ -163,7 +158,7 @@ def test_a_module_used_twice_draws_two_masks(drawn):
     model = UsedTwice()
     assert len(apply(model).layers) == 1
     model(torch.randn(2, 9, WIDTH))
-    assert len(drawn) == 2 and not torch.equal(drawn[0][1], drawn[1][1])
+    assert len(drawn.masks) == 2 and not torch.equal(*drawn.masks)
 
 
 @pytest.mark.parametrize("masked", [None, (9,), (9, 9), "first"])
@@ -178,7 +173,7 @@ def test_any_number_of_dimensions_and_any_mask_that_broadcasts(drawn, batch, mas
     mask = None if shape is None else torch.rand(shape) < 0.6
     apply(model)
     out = model[0](q, mask)
-    allowed = ~drawn[0][1].reshape(*batch, 9, 9) & (True if mask is None else mask)
+    allowed = ~drawn.masks[0].reshape(*batch, 9, 9) & (True if mask is None else mask)
     weights = (q @ q.transpose(-2, -1) * 8**-0.5 - 1e12 * ~allowed).softmax(-1) * allowed.any(-1, keepdim=True)
     torch.testing.assert_close(out, weights @ q)
 
@@ -195,7 +190,7 @@ def test_dropout_of_the_output_of_attention_is_no_dropout_of_weights():
             return x + self.attn_drop(super().forward(x))
 
     model = Block()
-    assert [site.name for site in apply(model).layers] == ["mha"]
+    assert [layer.name for layer in apply(model).layers] == ["mha"]
     assert isinstance(model.attn_drop, nn.Dropout)
 
 
@@ -204,7 +199,7 @@ def test_the_report_has_a_name_for_the_model_itself():
 
 
 def test_where_no_attention_is_found_the_message_tells_how_it_is_found():
-    with pytest.raises(ValueError, match=r"`attn_drop`, calls scaled_dot_product.*can be added to .*SOFTMAX_CLASSES$"):
+    with pytest.raises(ValueError, match=r"`attn_drop`, calls scaled_dot_product.*can be named in .*SOFTMAX_CLASSES$"):
         apply(nn.Sequential(OtherNames()))
 
 

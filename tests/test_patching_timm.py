@@ -97,8 +97,8 @@ def test_training_of_layers_is_dropkey_and_evaluation_unchanged(name):
 
 def test_a_mixture_of_softmaxes_is_masked_as_one_distribution(monkeypatch):
     """ConViT's positional and content attention: what is dropped is a key of both."""
-    masks, mask = [], coverage.regularizers.mask
-    monkeypatch.setattr(coverage.regularizers, "mask", lambda *a, **k: masks.append(mask(*a, **k)) or masks[-1])
+    masks, mask = [], coverage.regularizers.seeded_mask
+    monkeypatch.setattr(coverage.regularizers, "seeded_mask", lambda *a, **k: masks.append(mask(*a, **k)) or masks[-1])
     model = coverage.prepared(timm.create_model("convit_tiny", **VIT, local_up_to_layer=1))
     attention, x = model.blocks[0].attn, torch.randn(2, 16, 64, dtype=torch.float64)
     attention.rel_indices = attention.get_rel_indices(16)
@@ -123,7 +123,7 @@ def test_attention_without_attn_drop_is_found_by_its_call_of_sdpa(fused):
 
     model, q = nn.Sequential(Plain()), torch.randn(2, 2, 9, 8)
     report = patching.apply(model, ratio=0.3, schedule="constant", impl="reference")
-    assert [site.mechanism for site in report.layers] == ["fused" if fused else "softmax"]
+    assert [layer.mechanism for layer in report.layers] == ["fused" if fused else "softmax"]
     torch.manual_seed(1)
     out = model(q)
     model[0].fused_attn = not fused

@@ -36,37 +36,37 @@ def test_end_points_are_exact(layers, peak, end):
     assert (falling[0], falling[-1]) == (peak, end)
 
 
-@pytest.mark.parametrize("kind", ["decreasing", "increasing"])
-def test_steps_between_layers_are_equal(kind):
-    values = ratios(kind, 0.3, 0.02, 19)
+@pytest.mark.parametrize("schedule", ["decreasing", "increasing"])
+def test_steps_between_layers_are_equal(schedule):
+    values = ratios(schedule, 0.3, 0.02, 19)
     steps = [after - before for before, after in pairwise(values)]
     assert steps == pytest.approx([steps[0]] * 18, abs=1e-15)
 
 
-@pytest.mark.parametrize("kind", ["decreasing", "increasing"])
-def test_a_ramp_to_zero_has_half_the_mean_of_a_constant(kind):
-    assert sum(ratios(kind, 0.3, 0.0, 14)) == pytest.approx(sum(ratios("constant", 0.3, 0.0, 14)) / 2)
+@pytest.mark.parametrize("schedule", ["decreasing", "increasing"])
+def test_a_ramp_to_zero_has_half_the_mean_of_a_constant(schedule):
+    assert sum(ratios(schedule, 0.3, 0.0, 14)) == pytest.approx(sum(ratios("constant", 0.3, 0.0, 14)) / 2)
 
 
-@pytest.mark.parametrize("kind", schema.SCHEDULES)
-def test_a_single_layer_takes_the_peak(kind):
-    assert ratios(kind, 0.3, 0.0, 1) == [0.3]
+@pytest.mark.parametrize("schedule", schema.SCHEDULES)
+def test_a_single_layer_takes_the_peak(schedule):
+    assert ratios(schedule, 0.3, 0.0, 1) == [0.3]
 
 
-@pytest.mark.parametrize("kind", schema.SCHEDULES)
+@pytest.mark.parametrize("schedule", schema.SCHEDULES)
 @pytest.mark.parametrize("peak", [0.0, 0.999])
-def test_every_ratio_is_a_probability_below_one(kind, peak):
-    assert all(0 <= ratio < 1 for ratio in ratios(kind, peak, 0.0, 24))
+def test_every_ratio_is_a_probability_below_one(schedule, peak):
+    assert all(0 <= ratio < 1 for ratio in ratios(schedule, peak, 0.0, 24))
 
 
-@pytest.mark.parametrize("kind", schema.SCHEDULES)
+@pytest.mark.parametrize("schedule", schema.SCHEDULES)
 @pytest.mark.parametrize(("peak", "end"), [(1.0, 0.0), (-0.1, 0.0), (0.3, 1.0), (0.3, -0.1), (float("nan"), 0.0)])
-def test_ratios_outside_zero_to_one_are_refused(kind, peak, end):
+def test_ratios_outside_zero_to_one_are_refused(schedule, peak, end):
     with pytest.raises(ValueError, match="ratios lie in"):
-        ratios(kind, peak, end, 12)
+        ratios(schedule, peak, end, 12)
 
 
 @pytest.mark.parametrize("layers", [1, 12])
 def test_an_unknown_schedule_is_refused_with_the_known_ones(layers):
-    with pytest.raises(ValueError, match="no schedule 'cosine'; there are constant, decreasing, increasing"):
+    with pytest.raises(ValueError, match="no schedule 'cosine'; choose from constant, decreasing, increasing"):
         ratios("cosine", 0.3, 0.0, layers)

@@ -36,11 +36,6 @@ TINY = {"img_size": 48, "num_classes": 10, "embed_dim": 32, "depth": 2, "num_hea
 BOTH_TOKENS = pytest.mark.parametrize("tokens", ["performer", "transformer"])
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def tiny(**changes) -> T2TViT:
     return T2TViT(**(TINY | changes))
 

@@ -52,15 +52,18 @@ FAMILIES = {"vit": vit, "deit": deit, "volo": volo, "t2t": t2t, "t2t_t": t2t_t, 
 EVERY_LAYER = ("self", "class", "cross", "outlook", "token")
 
 
-def pictures(model: nn.Module, batch: int = 2) -> Tensor:
+def images_for(model: nn.Module, batch: int = 2) -> Tensor:
     sizes = {"VOLO": 32, "T2TViT": getattr(model, "img_size", None)}
     size = sizes.get(type(model).__name__) or model.patch_embed.img_size
     height, width = (size, size) if isinstance(size, int) else size
     return torch.randn(batch, 3, height, width)
 
 
-def window_of(kind: str):
-    return 3 if kind in STRUCTURED else None
+def window_of(regularizer: str):
+    return 3 if regularizer in STRUCTURED else None
 
 
-KINDS_AND_NONE = ("none", *REGULARIZERS)
+REGULARIZERS_AND_NONE = ("none", *REGULARIZERS)
+# VOLO has fused, class and outlook attention; every other family occurs with one regularizer.
+FAMILY_AND_REGULARIZER = [("volo", regularizer) for regularizer in REGULARIZERS]
+FAMILY_AND_REGULARIZER += [pair for pair in zip(FAMILIES, REGULARIZERS, strict=True) if pair[0] != "volo"]

@@ -1,7 +1,7 @@
-"""Entropy of attention, per layer and head, as a record of a run (paper: it is higher with DropKey than with Dropout).
+"""Entropy of attention per layer and head, as a record of a run (paper: it is higher with DropKey than with Dropout).
 
--sum p log p in nats over the keys of a query, averaged over queries and images; divided by log K, the entropy of
-uniform attention, it lies in [0, 1] and compares layers with different numbers of keys.
+-sum p log p in nats over the keys of a query, averaged over queries and images. Divided by log K, the entropy of
+uniform attention, it lies in [0, 1] and layers with different numbers of keys can be compared.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from typing import Iterable, Optional
 import torch
 from torch import Tensor, nn
 
-from dropkey.analysis import attention as capture
+from dropkey.analysis import capture
 from dropkey.analysis.trained import config_of, open_run
 from dropkey.code_version import code_of
 from dropkey.errors import Diverged
@@ -24,56 +24,56 @@ RECORD = "entropy.json"
 COUNTED = ("self", "class")  # layers whose mean speaks for the model: those that the paper regularizes
 
 
-def entropy(weights: Tensor) -> Tensor:
-    """Nats: ... K, each row a distribution, to ... (float64 where the device has it)."""
-    wide = torch.float32 if weights.device.type == "mps" else torch.float64
-    return torch.special.entr(weights).sum(-1, dtype=wide)
+def row_entropy(weights: Tensor) -> Tensor:
+    """Entropy in nats of each row (... K to ...), in float64 where the device has it."""
+    dtype = torch.float32 if weights.device.type == "mps" else torch.float64
+    return torch.special.entr(weights).sum(-1, dtype=dtype)
 
 
-def measure(model: nn.Module, batches: Iterable[Tensor]) -> list[dict]:
+def measure_entropy(model: nn.Module, batches: Iterable[Tensor]) -> list[dict]:
     """Mean entropy of each attention layer of a model over images (B C H W each).
 
     Returns:
-        For each layer, in the order in which they run: `name`, `kind`, `keys` (how many), `nats` and `normalised` (one
-        number per head, 7 significant digits).
+        For each layer, in forward order: `name`, `kind`, `keys` (how many), `nats` and `normalised` (one number per
+        head, 7 significant digits).
     Raises:
-        ConfigError: see `attention.watch`.
+        ConfigError: see `capture_attention`.
     """
     sums: dict[str, Tensor] = {}
     about: dict[str, dict] = {}
 
-    def add(seen: capture.Attention) -> None:
-        values = entropy(seen.weights)  # B H Q
-        sums[seen.name] = sums.get(seen.name, 0) + values.mean(-1).sum(0).cpu()
-        about[seen.name] = {"name": seen.name, "kind": seen.kind, "keys": seen.weights.shape[-1]}
+    def add(layer: capture.LayerAttention) -> None:
+        values = row_entropy(layer.weights)  # B H Q
+        sums[layer.name] = sums.get(layer.name, 0) + values.mean(-1).sum(0).cpu()
+        about[layer.name] = {"name": layer.name, "kind": layer.kind, "keys": layer.weights.shape[-1]}
 
     images = 0
     for batch in batches:
-        capture.watch(model, batch, add)
+        capture.capture_attention(model, batch, add)
         images += len(batch)
     rows = []
     for name, total in sums.items():
         nats = [value / images for value in total.tolist()]
-        most = math.log(about[name]["keys"]) or 1.0  # a single key leaves nothing to choose from
-        normalised = [value / most for value in nats]
+        largest = math.log(about[name]["keys"]) or 1.0  # a single key: entropy 0
+        normalised = [value / largest for value in nats]
         rows.append({**about[name], "nats": rounded(nats), "normalised": rounded(normalised)})
     return rows
 
 
-def record(path: str | Path, root: Optional[str] = None) -> tuple[dict, bool]:
-    """The run's entropy.json, measured now unless the one there is up to date.
+def record_entropy(path: str | Path, root: Optional[str] = None) -> tuple[dict, bool]:
+    """The run's entropy.json, measured now unless it is there and up to date.
 
-    Over 512 images spread evenly over the test split (fewer where there are fewer), in float32. `mean` and
-    `mean_nats` are over the heads of self and class attention. The same run gives the same bytes.
+    Over 512 images spread evenly over the test split (all of a smaller one), in float32. `mean` and `mean_nats` are
+    over the heads of self and class attention. The same run gives the same bytes.
 
     Args:
         path: a run directory.
         root: where its images lie now.
     Returns:
-        The record, and whether it was there already. A run that is not finished is measured anew each time.
+        The record, and whether it was there already. A run that is not finished is measured each time.
     Raises:
         ConfigError, DataError, StorageError: see dropkey.errors.
-        Diverged: weights that are NaN.
+        Diverged: attention weights are NaN.
     """
     run = RunDirectory(Path(path))
     made_by = {"code": code_of(config_of(path)), "measure": digest()}
@@ -83,10 +83,10 @@ def record(path: str | Path, root: Optional[str] = None) -> tuple[dict, bool]:
         return old, True
     trained = open_run(path, root)
     ids = trained.spread(IMAGES)
-    layers = measure(trained.model, trained.batches(ids))
+    layers = measure_entropy(trained.model, trained.batches(ids))
     counted = [row for row in layers if row["kind"] in COUNTED] or layers
     if not all(math.isfinite(value) for row in layers for value in row["nats"]):
-        raise Diverged(f"{path}: attention weights are NaN, this model has diverged; leave the run out")
+        raise Diverged(f"{path}: attention weights are NaN because the model has diverged; leave this run out")
     new = {
         "mean": mean(counted, "normalised"),
         "mean_nats": mean(counted, "nats"),
@@ -114,6 +114,6 @@ def rounded(values: list[float]) -> list[float]:
 
 
 def digest() -> str:
-    """Ten hexadecimal digits over the source that measures: `dropkey.code_version` leaves this package out."""
+    """Ten hexadecimal digits over the code that measures, which `dropkey.code_version` leaves out."""
     files = [Path(capture.__file__), Path(__file__)]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:10]

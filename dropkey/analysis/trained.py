@@ -1,4 +1,4 @@
-"""Trained runs as analysis needs them: the model as it is evaluated, and the same test images for all."""
+"""Trained runs, opened for analysis: the model as it is evaluated, and the same test images for all."""
 
 import copy
 import dataclasses
@@ -19,7 +19,7 @@ from dropkey.records import RunDirectory
 from dropkey.session import build_regularized
 from dropkey.tasks.base import Task
 
-BATCH = 64  # images at a time, whatever the run was evaluated with: 3,136 tokens make 40 MB of weights for each
+BATCH = 64  # images at a time: with 3,136 tokens (T2T) an image has 40 MB of weights in each layer
 
 
 @dataclasses.dataclass
@@ -32,7 +32,7 @@ class Trained:
     dataset: data.Dataset
     dist: DistContext
     task: Task
-    position: dict[str, int]  # epoch and optimizer step (`update`) of the checkpoint
+    position: dict[str, int]  # `epoch` and `global_step` of the checkpoint
 
     def batches(self, ids: Tensor) -> Iterator[Tensor]:
         """The test images at those positions, normalised as the model takes them: B C H W each, B up to 64."""
@@ -45,7 +45,7 @@ class Trained:
         return torch.cat(list(self.batches(ids)))
 
     def pictures(self, images: Tensor) -> Tensor:
-        """Images for the eye: B C H W in [0, 1], on the CPU."""
+        """Images to be shown: B C H W in [0, 1], on the CPU."""
         mean, std = (
             torch.tensor(per_channel(values, self.cfg.data.channels)).view(-1, 1, 1)
             for values in (self.cfg.data.mean, self.cfg.data.std)
@@ -53,7 +53,7 @@ class Trained:
         return (images.cpu() * std + mean).clamp(0, 1)
 
     def names(self, ids: Tensor) -> list[str]:
-        """Of each image its class and position, on a line each."""
+        """For each image its class and position, on two lines."""
         test, classes = self.dataset.test, self.dataset.classes
         return [f"{classes[test.targets[number]]}\ntest {number}" for number in ids.tolist()]
 
@@ -66,8 +66,8 @@ class Trained:
         return torch.tensor(ids)
 
     def spread(self, count: int) -> Tensor:
-        """Positions of `count` test images, or all there are, evenly over the split: folders come sorted by class, so
-        that the first ones would be of one class alone. Fixed, so that runs are compared on the same images."""
+        """Positions of `count` test images (at most all), evenly over the split: folders are sorted by class, so the
+        first images would all be of one class. Not random, so that runs are compared on the same images."""
         size = len(self.dataset.test)
         return torch.arange(min(count, size)) * size // min(count, size)
 
@@ -80,7 +80,7 @@ def config_of(path: str | Path) -> TrainConfig:
     """
     file = Path(path) / "config.yaml"
     if not file.exists():
-        raise ConfigError(f"{path} is no run directory: it has no config.yaml")
+        raise ConfigError(f"{path} is not a run directory: it has no config.yaml")
     return compose.load(file)
 
 
@@ -88,7 +88,7 @@ def open_run(path: str | Path, root: Optional[str] = None) -> Trained:
     """The last checkpoint of a run, on a GPU if there is one.
 
     Args:
-        root: where the run's images lie now; None: where they lay in training.
+        root: the directory of the run's images now; None: as in training.
     Raises:
         ConfigError, DataError, StorageError: see dropkey.errors.
     """
@@ -100,18 +100,20 @@ def open_run(path: str | Path, root: Optional[str] = None) -> Trained:
     model, _ = build_regularized(task, dataset, dist)
     file = weights.find_checkpoint(run.path)
     if weights.load_weights(model, file):
-        raise ConfigError(f"{file} knows other classes than the {dataset.num_classes} in {cfg.data.root}; see root=")
+        raise ConfigError(
+            f"{file} has other classes than the {dataset.num_classes} in {cfg.data.root}; give root=<its images>"
+        )
     position = checkpoint.load(file)["position"]
     return Trained(
         run, cfg, model.eval(), dataset, dist, task, {key: position[key] for key in ("epoch", "global_step")}
     )
 
 
-_latest: dict[str, data.Dataset] = {}  # the one data set loaded last
+_latest: dict[str, data.Dataset] = {}  # only the data set loaded last
 
 
 def test_images(wanted: DataConfig) -> data.Dataset:
-    """The data set with its test split; runs that differ in what they were trained on share it."""
+    """The data set with its test split, shared by runs that differ in their training images."""
     wanted = dataclasses.replace(wanted, max_train_samples=None, val_fraction=0.0)
     if repr(wanted) not in _latest:
         _latest.clear()
@@ -120,29 +122,29 @@ def test_images(wanted: DataConfig) -> data.Dataset:
 
 
 def labels(configs: list[TrainConfig], *, seeds: bool) -> list[str]:
-    """For each run what a legend should call it: regularizer, ratio and schedule, then other keys that differ.
+    """For each run its name in a legend: regularizer, ratio and schedule, then other keys that differ.
 
     Args:
-        seeds: whether the seed counts among them.
+        seeds: whether the seed is one of them.
     """
     flat = [identity.flatten(dataclasses.asdict(cfg)) for cfg in configs]
     keys = sorted({key for one in flat for key in one if len({repr(other.get(key)) for other in flat}) > 1})
-    told = ["regularizer.", "schedule.", *([] if seeds else ["seed"])]
+    named = ["regularizer.", "schedule.", *([] if seeds else ["seed"])]
     names = [[regularizer_label(cfg)] for cfg in configs]
     for part, name_of in (("model.", identity.model_label), ("data.", identity.data_label)):
-        if len({name_of(cfg) for cfg in configs}) > 1:  # the name says it
-            told.append(part)
+        if len({name_of(cfg) for cfg in configs}) > 1:
+            named.append(part)
             for name, cfg in zip(names, configs, strict=True):
                 name.append(name_of(cfg))
     for key in keys:
-        if not key.startswith(tuple(told)) and not identity.has_no_effect(key):
+        if not key.startswith(tuple(named)) and not identity.has_no_effect(key):
             for name, one in zip(names, flat, strict=True):
                 name.append(f"{key.split('.')[-1]} {one.get(key)}")
     return [", ".join(name) for name in names]
 
 
 def regularizer_label(cfg: TrainConfig) -> str:
-    """dropkey 0.3 decreasing, dropkey_block 0.1 constant (window 3), none."""
+    """dropkey 0.3 decreasing, dropkey_block 0.1 constant (window 3), no regularizer."""
     regularizer = cfg.regularizer
     if regularizer.name == "none":
         return "no regularizer"

@@ -1,10 +1,10 @@
-"""T2T-ViT: a vision transformer whose patch embedding is a small transformer of its own.
+"""T2T-ViT: a vision transformer whose patch embedding is a small transformer itself.
 
-After "Tokens-to-Token ViT: Training Vision Transformers from Scratch on ImageNet" (Yuan et al., ICCV 2021,
-arXiv:2101.11986). Overlapping soft splits, with one narrow transformer layer between each two, shrink the image to the
-tokens of a deep and thin backbone. Parameter names and shapes are those of the released checkpoints, so these load.
+Source: "Tokens-to-Token ViT: Training Vision Transformers from Scratch on ImageNet" (Yuan et al., ICCV 2021,
+arXiv:2101.11986). Overlapping soft splits, with a narrow transformer layer between each two, shrink the image to the
+tokens of a deep and thin backbone. Parameter names and shapes are those of the released checkpoints.
 
-Shape letters: B pictures, C channels, N tokens, D token width, H heads, M random features.
+Shapes: B images, C channels, N tokens, D token width, H heads, M random features.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from timm.layers import Mlp, to_2tuple, trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from timm.models.vision_transformer import Block
@@ -22,14 +23,14 @@ from torch import Tensor, nn
 IMAGENET_SPLITS = ((7, 4, 2), (3, 2, 1), (3, 2, 1))  # 224 px -> 56x56 -> 28x28 -> 14x14 tokens
 SMALL_SPLITS = ((3, 2, 1), (3, 2, 1))  # 32 px -> 16x16 -> 8x8 tokens
 TOKEN_DIM = 64  # width of the tokens between the soft splits
-MIN_TOKENS = 9  # fewer than a 3x3 grid leaves attention next to nothing to choose from
+MIN_TOKENS = 9  # on fewer than a 3x3 grid there is hardly anything to attend to
 
 
 class TokenPerformer(nn.Module):
     """Token layer with linear attention: (B, N, in_dim) -> (B, N, dim).
 
-    There is no softmax and no N x N matrix, hence nothing for an attention regularizer to act on. `mlp` is a Sequential
-    and keys come before queries in `kqv` because the released checkpoints have it so.
+    There is no softmax and no N x N matrix, hence nothing for an attention regularizer to act on. As in the released
+    checkpoints, `mlp` is a Sequential and keys come before queries in `kqv`.
     """
 
     def __init__(self, in_dim: int, dim: int = TOKEN_DIM, drop: float = 0.1):
@@ -47,15 +48,15 @@ class TokenPerformer(nn.Module):
     def random_features(self, x: Tensor) -> Tensor:
         """phi(x) = exp(w·x - |x|²/2) / sqrt(M), positive: (B, N, D) -> (B, N, M).
 
-        With rows of w drawn from N(0, I) the mean of phi(q)·phi(k) is exp(q·k). The rows of the initial `w` have length
-        sqrt(M) instead of about sqrt(D), as released: its kernel is flatter than exp(q·k).
+        With rows of w from N(0, I) the mean of phi(q)·phi(k) is exp(q·k). The initial rows have length sqrt(M), not
+        about sqrt(D), as in the original code: a flatter kernel.
         """
         return torch.exp(x @ self.w.to(x.dtype).T - x.square().sum(-1, keepdim=True) / 2) / self.w.shape[0] ** 0.5
 
     def linear_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """phi(q)(phi(k)ᵀv) / (phi(q)·sum of phi(k)): three (B, N, D) -> (B, N, D) in fp32.
 
-        In fp32 also under autocast: an exponential of a rounded exponent is far off, and the sums run over N tokens.
+        In fp32 also under autocast, as a rounded exponent gives a wrong exponential, and the sums run over N tokens.
         """
         device = q.device.type
         with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
@@ -67,29 +68,29 @@ class TokenPerformer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         k, q, v = self.kqv(self.norm1(x)).chunk(3, dim=-1)
         out = self.linear_attention(q, k, v).to(v.dtype)
-        x = v + self.drop(self.proj(out))  # the layer changes the width, so v takes the place of x as the residual
+        x = v + self.drop(self.proj(out))  # v is the residual, because the layer changes the width of x
         return x + self.mlp(self.norm2(x))
 
 
 class TokenTransformerAttention(nn.Module):
     """One-head softmax attention that changes the width: (B, N, in_dim) -> (B, N, dim), values as the residual.
 
-    Written out, not fused, so that `attn_drop` sees the attention weights (B, 1, N, N): a regularizer may replace it.
+    Not fused, so that `attn_drop` gets the attention weights (B, 1, N, N) and a regularizer can replace it.
     """
 
     def __init__(self, in_dim: int, dim: int = TOKEN_DIM):
         super().__init__()
         self.num_heads = 1
-        self.scale = in_dim**-0.5  # of the input's width, not of the head's, as released
+        self.scale = in_dim**-0.5  # of the input's width, not of the head's, as in the original code
         self.qkv = nn.Linear(in_dim, 3 * dim, bias=False)
         self.attn_drop = nn.Dropout(0.0)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unsqueeze(1).chunk(3, dim=-1)  # each B H N D with H = 1
+        q, k, v = rearrange(self.qkv(x), "b n (three d) -> three b 1 n d", three=3)
         attn = ((q * self.scale) @ k.transpose(-2, -1)).softmax(dim=-1)
         attn = self.attn_drop(attn)
-        return (self.proj(attn @ v) + v).squeeze(1)
+        return rearrange(self.proj(attn @ v) + v, "b 1 n d -> b n d")
 
 
 class TokenTransformer(nn.Module):
@@ -111,10 +112,10 @@ TOKEN_LAYERS = {"performer": TokenPerformer, "transformer": TokenTransformer}
 
 
 class TokensToToken(nn.Module):
-    """Picture to backbone tokens: (B, C, height, width) -> (B, N, embed_dim) (section 3.1, figure 4).
+    """Image to backbone tokens: (B, C, height, width) -> (B, N, embed_dim) (section 3.1, figure 4).
 
     Soft split, token layer, soft split, ..., soft split, projection. `grids` holds the (rows, columns) after each soft
-    split; a border that no window covers is left out, as `unfold` does.
+    split; a border that no window covers is ignored, as in `unfold`.
     """
 
     def __init__(self, img_size: tuple[int, int], in_chans: int, embed_dim: int, tokens: str, soft_splits: Sequence):
@@ -139,16 +140,16 @@ class TokensToToken(nn.Module):
             if index > 0:
                 layer = getattr(self, f"attention{index}")
                 x = checkpoint(layer, x, use_reentrant=False) if self.grad_checkpointing else layer(x)
-                x = x.transpose(1, 2).unflatten(2, self.grids[index - 1])  # back to a picture: B D rows columns
-            x = F.unfold(x, kernel, stride=stride, padding=padding).transpose(1, 2)  # B N D·kernel²
+                x = rearrange(x, "b (h w) d -> b d h w", h=self.grids[index - 1][0])
+            x = rearrange(F.unfold(x, kernel, stride=stride, padding=padding), "b patch n -> b n patch")
         return self.project(x)
 
 
 def sinusoid_table(positions: int, dim: int) -> Tensor:
     """Fixed position embedding (1, positions, dim): sine on even channels, cosine on odd ones.
 
-    Channel j of position p has the angle p / 10000^(2·floor(j/2)/dim) in radians; computed in float64, as large angles
-    lose their phase in float32, and returned in the default dtype.
+    Channel j of position p has the angle p / 10000^(2·floor(j/2)/dim) in radians. Computed in float64, as large angles
+    lose their phase in float32; returned in the default dtype.
     """
     position = torch.arange(positions, dtype=torch.float64).unsqueeze(1)
     channel = torch.arange(dim)
@@ -159,11 +160,11 @@ def sinusoid_table(positions: int, dim: int) -> Tensor:
 class T2TViT(nn.Module):
     """T2T-ViT: (B, in_chans, height, width) of exactly `img_size` -> logits (B, num_classes), or features if that is 0.
 
-    `img_size` is a side or (height, width) in pixels. `soft_splits` lists (kernel, stride, padding); between two is
-    a token layer of the kind `tokens`. `drop_rate` is, as in the original and unlike timm's, the dropout after the
-    position embedding and in the backbone's projections and MLPs. `drop_path_rate` is that of the last block, growing
-    linearly from 0 at the first. `grid_size` is the (rows, columns) of the backbone's tokens, behind one class token.
-    Raises ValueError where the soft splits leave fewer than 9 tokens and, in forward, for a picture of another size.
+    `img_size` is a side or (height, width) in pixels. `soft_splits` lists (kernel, stride, padding), with a token layer
+    (performer or transformer) between each two. `drop_rate` is, as in the original code and unlike timm's, the dropout
+    after the position embedding and in the backbone's projections and MLPs. `drop_path_rate` grows linearly from 0 in
+    the first block to its value in the last. `grid_size` is the (rows, columns) of the backbone's tokens, which follow
+    one class token. Raises ValueError for fewer than 9 tokens and, in forward, for an image of another size.
     """
 
     num_prefix_tokens = 1
@@ -192,12 +193,12 @@ class T2TViT(nn.Module):
         if rows * columns < MIN_TOKENS:
             raise ValueError(
                 f"image size {self.img_size[0]}x{self.img_size[1]} leaves {rows}x{columns} = {rows * columns} backbone "
-                f"tokens, fewer than {MIN_TOKENS}: use t2t_vit_small_image or a bigger image"
+                f"tokens, fewer than {MIN_TOKENS}: use t2t_vit_small_image or a larger image"
             )
         self.cls_token = nn.Parameter(trunc_normal_(torch.empty(1, 1, embed_dim), std=0.02))
         self.pos_embed = nn.Parameter(sinusoid_table(1 + rows * columns, embed_dim), requires_grad=False)
         self.pos_drop = nn.Dropout(drop_rate)
-        # nn.LayerNorm for its eps of 1e-5, that of timm being 1e-6.
+        # nn.LayerNorm, because its eps is 1e-5 and timm's is 1e-6.
         block = partial(Block, embed_dim, num_heads, mlp_ratio, proj_drop=drop_rate, norm_layer=nn.LayerNorm)
         self.blocks = nn.Sequential(*(block(drop_path=drop_path_rate * i / max(1, depth - 1)) for i in range(depth)))
         self.norm = nn.LayerNorm(embed_dim)
@@ -215,7 +216,7 @@ class T2TViT(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replace the head by a freshly initialized one, or by the identity if `num_classes` is 0."""
+        """Replace the head by a newly initialized one, or by the identity if `num_classes` is 0."""
         self.num_classes = num_classes
         self.head = nn.Linear(self.embed_dim, num_classes) if num_classes > 0 else nn.Identity()
         self.head.to(device=self.cls_token.device, dtype=self.cls_token.dtype).apply(_init_linear)
@@ -223,7 +224,7 @@ class T2TViT(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """Normalized tokens (B, 1 + rows·columns, embed_dim), the class token first."""
         if tuple(x.shape[-2:]) != self.img_size:
-            raise ValueError(f"image size {tuple(x.shape[-2:])} where the model was built for {self.img_size}")
+            raise ValueError(f"image size {tuple(x.shape[-2:])}, but the model was built for {self.img_size}")
         x = self.tokens_to_token(x)
         x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1)
         x = self.pos_drop(x + self.pos_embed)
@@ -248,10 +249,10 @@ def _init_linear(module: nn.Module) -> None:
 
 
 def checkpoint_filter_fn(state_dict: dict, model: T2TViT) -> dict[str, Tensor]:
-    """A released file, or any state dict with its names, made to fit `model`; for timm's `filter_fn` arguments.
+    """A released file, or any state dict with its names, adapted to `model`; for timm's `filter_fn` arguments.
 
-    The head is dropped where the number of classes differs: load then with strict=False, as timm's `pretrained=True`
-    does by itself. With another number of tokens the model keeps its own `pos_embed`, a function of the position alone.
+    The head is removed where the number of classes differs: load with strict=False, as timm's `pretrained=True` does.
+    With another number of tokens the model keeps its own `pos_embed`, which depends on the position alone.
     """
     for key in ("state_dict_ema", "state_dict", "model"):  # in order of preference
         if state_dict.get(key) is not None:
@@ -275,7 +276,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _register(name: str, dim: int, depth: int, heads: int, mlp_ratio: float, **others) -> Callable[..., T2TViT]:
-    """Make the model known to `timm.create_model`, whose arguments take precedence over those given here."""
+    """Register the model with timm; arguments of `timm.create_model` take precedence over those given here."""
     architecture = {"embed_dim": dim, "depth": depth, "num_heads": heads, "mlp_ratio": mlp_ratio, **others}
 
     def create(pretrained: bool = False, **kwargs) -> T2TViT:
@@ -296,5 +297,5 @@ t2t_vit_24 = _register("t2t_vit_24", 512, 24, 8, 3)
 t2t_vit_t_14 = _register("t2t_vit_t_14", 384, 14, 6, 3, tokens="transformer")
 t2t_vit_t_19 = _register("t2t_vit_t_19", 448, 19, 7, 3, tokens="transformer")
 t2t_vit_t_24 = _register("t2t_vit_t_24", 512, 24, 8, 3, tokens="transformer")
-# For pictures of 32 px, after "Vision Transformer for Small-Size Datasets" (Lee et al., arXiv:2112.13492).
+# For images of 32 px; source: "Vision Transformer for Small-Size Datasets" (Lee et al., arXiv:2112.13492).
 t2t_vit_small_image = _register("t2t_vit_small_image", 256, 12, 4, 2, tokens="transformer", soft_splits=SMALL_SPLITS)

@@ -1,5 +1,5 @@
 """How regularized attention is computed."""
 
-from dropkey.operator.api import attention, choose
+from dropkey.operator.api import attention, select_impl
 
-__all__ = ["attention", "choose"]
+__all__ = ["attention", "select_impl"]

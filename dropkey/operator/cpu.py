@@ -1,10 +1,10 @@
-"""DropKey on a CPU at the cost of plain attention, in eager PyTorch.
+"""DropKey on a CPU at about the cost of plain attention, in eager PyTorch.
 
-What the paper's two lines spend is memory traffic: a mask, its random numbers, masked logits, weights, each B H Q K.
-Here one buffer goes through all of it. The coin flips are written into it as the bit pattern of 0 or -inf, the
-product of queries and keys is added on top (which a matrix product does for free), softmax runs in place, and what
-remains is kept for the backward, which needs neither mask nor random numbers: a dropped key has weight 0 there.
-A few matrices at a time, so that the buffer stays in cache.
+The paper's two lines spend their time on memory traffic: a mask, its random numbers, masked logits and weights, each
+B H Q K. Here one buffer serves all of them. The Bernoulli draws are written into it as the bit pattern of 0 or -inf,
+the product of queries and keys is added on top (free in a matrix product), softmax runs in place, and the weights are
+kept for the backward pass, which needs neither mask nor random numbers: a dropped key has weight 0 there. A few
+matrices are computed at a time, so that the buffer stays in cache.
 Shapes: B batch, H heads, Q queries, K keys, D head width.
 """
 
@@ -14,25 +14,25 @@ import torch
 from torch import Tensor
 
 from dropkey import bernoulli
-from dropkey.operator.sdpa import MINUS_INF, additive
+from dropkey.operator.sdpa import MINUS_INF, minus_inf_where
 
-CACHE = 1 << 21  # bytes of logits per thread
-FLIPS = 1 << 17  # coin flips at once per thread
-SMALL = 1 << 21  # bytes of all logits that are computed in one go
-EMPTY_CHANCE = 1e-12  # that some query loses all its keys: below, not worth a pass over the logits
+CACHE_BYTES = 1 << 21  # of logits per thread
+DRAWS = 1 << 17  # at once per thread
+JOIN_BYTES = 1 << 21  # of all logits, up to which all matrices are computed in one call
+EMPTY_CHANCE = 1e-12  # that some query loses all its keys: below, a pass over the logits is not worth it
 
 
-class Plan:
+class MatrixOrder:
     """In which order the B H matrices are computed: "outer, inner" instead of "batch, heads".
 
-    The samples of one head (or the heads of one sample) lie at even distances in any of the usual layouts, so that
-    one call multiplies them where they are; only where everything is small are all matrices joined, by a copy.
+    The samples of one head (or the heads of one sample) lie at equal distances in any of the usual layouts, so one call
+    multiplies them without a copy; only where everything is small are all matrices joined, by a copy.
     """
 
     def __init__(self, q: Tensor, k: Tensor) -> None:
         self.batch, self.heads = q.shape[:2]
-        self.matrix = 4 * q.shape[2] * k.shape[2]
-        self.joined = self.batch * self.heads * self.matrix <= SMALL
+        self.matrix_bytes = 4 * q.shape[2] * k.shape[2]
+        self.joined = self.batch * self.heads * self.matrix_bytes <= JOIN_BYTES
         self.swapped = not self.joined and self.batch >= self.heads
 
     def split(self, x: Tensor) -> Tensor:
@@ -53,26 +53,26 @@ class Plan:
         return like.new_empty(*(sizes[::-1] if self.swapped else sizes), *matrix)
 
     def pieces(self, x: Tensor) -> Iterator[tuple[int, slice]]:
-        """Where to find matrices of outer inner ... whose logits fit the cache."""
+        """Indices into outer inner ... of as many matrices as fit the cache."""
         threads = torch.get_num_threads()
-        room = max(threads, CACHE * max(2, threads) // max(1, self.matrix))
+        count = max(threads, CACHE_BYTES * max(2, threads) // max(1, self.matrix_bytes))
         for outer in range(x.shape[0]):
-            for start in range(0, x.shape[1], room):
-                yield outer, slice(start, min(start + room, x.shape[1]))
+            for start in range(0, x.shape[1], count):
+                yield outer, slice(start, min(start + count, x.shape[1]))
 
 
-def part(x: Tensor, piece: tuple[int, slice]) -> Tensor:
-    """The piece of outer inner ..., either of which may be 1 for all."""
+def take(x: Tensor, piece: tuple[int, slice]) -> Tensor:
+    """That piece of outer inner ..., either of which may be 1 for all."""
     outer, inner = piece
     return x[outer if x.shape[0] > 1 else 0, inner if x.shape[1] > 1 else slice(None)]
 
 
-class Masks:
-    """Writes 0 and -inf: the bits of coin flips, or of a given mask, plus a bias."""
+class MaskWriter:
+    """Writes 0 and -inf: the bits of Bernoulli draws or of a given mask, plus a bias."""
 
     def __init__(
         self,
-        plan: Plan,
+        order: MatrixOrder,
         weights: Tensor,
         bias: Optional[Tensor],
         drop: Optional[Tensor],
@@ -80,15 +80,15 @@ class Masks:
         threshold: Tensor,
     ) -> None:
         *_, queries, keys = weights.shape
-        rows = plan.batch * plan.heads * queries
-        self.bias, self.drop = (None if x is None else plan.split(x) for x in (bias, drop))
+        rows = order.batch * order.heads * queries
+        self.bias, self.drop = (None if x is None else order.split(x) for x in (bias, drop))
         self.integer, self.minus_inf = MINUS_INF[weights.dtype]
-        self.next = 0  # row of the mask, in the order of the plan
+        self.next_row = 0
         if drop is None:
-            numbers = torch.arange(rows).view(plan.batch, plan.heads, queries, 1)
-            self.rows = bernoulli.row_keys(seed, plan.split(numbers).reshape(-1))
-            self.columns, self.limit = bernoulli.column_keys(keys, seed.device), bernoulli.as_limit(threshold)
-            self.step = max(1, FLIPS * torch.get_num_threads() // max(1, keys))
+            numbers = torch.arange(rows).view(order.batch, order.heads, queries, 1)
+            self.rows = bernoulli.row_keys(seed, order.split(numbers).reshape(-1))
+            self.columns, self.limit = bernoulli.column_keys(keys, seed.device), bernoulli.signed_limit(threshold)
+            self.step = max(1, DRAWS * torch.get_num_threads() // max(1, keys))
             self.scratch = torch.empty(2, min(self.step, rows), keys, dtype=torch.int32)
         chance = float(bernoulli.as_ratio(threshold)) ** keys * rows
         self.may_be_empty = bias is not None or drop is not None or chance > EMPTY_CHANCE
@@ -96,24 +96,24 @@ class Masks:
     def write(self, logits: Tensor, piece: tuple[int, slice]) -> None:
         """logits: the piece, contiguous; pieces come in order."""
         if self.drop is not None:
-            logits.copy_(additive(part(self.drop, piece), logits.dtype))
+            logits.copy_(minus_inf_where(take(self.drop, piece), logits.dtype))
         else:
-            self.flip(logits.view(self.integer).flatten(0, 1))
+            self.draw(logits.view(self.integer).flatten(0, 1))
         if self.bias is not None:
-            logits.add_(part(self.bias, piece))
+            logits.add_(take(self.bias, piece))
 
-    def flip(self, bits: Tensor) -> None:
-        """Few rows at a time: their operands then stay in the nearest caches."""
+    def draw(self, bits: Tensor) -> None:
+        """A few rows at a time: their operands then stay in the nearest caches."""
         for start in range(0, len(bits), self.step):
-            some = bits[start : start + self.step]
-            hits, spare = self.scratch[:, : len(some)]
-            if some.dtype == hits.dtype:
-                hits = some
-            bernoulli.fill(hits, self.rows[:, self.next : self.next + len(some)], self.columns, self.limit, spare)
-            if some.dtype != hits.dtype:
-                some.copy_(hits)
-            some.mul_(self.minus_inf)
-            self.next += len(some)
+            part = bits[start : start + self.step]
+            draws, scratch = self.scratch[:, : len(part)]
+            draws = part if part.dtype == draws.dtype else draws
+            rows = self.rows[:, self.next_row : self.next_row + len(part)]
+            bernoulli.draw_into(draws, rows, self.columns, self.limit, scratch)
+            if draws is not part:
+                part.copy_(draws)
+            part.mul_(self.minus_inf)
+            self.next_row += len(part)
 
 
 def forward(
@@ -126,19 +126,19 @@ def forward(
     threshold: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """(output, weights): B H Q D, and what `backward` needs. `bias` and `drop` have four dimensions and broadcast;
-    without `drop`, keys flip by seed and threshold."""
-    plan = Plan(q, k)
-    weights, out = plan.empty(q, q.shape[2], k.shape[2]), plan.empty(q, q.shape[2], v.shape[3])
-    masks = Masks(plan, weights, bias, drop, seed, threshold)
-    q, k, v = map(plan.split, (q, k, v))
-    for piece in plan.pieces(q):
+    """The output (B H Q D) and the weights for `backward`. `bias` and `drop` have four dimensions and broadcast;
+    without `drop`, the mask is drawn from seed and threshold."""
+    order = MatrixOrder(q, k)
+    weights, out = order.empty(q, q.shape[2], k.shape[2]), order.empty(q, q.shape[2], v.shape[3])
+    masks = MaskWriter(order, weights, bias, drop, seed, threshold)
+    q, k, v = map(order.split, (q, k, v))
+    for piece in order.pieces(q):
         logits = weights[piece]
         masks.write(logits, piece)
         logits.baddbmm_(q[piece], k[piece].transpose(1, 2), alpha=scale)
         softmax_(logits, masks.may_be_empty)
         torch.bmm(logits, v[piece], out=out[piece])
-    return plan.merge(out), weights
+    return order.merge(out), weights
 
 
 def softmax_(logits: Tensor, may_be_empty: bool) -> None:
@@ -156,23 +156,23 @@ def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, bias: Optional[Tensor], scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, and of `bias` (without elements if there is none)."""
-    plan = Plan(q, k)
-    dq, dk, dv = (plan.empty(x, *x.shape[2:]) for x in (q, k, v))
+    order = MatrixOrder(q, k)
+    dq, dk, dv = (order.empty(x, *x.shape[2:]) for x in (q, k, v))
     shape, full = None if bias is None else bias.shape, torch.promote_types(q.dtype, torch.float32)
-    dbias = None if bias is None else torch.zeros(plan.split(bias).shape, dtype=full)  # many small terms add up
-    grad, q, k, v = map(plan.split, (grad, q, k, v))
-    for piece in plan.pieces(q):
+    dbias = None if bias is None else torch.zeros(order.split(bias).shape, dtype=full)  # many small terms add up
+    grad, q, k, v = map(order.split, (grad, q, k, v))
+    for piece in order.pieces(q):
         p, g = weights[piece], grad[piece]
         torch.bmm(p.transpose(1, 2), g, out=dv[piece])
         d = torch.bmm(g, v[piece].transpose(1, 2))
         torch.ops.aten._softmax_backward_data.out(d, p, -1, p.dtype, grad_input=d)
         if dbias is not None:
-            into = part(dbias, piece)
+            into = take(dbias, piece)
             into += d.to(full).sum_to_size(into.shape)
         for result, left, right in ((dq, d, k), (dk, d.transpose(1, 2), q)):
             torch.baddbmm(result[piece], left, right[piece], beta=0, alpha=scale, out=result[piece])
-    dbias = torch.empty(0, dtype=full) if dbias is None else plan.merge(dbias).sum_to_size(shape)
-    return *map(plan.merge, (dq, dk, dv)), dbias.contiguous()
+    dbias = torch.empty(0, dtype=full) if dbias is None else order.merge(dbias).sum_to_size(shape)
+    return *map(order.merge, (dq, dk, dv)), dbias.contiguous()
 
 
 forward_op = torch.library.custom_op(
@@ -193,18 +193,18 @@ backward_op = torch.library.custom_op(
 
 @forward_op.register_fake
 def _(q, k, v, bias, drop, seed, threshold, scale):
-    plan = Plan(q, k)
-    return plan.merge(plan.empty(q, q.shape[2], v.shape[3])), plan.empty(q, q.shape[2], k.shape[2])
+    order = MatrixOrder(q, k)
+    return order.merge(order.empty(q, q.shape[2], v.shape[3])), order.empty(q, q.shape[2], k.shape[2])
 
 
 @backward_op.register_fake
 def _(grad, q, k, v, weights, bias, scale):
-    plan, full = Plan(q, k), torch.promote_types(q.dtype, torch.float32)
+    order, full = MatrixOrder(q, k), torch.promote_types(q.dtype, torch.float32)
     dbias = q.new_empty((0,) if bias is None else bias.shape, dtype=full)
-    return *(plan.merge(plan.empty(x, *x.shape[2:])) for x in (q, k, v)), dbias
+    return *(order.merge(order.empty(x, *x.shape[2:])) for x in (q, k, v)), dbias
 
 
-def save(ctx, inputs, output) -> None:
+def setup_context(ctx, inputs, output) -> None:
     q, k, v, bias, _, _, _, ctx.scale = inputs
     ctx.save_for_backward(q, k, v, output[1], bias if bias is not None and bias.requires_grad else None)
     ctx.mark_non_differentiable(output[1])
@@ -219,14 +219,14 @@ def gradients(ctx, compute, grad: Optional[Tensor]):
     return dq, dk, dv, None if bias is None else dbias.to(bias.dtype), None, None, None, None
 
 
-forward_op.register_autograd(lambda ctx, grad, _: gradients(ctx, backward_op, grad), setup_context=save)
+forward_op.register_autograd(lambda ctx, grad, _: gradients(ctx, backward_op, grad), setup_context=setup_context)
 
 
 class Eager(torch.autograd.Function):
-    """The same without the 0.1 ms that a registered operator costs per call."""
+    """The same as `forward_op` without the 0.1 ms that a registered operator costs per call."""
 
     forward = staticmethod(forward)
-    setup_context = staticmethod(save)
+    setup_context = staticmethod(setup_context)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -234,7 +234,7 @@ class Eager(torch.autograd.Function):
         return gradients(ctx, backward, grad)
 
 
-def attention(
+def cpu_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -245,10 +245,10 @@ def attention(
     scale: float,
     bias: Optional[Tensor],
 ) -> Tensor:
-    """Attention without the keys in `drop`, or without drop each key flipped by `seed` and `threshold`; a query that
-    lost all its keys gives 0. Logits are rounded to the dtype of q, in bf16 to three digits."""
+    """Attention without the keys in `drop`, or without `drop` with a mask drawn from `seed` and `threshold`; a query
+    that lost all its keys gives 0. Logits are rounded to the dtype of q, in bfloat16 to about three digits."""
     if bias is not None:
-        bias = additive(~bias, q.dtype) if bias.dtype == torch.bool else bias.to(q.dtype)
+        bias = minus_inf_where(~bias, q.dtype) if bias.dtype == torch.bool else bias.to(q.dtype)
         bias = bias.view(*(1,) * (4 - bias.dim()), *bias.shape)
-    attend = forward_op if torch.compiler.is_compiling() else Eager.apply
-    return attend(q, k, v, bias, drop, seed, threshold, scale)[0]
+    compute = forward_op if torch.compiler.is_compiling() else Eager.apply
+    return compute(q, k, v, bias, drop, seed, threshold, scale)[0]

@@ -1,13 +1,13 @@
 """Triton kernels of DropKey attention: FlashAttention-2 in tiles, with keys dropped inside the tile.
 
 Shapes: B batch, H heads, Q queries, K keys, D head width; m counts queries, n keys, `pair` is b * H + h. A program
-works on one pair and one block of queries or keys; tiles are ROWS queries by COLUMNS keys. Logits live in units of
-log 2 (exp2 is one instruction), sums and accumulators in fp32. Of the B·H·Q·K weights nothing is kept: backward
-computes them again from q, k and `lse`, the log2 of the sum of each query's weights (+inf for a query without keys,
-which makes all its weights 0).
+works on one pair and one block of queries or keys; tiles are ROWS queries by COLUMNS keys. Logits are in units of
+log 2 (exp2 is one instruction), sums and accumulators in fp32. The B·H·Q·K weights are not kept: backward computes
+them again from q, k and `lse`, the log2 of the sum of each query's weights (+inf for a query without keys, which makes
+all its weights 0).
 
 Whether a key is dropped depends on (seed, b, h, m, n) alone, never on the tiling, the device or the kernel, so that
-forward and backward agree without storing a mask. Nothing here adds atomically: gradients are the same bits every time.
+forward and backward agree without storing a mask. There are no atomic additions, so gradients are bitwise reproducible.
 
 Source: FlashAttention-2 (Dao, arXiv 2307.08691) for the tiling; DropKey (Li et al., CVPR 2023), algorithm 1.
 """
@@ -25,8 +25,8 @@ INF = tl.constexpr(float("inf"))
 
 @triton.jit
 def mix(z):
-    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014): a bijection of uint64 in which every bit moves half of
-    the bits of the result."""
+    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014), a bijection of uint64: every input bit changes half of the
+    output bits on average."""
     z ^= z >> 30
     z *= 0xBF58476D1CE4E5B9
     z ^= z >> 27
@@ -37,7 +37,7 @@ def mix(z):
 
 @triton.jit
 def row_state(seed, row):
-    """The uint64 that stands for each row (int64) of the mask. Costly, and therefore done once per row."""
+    """The uint64 of each row (int64) of the mask. Costly, therefore computed once per row."""
     return mix(mix(tl.load(seed).to(tl.uint64, bitcast=True)) + row.to(tl.uint64) * 0x9E3779B97F4A7C15)
 
 
@@ -48,9 +48,9 @@ def halves(state):
 
 @triton.jit
 def drops(first, second, n, threshold):
-    """True where key n is dropped for rows whose state has those halves: four instructions per key.
+    """True where key n is dropped, given the halves of a row's state: four instructions per key.
 
-    A sum or a xor alone would drop alike keys in rows of alike states; their product does not.
+    A sum or a xor alone would drop similar keys in rows with similar states; their product does not.
     """
     c = n.to(tl.uint32) * 0x9E3779B1
     x = (first + c) * (second ^ c)
@@ -59,7 +59,7 @@ def drops(first, second, n, threshold):
 
 @triton.jit
 def load_threshold(threshold):
-    """ratio * 2^32 in memory; moved down by 2^31, because that is what comparing as signed int32 takes."""
+    """The threshold (ratio * 2^32 in memory) minus 2^31, for a comparison of signed int32."""
     limit = 0
     if threshold is not None:
         limit = (tl.load(threshold) - 2147483648).to(tl.int32)
@@ -67,7 +67,7 @@ def load_threshold(threshold):
 
 
 @triton.jit
-def bernoulli(seed, threshold, out, rows, columns, first_column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def draw(seed, threshold, out, rows, columns, first_column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The mask itself: rows x columns bytes, contiguous, 1 where dropped."""
     blocks = tl.cdiv(columns, COLUMNS)
     row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -82,8 +82,8 @@ def bernoulli(seed, threshold, out, rows, columns, first_column, ROWS: tl.conste
 
 
 @triton.jit
-def at(pointer, strides, batch, head):
-    """Where the matrix of a sample and head begins. In 64 bits: all of B H N D may exceed 2^31 elements."""
+def matrix_of(pointer, strides, batch, head):
+    """The first element of the matrix of a sample and head. In 64 bits: B H N D may exceed 2^31 elements."""
     if pointer is not None:
         pointer = pointer + tl.cast(batch, tl.int64) * strides[0] + tl.cast(head, tl.int64) * strides[1]
     return pointer
@@ -116,8 +116,8 @@ def store(matrix, stride, start, count, tile, ROWS: tl.constexpr, WIDTH: tl.cons
 
 @triton.jit
 def row_halves(seed, pair, m, queries, DROP: tl.constexpr, COLUMN: tl.constexpr):
-    """The two halves of the states of queries m. With COLUMN all queries of a pair share one, as if there were a
-    single query; without DROP there is nothing to draw."""
+    """The two halves of the states of queries m. With COLUMN all queries of a pair share one state; without DROP there
+    is nothing to draw."""
     first, second = 0, 0
     if DROP and COLUMN:
         first, second = halves(row_state(seed, tl.cast(pair, tl.int64)))
@@ -127,14 +127,14 @@ def row_halves(seed, pair, m, queries, DROP: tl.constexpr, COLUMN: tl.constexpr)
 
 
 @triton.jit
-def restrict(
+def masked_logits(
     s, m, n, first, second, threshold, bias, bias_strides, scale, queries, keys,
     DROP: tl.constexpr, BIAS: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """From the products of q and k the logits, up to the factor `unit`; -inf where dropped.
+    """The logits from the products of q and k, up to the factor `logit_factor`; -inf where dropped.
 
-    Queries m and keys n, of shapes that broadcast to that of s, lie in either order. With BOUNDED some keys may lie
-    beyond the last; theirs are -inf as well. `threshold` is as loaded by `load_threshold`.
+    Queries m and keys n have shapes that broadcast to that of s, in either order. With BOUNDED some keys may lie beyond
+    the last; their logits are -inf too. `threshold` is as loaded by `load_threshold`.
     """
     if BIAS != NO_BIAS:
         places = bias + tl.cast(m, tl.int64) * bias_strides[2] + tl.cast(n, tl.int64) * bias_strides[3]
@@ -148,9 +148,9 @@ def restrict(
 
 
 @triton.jit
-def unit(scale, BIAS: tl.constexpr):
-    """The factor that the logits of `restrict` still lack. Without an additive bias that is the scale: multiplying
-    then melts into the subtraction before the exponential."""
+def logit_factor(scale, BIAS: tl.constexpr):
+    """The factor that `masked_logits` leaves out. Without an additive bias that is the scale: the multiplication then
+    fuses with the subtraction before the exponential."""
     factor = scale * LOG2_E
     if BIAS == ADDITIVE:
         factor = 1.0
@@ -161,20 +161,20 @@ def unit(scale, BIAS: tl.constexpr):
 
 
 @triton.jit
-def attend(
+def accumulate(
     acc, total, peak, query, k, v, bias, first, second, threshold, scale, k_strides, v_strides, bias_strides,
     m, start, stop, queries, keys,
     DROP: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr, COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr, D: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """Takes the keys start .. stop into the weighted sum of values `acc`, the sum of weights `total` and the greatest
+    """Adds the keys start .. stop to the weighted sum of values `acc`, the sum of weights `total` and the greatest
     logit `peak` (online softmax)."""
-    factor = unit(scale, BIAS)
+    factor = logit_factor(scale, BIAS)
     for begin in range(start, stop, COLUMNS):
         n = (begin + tl.arange(0, COLUMNS))[None, :]
         key = load(k, k_strides[2], begin, keys, COLUMNS, WIDTH, D, BOUNDED)
         s = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-        s = restrict(
+        s = masked_logits(
             s, m[:, None], n, first, second, threshold, bias, bias_strides, scale, queries, keys, DROP, BIAS, BOUNDED
         )
         higher = tl.maximum(peak, tl.max(s, 1) * factor)
@@ -196,30 +196,34 @@ def forward(
     WIDTH: tl.constexpr, D: tl.constexpr, RAGGED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """`out` and `lse` (B H Q) of one block of queries. RAGGED: the last block of keys ends beyond the last key; only
-    there is that checked."""
+    that block checks it."""
     blocks = tl.cdiv(queries, ROWS)
     pair, start = tl.program_id(0) // blocks, (tl.program_id(0) % blocks) * ROWS
     batch, head = pair // heads, pair % heads
-    k, v, bias = at(k, k_strides, batch, head), at(v, v_strides, batch, head), at(bias, bias_strides, batch, head)
+    k, v, bias = (
+        matrix_of(k, k_strides, batch, head),
+        matrix_of(v, v_strides, batch, head),
+        matrix_of(bias, bias_strides, batch, head),
+    )
     m = start + tl.arange(0, ROWS)
     first, second = row_halves(seed, pair, m[:, None], queries, DROP, COLUMN)
     limit = load_threshold(threshold)
-    query = load(at(q, q_strides, batch, head), q_strides[2], start, queries, ROWS, WIDTH, D, True)
+    query = load(matrix_of(q, q_strides, batch, head), q_strides[2], start, queries, ROWS, WIDTH, D, True)
     acc = tl.full([ROWS, WIDTH], 0.0, tl.float32)
     total, peak = tl.full([ROWS], 0.0, tl.float32), tl.full([ROWS], -INF, tl.float32)
     whole = keys // COLUMNS * COLUMNS
-    acc, total, peak = attend(
+    acc, total, peak = accumulate(
         acc, total, peak, query, k, v, bias, first, second, limit, scale, k_strides, v_strides, bias_strides,
         m, 0, whole, queries, keys, DROP, BIAS, PRECISION, COLUMNS, WIDTH, D, False,
     )  # fmt: skip
     if RAGGED:
-        acc, total, peak = attend(
+        acc, total, peak = accumulate(
             acc, total, peak, query, k, v, bias, first, second, limit, scale, k_strides, v_strides, bias_strides,
             m, whole, keys, queries, keys, DROP, BIAS, PRECISION, COLUMNS, WIDTH, D, True,
         )  # fmt: skip
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
     tile = acc / total[:, None]
-    store(at(out, out_strides, batch, head), out_strides[2], start, queries, tile, ROWS, WIDTH, D)
+    store(matrix_of(out, out_strides, batch, head), out_strides[2], start, queries, tile, ROWS, WIDTH, D)
     place = lse + tl.cast(pair, tl.int64) * queries + m
     tl.store(place, tl.where(empty, INF, peak + tl.log2(total)), mask=m < queries)

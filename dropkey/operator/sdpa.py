@@ -1,4 +1,4 @@
-"""Through torch's scaled_dot_product_attention, with the dropped keys as an additive mask."""
+"""DropKey through torch's scaled_dot_product_attention, with the dropped keys as an additive mask."""
 
 from typing import Optional
 
@@ -16,16 +16,16 @@ MINUS_INF = {
 }
 
 
-def additive(drop: Tensor, dtype: torch.dtype) -> Tensor:
+def minus_inf_where(drop: Tensor, dtype: torch.dtype) -> Tensor:
     """-inf where dropped, 0 elsewhere."""
     integer, minus_inf = MINUS_INF[dtype]
     return drop.to(integer).mul_(minus_inf).view(dtype)
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, drop: Tensor, *, scale: float, bias: Optional[Tensor]) -> Tensor:
-    """Attention without the keys in `drop`; a query that lost all its keys gives 0. Only for kinds that act on the
-    logits (`regularizers.Kind.masks_logits`)."""
-    mask = additive(drop, q.dtype)
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, drop: Tensor, *, scale: float, bias: Optional[Tensor]) -> Tensor:
+    """Attention without the keys in `drop`; a query that lost all its keys gives 0. Only for regularizers whose
+    `masks_logits` is true."""
+    mask = minus_inf_where(drop, q.dtype)
     if bias is not None:
         mask = mask.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else mask + bias
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)

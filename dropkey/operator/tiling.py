@@ -1,5 +1,5 @@
 """Which tiles the Triton kernels take: by rule, not by timing candidates at run time. Another tiling adds in another
-order, and a run resumed on a busier machine would not be the same run."""
+order, so a run resumed on a busier machine would give other results."""
 
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,8 +23,8 @@ class Tile:
 
 @dataclass(frozen=True)
 class Tiling:
-    """The tile of each kernel. Where all keys fit into the columns of `alone`, that one kernel is all of backward;
-    otherwise `keys` computes dk and dv, `queries` dq. A bias with gradient also takes the tile of `queries`."""
+    """The tile of each kernel. Where all keys fit into the columns of `alone`, one kernel does the whole backward pass;
+    otherwise `keys` computes dk and dv, `queries` dq. A bias with gradient takes the tile of `queries`."""
 
     forward: Tile
     keys: Tile
@@ -33,15 +33,15 @@ class Tiling:
 
 
 NEVER = Tile(16, 0, 4, 1)  # as `alone`: backward in two kernels
-HOPPER = 232448  # bytes of shared memory for a program on such a GPU
-ROOMY = 160 * 1024  # bytes of shared memory that data-centre GPUs have since 2020, and others have not
+HOPPER = 232448  # bytes of shared memory for a program on a Hopper GPU
+ROOMY = 160 * 1024  # bytes of shared memory of data-centre GPUs since 2020; others have less
 
 
-def blocks(queries: int, keys: int, width: int, dtype: torch.dtype, shared_memory: int = HOPPER) -> Tiling:
-    """The tiling for such a call, on a GPU with so many bytes of shared memory for a program.
+def tiling_for(queries: int, keys: int, width: int, dtype: torch.dtype, shared_memory: int = HOPPER) -> Tiling:
+    """The tiling for so many queries and keys on a GPU with so many bytes of shared memory for a program.
 
-    As compiled for Hopper in bfloat16, these are the tiles of fewest instructions per logit among those that spill no
-    registers or hardly any (up to 128 wide). Timing `CANDIDATES` on a GPU may find better ones.
+    Compiled for Hopper in bfloat16, these are the tiles with the fewest instructions per logit among those that spill
+    (almost) no registers, up to a width of 128. `scripts/benchmark.py tune` measures `CANDIDATES` on a GPU.
     """
     roomy = shared_memory >= ROOMY
     if dtype == torch.float32:
@@ -61,7 +61,7 @@ def blocks(queries: int, keys: int, width: int, dtype: torch.dtype, shared_memor
 
 
 def full_precision(width: int) -> Tiling:
-    """For float32, whose tiles take twice the space and, unless rounded to tf32, no tensor cores."""
+    """For float32, whose tiles take twice the space and use no tensor cores unless rounded to tf32."""
     if width <= 64:
         return Tiling(Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), NEVER)
     if width <= 128:
@@ -69,7 +69,7 @@ def full_precision(width: int) -> Tiling:
     return Tiling(Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), NEVER)
 
 
-# For measuring: tiles worth a try for each kernel on its own, with heads up to 128 wide, in half precision.
+# To be measured: tiles for each kernel on its own, with heads up to 128 wide, in half precision.
 CANDIDATES = {
     "forward": [
         *(Tile(*size, 4, stages) for size, stages in product([(64, 32), (64, 64), (64, 128), (128, 64)], (2, 3))),
@@ -95,7 +95,7 @@ forced: Optional[Tiling] = None
 
 @contextmanager
 def using(tiling: Tiling):
-    """Within, `tiling` instead of what `blocks` says: for measuring and for tests. One for all threads, as autograd
+    """Within, `tiling` is used instead of `tiling_for`, for measuring and for tests: in all threads, because autograd
     calls backward from threads of its own."""
     global forced
     before, forced = forced, tiling
@@ -106,12 +106,12 @@ def using(tiling: Tiling):
 
 
 def tiling_of(q: Tensor, k: Tensor) -> Tiling:
-    return forced or blocks(q.shape[2], k.shape[2], q.shape[3], q.dtype, shared_memory(q.device))
+    return forced or tiling_for(q.shape[2], k.shape[2], q.shape[3], q.dtype, shared_memory(q.device))
 
 
 @lru_cache(maxsize=None)
 def shared_memory(device: torch.device) -> int:
-    """Bytes that a program may have. The interpreter, on a CPU, takes the tiles of a large GPU."""
+    """Bytes for a program. The interpreter, on a CPU, uses the tiles of a large GPU."""
     if device.type != "cuda":
         return HOPPER
     return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 65536)  # not on AMD

@@ -1,4 +1,4 @@
-"""Which modules of a model are attention layers, of what kind, and on which grid their keys lie."""
+"""Which modules of a model are attention layers, their kind and mechanism, and the grid on which their keys lie."""
 
 import inspect
 import re
@@ -10,21 +10,21 @@ from torch import nn
 
 from dropkey.regularizers import Grid
 
-# Tables by class name, so that no library need be imported; `file.Class` where the bare name says too little.
-# What is not here is "self", or "cross" if it is called so.
+# Tables by class name, so that no library has to be imported; `file.Class` where the bare name is ambiguous.
+# Other classes are "self", or "cross" by their name.
 KIND_OF_CLASS = {
     "OutlookAttention": "outlook",
     "TokenTransformerAttention": "token",
     "ClassAttention": "class",  # VOLO
     "ClassAttn": "class",  # CaiT, XCiT
-    "crossvit.CrossAttention": "class",  # one branch's class token looks at the other branch
+    "crossvit.CrossAttention": "class",  # one branch's class token attends to the other branch
     "AttentionPool2d": "class",  # pools: one query
     "AttentionPoolLatent": "class",
     "SimPool1d": "class",
     "SimPool2d": "class",
 }
-# Attention whose weights appear as the result of a softmax and nowhere else: no `attn_drop`, or one that sees the
-# weights after heads are mixed.
+# Attention whose weights can only be reached as the result of a softmax: there is no `attn_drop`, or it acts after heads
+# are mixed.
 SOFTMAX_CLASSES = {
     "BottleneckAttn",
     "HaloAttn",
@@ -43,7 +43,7 @@ SOFTMAX_CLASSES = {
     "ShiftedWindowAttentionV2",
     "RelativePositionalMultiHeadAttention",  # torchvision's MaxViT
 }
-# Softmax, or a name of attention, without each query's own distribution over keys.
+# They use softmax or are called attention, but have no distribution over keys for each query.
 UNSUPPORTED = {
     "TokenPerformer": "a performer has no softmax",
     "XCA": "its softmax is over channels, not keys",  # XCiT
@@ -64,32 +64,32 @@ CROSS = re.compile("cross_?att|cross_?mha|encoder_attn|encoder_attention|encdec|
 
 @dataclass
 class AttentionModule:
-    """An attention module: its name in the model, its kind and mechanism, or why it cannot be regularized."""
+    """An attention module of a model, and how it can be regularized or why not."""
 
     name: str
     module: nn.Module
     kind: str = "self"
     mechanism: str = "fused"  # or softmax, weights: see `dropkey.patching.patch`
-    attribute: str = "regularize"  # attribute that takes the regularizer
+    attribute: str = "attn_regularizer"  # of the module, which takes the regularizer
     unsupported_reason: Optional[str] = None
 
 
-def find(model: nn.Module) -> Iterator[AttentionModule]:
-    """Attention modules in order of definition, which is forward order, see `scripts/coverage.py`."""
+def find_attention_modules(model: nn.Module) -> Iterator[AttentionModule]:
+    """In order of definition, which is forward order (`scripts/coverage.py` checks it)."""
     for name, module in model.named_modules():
-        cls = original(type(module))
+        cls = original_class(type(module))
         uses, found = names_in_forward(cls), AttentionModule(name, module, kind_of(name, cls))
         fused = getattr(module, "fused_attn", "scaled_dot_product_attention" in uses)
-        if reason := listed(cls, UNSUPPORTED):
+        if reason := look_up(cls, UNSUPPORTED):
             found.unsupported_reason = reason
-        elif listed(cls, SOFTMAX_CLASSES):
+        elif look_up(cls, SOFTMAX_CLASSES):
             found.mechanism = "softmax"
         elif "ALL_ATTENTION_FUNCTIONS" in uses:  # the registry of transformers
-            found.mechanism, found.unsupported_reason = registered(module)
+            found.mechanism, found.unsupported_reason = registry_mechanism(module)
         elif isinstance(getattr(module, "attn_drop", None), nn.Module) and not wraps_attention(module):
             found.mechanism, found.attribute = "fused" if fused else "weights", "attn_drop"
             if not fused and {"attn_drop", "p", "dropout"} <= uses:  # F.dropout(weights, self.attn_drop.p)
-                found.mechanism, found.attribute = "softmax", "regularize"
+                found.mechanism, found.attribute = "softmax", "attn_regularizer"
         elif "scaled_dot_product_attention" in uses:
             found.mechanism = "fused" if fused else "softmax"
         elif cls.__module__.startswith("transformers.") and cls.__name__.endswith("Attention") and "softmax" in uses:
@@ -100,12 +100,13 @@ def find(model: nn.Module) -> Iterator[AttentionModule]:
 
 
 def wraps_attention(module: nn.Module) -> bool:
-    """Whether dropout beside the attention acts on its output: weights do not leave nn.MultiheadAttention."""
+    """Whether `attn_drop` acts on the output of attention: weights do not leave nn.MultiheadAttention."""
     return any(isinstance(child, nn.MultiheadAttention) for child in module.children())
 
 
-def registered(module: nn.Module) -> tuple[str, Optional[str]]:
-    """The mechanism of a module that looks its attention function up in the registry of transformers, and why it is not supported, if so."""
+def registry_mechanism(module: nn.Module) -> tuple[str, Optional[str]]:
+    """The mechanism of a module that takes its attention function from the registry of transformers, and why it is
+    unsupported, if so."""
     name = getattr(getattr(module, "config", None), "_attn_implementation", None) or "eager"
     known = {"sdpa": "fused", "eager": "softmax"}
     if name in known:
@@ -113,22 +114,20 @@ def registered(module: nn.Module) -> tuple[str, Optional[str]]:
     return "fused", f"{name} takes no mask for each head and query; load the model with attn_implementation='sdpa'"
 
 
-def original(cls: type) -> type:
-    """The class under that which `apply` puts in its place."""
-    return cls.__mro__[2] if cls.__mro__[1].__name__ == "Regularized" else cls
+def original_class(cls: type) -> type:
+    """The class that `apply` replaced, or `cls` itself."""
+    return cls.__mro__[2] if cls.__mro__[1].__name__ == "RegularizedAttention" else cls
 
 
-def listed(cls: type, table):
-    """What a table says of a class, by `file.Class` or `Class`."""
-    for key in (f"{cls.__module__.rsplit('.')[-1]}.{cls.__name__}", cls.__name__):
-        if key in table:
-            return table[key] if isinstance(table, dict) else True
-    return None
+def look_up(cls: type, table):
+    """The entry of a class in a table (of a set: True), by `file.Class` or `Class`; or None."""
+    keys = (f"{cls.__module__.rsplit('.')[-1]}.{cls.__name__}", cls.__name__)
+    return next((table[key] if isinstance(table, dict) else True for key in keys if key in table), None)
 
 
 def kind_of(name: str, cls: type) -> str:
-    called_cross = CROSS.search(cls.__name__) or CROSS.search(name.rsplit(".")[-1])
-    return listed(cls, KIND_OF_CLASS) or ("cross" if called_cross else "self")
+    is_cross = CROSS.search(cls.__name__) or CROSS.search(name.rsplit(".")[-1])
+    return look_up(cls, KIND_OF_CLASS) or ("cross" if is_cross else "self")
 
 
 @lru_cache(maxsize=None)
@@ -144,7 +143,7 @@ def key_grid(keys: int, model_grid: Optional[Grid], num_prefix: int) -> tuple[Gr
 
     Layers of one model see its patch grid, or that grid pooled or not yet pooled by a power of two (VOLO's
     self-attention, T2T's token transformers), with or without the prefix tokens. Other layers, and models without a
-    grid of their own, are taken to see a square: a window, as in Swin.
+    grid, are taken to see a square: a window, as in Swin.
 
     Raises:
         ValueError: no such grid fits.
@@ -158,9 +157,10 @@ def key_grid(keys: int, model_grid: Optional[Grid], num_prefix: int) -> tuple[Gr
         side = round(max(keys - prefix, 0) ** 0.5)
         if side and side * side == keys - prefix:
             return (side, side), prefix
-    known = f"the grid {model_grid}, its halves and doubles, with {num_prefix} prefix tokens or none, nor "
-    known = known if model_grid else f"{num_prefix} prefix tokens and a square nor "
+    known = f"{num_prefix} prefix tokens and a square, nor "
+    if model_grid:
+        known = f"the grid {model_grid}, its halves and doubles, with {num_prefix} prefix tokens or none, nor "
     raise ValueError(
-        f"{keys} keys fit neither {known}a square; DropKey-Block and DropKey-Cross need to know where the keys lie: "
-        "dropkey.apply(model, ..., grid=(height, width)) tells them"
+        f"{keys} keys fit neither {known}a square; DropKey-Block and DropKey-Cross must know where the keys lie: "
+        "give dropkey.apply(model, ..., grid=(height, width))"
     )

@@ -1,4 +1,4 @@
-"""`Regularize`: the module that holds what is dropped at one attention layer, and does it."""
+"""`AttentionRegularizer`: the module that knows what is dropped at one attention layer, and drops it."""
 
 from typing import Optional
 
@@ -7,15 +7,15 @@ from torch import Tensor, nn
 
 from dropkey import regularizers
 from dropkey.bernoulli import as_ratio, as_seed, as_threshold, new_seed
-from dropkey.operator.api import attend
+from dropkey.operator.api import seeded_attention
 from dropkey.patching.find import key_grid
 from dropkey.regularizers import Grid, Window
 
 CPU = torch.device("cpu")
 
 
-class Regularize(nn.Module):
-    """Stands where a module's `attn_drop` was: identity in evaluation, the regularizer on weights in training."""
+class AttentionRegularizer(nn.Module):
+    """Replaces a module's `attn_drop`: identity in evaluation, the regularizer on weights in training."""
 
     p = 0.0  # what fused attention layers read as their dropout probability
 
@@ -23,8 +23,9 @@ class Regularize(nn.Module):
         super().__init__()
         self.regularizer, self.window, self.impl = regularizer, window, impl
         self.kind, self.grid, self.num_prefix = kind, grid, num_prefix
-        self.always = False  # on in evaluation too, for Monte Carlo
+        self.always = False  # active in evaluation too, for Monte Carlo
         self.schedule = ("decreasing", 0.0)  # and end, for `set_ratio`
+        self.replaced: tuple[nn.Module, ...] = ()  # the module's own dropout; in a tuple, so that it is no submodule
         # Tensors, because compiled code and CUDA graphs read new values from the same place; no buffers, because
         # `to_empty` would lose their values and the state_dict is to stay that of the unpatched model.
         self.threshold, self.mask_seed = as_threshold(0.0, CPU), as_seed(0, CPU)
@@ -36,18 +37,18 @@ class Regularize(nn.Module):
 
     @ratio.setter
     def ratio(self, ratio: float) -> None:
-        """Also within a compiled model: what it guards on is whether anything drops, not how much."""
+        """Reaches a compiled model too, which guards on whether anything drops, not on how much."""
         self._ratio, self.drops = ratio, ratio > 0
         self.threshold.copy_(as_threshold(ratio, self.threshold.device))
 
     @property
     def seed(self) -> Optional[int]:
-        """Of the masks (64 bits); None: each call takes one from the default generator of the device."""
+        """Of the masks (64 bits). None: each call takes one from the default generator of the device."""
         return self._seed
 
     @seed.setter
     def seed(self, seed: Optional[int]) -> None:
-        """Within a compiled model too: what it guards on is whether there is a seed, not which."""
+        """Reaches a compiled model too, which guards on whether there is a seed, not on which."""
         self._seed, self.has_seed = seed, seed is not None
         self.mask_seed.fill_(seed or 0)
 
@@ -62,8 +63,8 @@ class Regularize(nn.Module):
         self.threshold, self.mask_seed = as_threshold(self._ratio, device), as_seed(self._seed or 0, device)
         return self
 
-    def where_keys_lie(self, keys: int) -> dict:
-        """Arguments `grid`, `num_prefix` and `window` of `regularizers.mask` for a layer with so many keys."""
+    def key_layout(self, keys: int) -> dict:
+        """Arguments `grid`, `num_prefix` and `window` of `regularizers.seeded_mask` for so many keys."""
         if self.regularizer not in regularizers.STRUCTURED:
             return {}
         if self.kind == "outlook":  # the keys are a k x k neighbourhood
@@ -77,18 +78,21 @@ class Regularize(nn.Module):
         if not self.active:
             return weights
         rows = weights.flatten(1, -3) if weights.dim() > 4 else weights  # outlook attention: B H N K K
-        where = self.where_keys_lie(rows.shape[-1])
         threshold, seed = self.threshold_and_seed(rows.device)
-        drop = regularizers.mask(self.regularizer, tuple(rows.shape), threshold, seed, **where)
+        layout = self.key_layout(rows.shape[-1])
+        drop = regularizers.seeded_mask(self.regularizer, tuple(rows.shape), threshold, seed, **layout)
         # fp32 at least, because a sum of bf16 weights is off by up to 1 % and would scale the output
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         kept = regularizers.REGULARIZERS[self.regularizer].reweigh(rows, drop, as_ratio(threshold))
         return kept.to(weights.dtype).view_as(weights)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Optional[Tensor], scale: Optional[float]) -> Tensor:
-        where = self.where_keys_lie(k.shape[-2])
-        draw = self.threshold_and_seed(q.device)
-        return attend(q, k, v, self.regularizer, *draw, impl=self.impl, scale=scale, bias=bias, **where)
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, bias: Optional[Tensor], scale: Optional[float]) -> Tensor:
+        """Regularized attention of B H Q D, B H K D, B H K D, as `dropkey.attention`."""
+        layout = self.key_layout(k.shape[-2])
+        threshold, seed = self.threshold_and_seed(q.device)
+        return seeded_attention(
+            q, k, v, self.regularizer, threshold, seed, impl=self.impl, scale=scale, bias=bias, **layout
+        )
 
     def threshold_and_seed(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """For one call. The seed is a copy: a later `seed_masks` must not change what the backward pass reads."""

@@ -1,4 +1,4 @@
-"""How an attention module is made to regularize: subclasses made at run time, which step aside in evaluation."""
+"""How an attention module is regularized: its class is replaced by a subclass, which does nothing in evaluation."""
 
 from functools import lru_cache
 from typing import Optional
@@ -8,33 +8,33 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dropkey.patching.layer import Regularize
+from dropkey.patching.layer import AttentionRegularizer
 from dropkey.patching.multihead import multi_head_attention
 
 SOFTMAX = (F.softmax, torch.softmax, torch.special.softmax, Tensor.softmax)  # nn.Softmax calls the first
 
 
-class Divert(TorchFunctionMode):
-    """While entered, what attention is made of is regularized.
+class InterceptAttention(TorchFunctionMode):
+    """While entered, the calls that attention consists of are regularized.
 
     scaled_dot_product_attention always; with `weights` also the result of a softmax over the last dimension, and
-    multi_head_attention_forward, whose inside a mode does not see. A dropout of those weights is left out, because the
-    regularizer takes its place.
+    multi_head_attention_forward, whose inner calls a mode does not see. A dropout of those weights is left out, because
+    the regularizer replaces it.
     """
 
-    def __init__(self, layer: Regularize, weights: bool):
+    def __init__(self, layer: AttentionRegularizer, weights: bool):
         super().__init__()
         self.layer, self.weights = layer, weights
-        self.met = False  # anything to regularize
-        self.rows = None  # shape of the latest weights but for the keys
+        self.called = False  # whether there was anything to regularize
+        self.rows = None  # shape of the latest weights without the keys
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            self.met = True
-            return self.attend(*args, **kwargs)
+            self.called = True
+            return self.regularized_sdpa(*args, **kwargs)
         if self.weights and func is F.multi_head_attention_forward:
-            self.met = True
+            self.called = True
             if self.layer.active:
                 return multi_head_attention(self.layer, *args, **kwargs)
             return func(*args, **kwargs | {"training": False})
@@ -45,7 +45,9 @@ class Divert(TorchFunctionMode):
             return args[0]
         return func(*args, **kwargs)
 
-    def attend(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    def regularized_sdpa(
+        self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+    ):
         if not self.layer.active:
             return F.scaled_dot_product_attention(
                 query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
@@ -58,56 +60,59 @@ class Divert(TorchFunctionMode):
         if is_causal:
             attn_mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
         elif attn_mask is not None and attn_mask.dtype != torch.bool:
-            # The lowest number stands for -inf in some models: a query without other keys would look at forbidden ones
+            # Some models write the lowest number for -inf: a query without other keys would attend to forbidden ones
             attn_mask = attn_mask.masked_fill(attn_mask == torch.finfo(attn_mask.dtype).min, -torch.inf)
         if q.dim() == 4:
-            return self.layer.attend(q, k, v, attn_mask, scale)
+            return self.layer.attention(q, k, v, attn_mask, scale)
         if attn_mask is not None:
-            attn_mask = four(attn_mask.expand(*q.shape[:-1], k.shape[-2]))
-        return self.layer.attend(four(q), four(k), four(v), attn_mask, scale).reshape(*q.shape[:-1], v.shape[-1])
+            attn_mask = to_bhqk(attn_mask.expand(*q.shape[:-1], k.shape[-2]))
+        return self.layer.attention(to_bhqk(q), to_bhqk(k), to_bhqk(v), attn_mask, scale).reshape(
+            *q.shape[:-1], v.shape[-1]
+        )
 
     def reweigh(self, weights: Tensor, dim: Optional[int] = None, **_) -> Tensor:
         if dim not in (-1, weights.dim() - 1):
             return weights
-        self.met, self.rows = True, weights.shape[:-1]
-        return self.layer(four(weights)).view(weights.shape)
+        self.called, self.rows = True, weights.shape[:-1]
+        return self.layer(to_bhqk(weights)).view(weights.shape)
 
 
-def four(x: Tensor) -> Tensor:
-    """... L W as B H L W."""
+def to_bhqk(x: Tensor) -> Tensor:
+    """Any number of dimensions as four: leading ones are added or flattened."""
     while x.dim() < 4:
         x = x.unsqueeze(-3)
     return x.flatten(0, -4) if x.dim() > 4 else x
 
 
-class Regularized:
+class RegularizedAttention:
     """Mixin that comes before the original class of an attention module."""
 
     def forward(self, *args, **kwargs):
-        own = "regularize" in self._modules
-        layer = self.regularize if own else self.attn_drop
+        own = "attn_regularizer" in self._modules
+        layer = self.attn_regularizer if own else self.attn_drop
         if not (layer.training or layer.always):
             return super().forward(*args, **kwargs)
-        divert = Divert(layer, weights=own)
-        with divert:
+        intercept = InterceptAttention(layer, weights=own)
+        with intercept:
             out = super().forward(*args, **kwargs)
-        if own and layer.active and not divert.met:
+        if own and layer.active and not intercept.called:
             name = type(self).__name__.removeprefix("Regularized")
             raise RuntimeError(
-                f"{name} computed its attention by no way that can be regularized: it called neither "
-                "scaled_dot_product_attention nor a softmax; if it was switched after dropkey.apply, switch it back"
+                f"{name} called neither scaled_dot_product_attention nor a softmax, so its attention cannot be "
+                "regularized; if its attention implementation was changed after dropkey.apply, change it back"
             )
         return out
 
     def __reduce_ex__(self, protocol):  # the class is made at run time: pickle and deepcopy make it again
-        return blank, (type(self).__mro__[2],), self.__dict__
+        return empty_module, (type(self).__mro__[2],), self.__dict__
 
 
 @lru_cache(maxsize=None)
 def regularized_class(base: type) -> type:
-    return type(f"Regularized{base.__name__}", (Regularized, base), {"__module__": __name__, "__doc__": base.__doc__})
+    attributes = {"__module__": __name__, "__doc__": base.__doc__}
+    return type(f"Regularized{base.__name__}", (RegularizedAttention, base), attributes)
 
 
-def blank(base: type) -> nn.Module:
+def empty_module(base: type) -> nn.Module:
     cls = regularized_class(base)
     return cls.__new__(cls)

@@ -1,13 +1,13 @@
-"""Swapping attention layers for regularized ones, in one of three ways, none of which adds a parameter or a key:
+"""Replaces attention layers by regularized ones. No parameter and no key of the state_dict is added, and in evaluation
+the output is bitwise identical to that of the unpatched module. There are three mechanisms:
 
-- "fused": the module's class becomes a subclass whose training forward diverts calls of
-  `scaled_dot_product_attention` and `multi_head_attention_forward` to the operator;
-- "weights": its `attn_drop` becomes a `Regularize`, which masks and renormalises softmaxed weights; exact for any
-  attention that runs softmax, then `attn_drop` (windows, relative biases and all);
+- "fused": the module's class becomes a subclass whose training forward passes calls of `scaled_dot_product_attention`
+  and `multi_head_attention_forward` to the operator;
+- "weights": its `attn_drop` becomes an `AttentionRegularizer`, which masks and renormalises softmaxed weights; exact
+  for any attention that runs softmax, then `attn_drop` (windows and relative biases included);
 - "softmax": a subclass as above, which masks and renormalises the result of softmax over the last dimension.
 
-A dropout of attention weights that the module has is replaced. In evaluation all step aside, so that the output is
-that of the unpatched module, bit for bit.
+A module's own dropout of attention weights is replaced.
 """
 
 import contextlib
@@ -19,27 +19,27 @@ import torch
 from torch import Tensor, nn
 
 from dropkey import regularizers, schedules
-from dropkey.operator import choose
-from dropkey.patching.find import KIND_OF_CLASS, AttentionModule, find, original
-from dropkey.patching.layer import Regularize
-from dropkey.patching.mechanisms import Regularized, regularized_class
+from dropkey.operator import select_impl
+from dropkey.patching.find import KIND_OF_CLASS, AttentionModule, find_attention_modules, original_class
+from dropkey.patching.layer import AttentionRegularizer
+from dropkey.patching.mechanisms import RegularizedAttention, regularized_class
 from dropkey.regularizers import Grid, Window
 from dropkey.seeds import derive_seed
 
-UNKNOWN = (
+NOT_FOUND = (
     ": no module holds its dropout of weights as `attn_drop`, calls scaled_dot_product_attention in forward or is "
-    "nn.MultiheadAttention; the name of a class that calls softmax can be added to dropkey.patching.find.SOFTMAX_CLASSES"
+    "nn.MultiheadAttention; a class that calls softmax can be named in dropkey.patching.find.SOFTMAX_CLASSES"
 )
 
 
 @dataclass
 class RegularizedLayer:
-    """One regularized attention layer."""
+    """One regularized attention layer, as reported."""
 
     name: str
     kind: str  # self, class, cross, outlook, token
     ratio: float
-    mechanism: str  # fused, weights or softmax: see above
+    mechanism: str  # fused, weights or softmax
 
 
 @dataclass
@@ -48,24 +48,23 @@ class Report:
 
     regularizer: str
     schedule: str
-    impl: str  # what the operator uses at fused layers
+    impl: str  # of the operator, at fused layers
     layers: list[RegularizedLayer] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)  # name, reason
 
     def __str__(self) -> str:
         if self.regularizer == "none":
-            return "no regularizer: attention as it is"
-        head = f"{self.regularizer} ({self.schedule}) at {len(self.layers)} attention layers"
-        lines = [head + (f", impl {self.impl}" if any(s.mechanism == "fused" for s in self.layers) else "")]
-        lines += [
-            f"  {s.name or '(the model)':<36} {s.kind:<8} {s.mechanism:<8} ratio {s.ratio:.4f}" for s in self.layers
-        ]
-        lines += [f"  {name:<36} skipped: {reason}" for name, reason in self.skipped]
-        return "\n".join(lines)
+            return "no regularizer: attention is unchanged"
+        impl = f", impl {self.impl}" if any(layer.mechanism == "fused" for layer in self.layers) else ""
+        lines = [f"{self.regularizer} ({self.schedule}) at {len(self.layers)} attention layers{impl}"]
+        for layer in self.layers:
+            name = layer.name or "(the model)"
+            lines.append(f"  {name:<36} {layer.kind:<8} {layer.mechanism:<8} ratio {layer.ratio:.4f}")
+        return "\n".join(lines + [f"  {name:<36} skipped: {reason}" for name, reason in self.skipped])
 
 
 def model_grid(model: nn.Module) -> tuple[Optional[Grid], int]:
-    """The patch grid (height, width) and the number of prefix tokens, where the model tells them."""
+    """The patch grid (height, width), where the model has one, and the number of prefix tokens."""
     embed = getattr(model, "patch_embed", None)
     grid = getattr(model, "grid_size", None) or getattr(embed, "grid_size", None)
     size, patch = getattr(embed, "img_size", None), getattr(embed, "patch_size", None)
@@ -94,61 +93,59 @@ def apply(
 
     Args:
         ratio: drop probability; the peak when the schedule varies it over depth.
-        schedule, end: see `dropkey.schedules.ratios`; layers count in forward order among the layers taken.
+        schedule, end: see `dropkey.schedules.ratios`; counted are the layers taken, in forward order.
         window: of dropkey_block and dropkey_cross, in cells.
-        layers: attention layers to act on: self; class (a class token or another single query looks at the keys);
+        layers: attention layers to act on: self; class (a class token or another single query attends to the keys);
             cross (queries and keys of different sequences); outlook (VOLO); token (T2T's token transformers).
         impl: how fused layers compute attention, see `dropkey.attention`.
-        grid: height and width of the patch grid, for models that do not tell it.
+        grid: height and width of the patch grid, for models without an attribute that has it.
     Returns:
-        The layers with their ratios, and what was left alone and why.
+        The layers with their ratios, and what was skipped and why.
     Raises:
-        ValueError: an unknown regularizer, schedule, site or impl; a window that Block or Cross cannot have; a model
-            without any such site.
+        ValueError: an unknown regularizer, schedule, layer or impl; a window that Block or Cross cannot have; a model
+            without any such layer.
     """
+    regularizers.check_name(regularizer)
     if regularizer == "none":
         undo(model)
         return Report("none", schedule, "none")
-    if regularizer not in regularizers.REGULARIZERS:
-        raise ValueError(f"no regularizer '{regularizer}'; there are none, {', '.join(regularizers.REGULARIZERS)}")
-    report = Report(regularizer, schedule, planned(impl, regularizer, model))
     regularizers.check_window(regularizer, window)
-    taken, report.skipped = choose_layers(model, layers)
+    report = Report(regularizer, schedule, impl_for(model, impl, regularizer))
+    taken, report.skipped = select_layers(model, layers)
     values = schedules.ratios(schedule, ratio, end, len(taken))
-    undo(model)  # only now, so that a refusal leaves the model as it was
+    undo(model)  # only now, so that an error leaves the model as it was
     own_grid, num_prefix = model_grid(model)
     for found, value in zip(taken, values, strict=True):
-        layer = Regularize(regularizer, window, impl, found.kind, grid or own_grid, num_prefix)
+        layer = AttentionRegularizer(regularizer, window, impl, found.kind, grid or own_grid, num_prefix)
         layer.ratio, layer.schedule = value, (schedule, end)
-        put(layer, found)
+        install(layer, found)
         report.layers.append(RegularizedLayer(found.name, found.kind, value, found.mechanism))
     return report
 
 
-def put(layer: Regularize, found: AttentionModule) -> None:
+def install(layer: AttentionRegularizer, found: AttentionModule) -> None:
     module = found.module
-    layer.replaced = tuple(
-        filter(None, [getattr(module, found.attribute, None)])
-    )  # a tuple, so that it is no submodule
+    own = getattr(module, found.attribute, None)
+    layer.replaced = () if own is None else (own,)
     setattr(module, found.attribute, layer.train(module.training))
-    if found.attribute == "regularize" or found.mechanism == "fused" or hasattr(module, "fused_attn"):
+    if found.attribute == "attn_regularizer" or found.mechanism == "fused" or hasattr(module, "fused_attn"):
         module.__class__ = regularized_class(type(module))
 
 
-def planned(impl: str, regularizer: str, model: nn.Module) -> str:
-    """What `impl` will be for a model on its present device."""
+def impl_for(model: nn.Module, impl: str, regularizer: str) -> str:
+    """What `impl` will be on the model's present device."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     example = torch.empty(1, 1, 1, 64, device=device)
-    return choose(impl, regularizer, *[example] * 3) if impl == "auto" else choose(impl, regularizer)
+    return select_impl(impl, regularizer, *[example] * 3) if impl == "auto" else select_impl(impl, regularizer)
 
 
-def choose_layers(model: nn.Module, layers: tuple[str, ...]) -> tuple[list[AttentionModule], list[tuple[str, str]]]:
-    """The attention modules to regularize, and (name, reason) of those left alone."""
+def select_layers(model: nn.Module, layers: tuple[str, ...]) -> tuple[list[AttentionModule], list[tuple[str, str]]]:
+    """The attention modules to regularize, and (name, reason) of those that are skipped."""
     known = dict.fromkeys(["self", "cross", *KIND_OF_CLASS.values()])
     if not set(layers) <= known.keys():
         raise ValueError(f"layers={layers!r} is no tuple of {', '.join(known)}")
     taken, skipped = [], []
-    for found in find(model):
+    for found in find_attention_modules(model):
         if found.unsupported_reason:
             skipped.append((found.name, found.unsupported_reason))
         elif found.kind not in layers:
@@ -156,34 +153,34 @@ def choose_layers(model: nn.Module, layers: tuple[str, ...]) -> tuple[list[Atten
         else:
             taken.append(found)
     if not taken:
-        reasons = f" (skipped: {skipped[0][0]}, {skipped[0][1]})" if skipped else UNKNOWN
+        reasons = f" (skipped: {skipped[0][0]}, {skipped[0][1]})" if skipped else NOT_FOUND
         raise ValueError(f"{type(model).__name__} has no attention layer of layers={list(layers)}{reasons}")
     return taken, skipped
 
 
-def regularized_layers(model: nn.Module) -> Iterator[tuple[nn.Module, Regularize]]:
-    """(attention module, its Regularize), in order of definition: the order in which layers run, in every
-    architecture of timm (`scripts/coverage.py` watches them)."""
+def regularized_layers(model: nn.Module) -> Iterator[tuple[nn.Module, AttentionRegularizer]]:
+    """(attention module, its regularizer), in order of definition, which is forward order in every architecture of timm
+    (`scripts/coverage.py` checks it)."""
     for module in model.modules():
         for child in module.children():
-            if isinstance(child, Regularize):
+            if isinstance(child, AttentionRegularizer):
                 yield module, child
 
 
 def undo(model: nn.Module) -> None:
-    """The model as it was before `apply`; nothing happens to one that is not patched."""
+    """Makes the model what it was before `apply`; does nothing to a model that is not patched."""
     for module, layer in list(regularized_layers(model)):
         if layer.replaced:
             module.attn_drop = copy.copy(layer.replaced[0]).train(layer.training)
         else:
-            del module.regularize
-        if isinstance(module, Regularized):
-            module.__class__ = original(type(module))
+            del module.attn_regularizer
+        if isinstance(module, RegularizedAttention):
+            module.__class__ = original_class(type(module))
 
 
 def set_ratio(model: nn.Module, ratio: float, schedule: Optional[str] = None, end: Optional[float] = None) -> None:
-    """New ratios at the layers that `apply` took, for ramps over training; without recompiling a compiled model, unless
-    from or to 0. Schedule and end are those of `apply` unless given.
+    """Sets new ratios at the layers that `apply` took, for ramps over training. A compiled model is not compiled again,
+    unless a ratio changes from or to 0. Schedule and end are those of `apply` by default.
 
     Raises:
         ValueError: a model that `apply` has not patched, a ratio outside [0, 1), an unknown schedule.
@@ -199,16 +196,16 @@ def set_ratio(model: nn.Module, ratio: float, schedule: Optional[str] = None, en
 
 def seed_masks(model: nn.Module, seed: Optional[int]) -> None:
     """Fixes the masks of the following forward passes: each becomes a pure function of `seed`, the layer's number and
-    the mask's shape, whatever else draws random numbers. A training loop calls it before every forward pass, with a
-    seed of its own for each.
+    the mask's shape, whatever else draws random numbers. A training loop calls it before every forward pass, each time
+    with another seed.
 
-    It writes into a tensor of each layer: compiled code and CUDA graphs that were made with a seed follow a new one.
-    Recomputation in activation checkpointing gives the same masks, also with preserve_rng_state=False, if the backward
-    pass comes before the next call. A layer that runs twice in one forward pass uses the same mask twice. A copy of the
-    model has seeds of its own. Nothing happens to a model without regularized layers.
+    It writes into a tensor of each layer, so compiled code and CUDA graphs that were made with a seed follow a new one.
+    Recomputation in activation checkpointing gives the same masks, also with preserve_rng_state=False, provided that
+    the backward pass comes before the next call. A layer that runs twice in one forward pass uses the same mask twice.
+    A copy of the model has its own seeds. A model without regularized layers is left alone.
 
     Args:
-        seed: any integer; None: every call of a layer draws from the default generator of its device again, as before
+        seed: any integer. None: every call of a layer draws from the default generator of its device again, as before
             the first call of this function, so that `torch.manual_seed` reproduces.
     """
     for number, (_, layer) in enumerate(regularized_layers(model)):
@@ -217,7 +214,7 @@ def seed_masks(model: nn.Module, seed: Optional[int]) -> None:
 
 @contextlib.contextmanager
 def always_on(model: nn.Module):
-    """Within, the regularizer acts in evaluation mode too: one pass is then one Monte Carlo sample (figure 7).
+    """Within, the regularizer acts in evaluation mode too: one pass is then one Monte Carlo sample (paper, figure 7).
 
     The fast path of nn.TransformerEncoder is off meanwhile, because it computes whole layers in one call.
     """

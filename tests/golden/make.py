@@ -47,7 +47,7 @@ def table() -> None:
         todo = jobs.jobs_of(mini, folder)
         for job in todo.values():
             session.train(check(compose(list(job.overrides))), RunDirectory(job.run))
-            entropy.record(job.run)
+            entropy.record_entropy(job.run)
         last = RunDirectory(todo["DropKey, constant", "ViT 2 x 32", 2].run)
         last.set_status("diverged", reason="loss nan")  # made up: no run of this size diverges
         results.write(FILE, *results.gather(mini, todo))

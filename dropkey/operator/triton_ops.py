@@ -1,10 +1,10 @@
-"""DropKey attention through the Triton kernels: memory linear in the number of tokens, the mask drawn where it is used.
+"""DropKey attention through the Triton kernels: the mask is drawn where it is used, memory is linear in the tokens.
 
-Shapes: B batch, H heads, Q queries, K keys, D head width. Triton itself is imported at the first use; where it is not
-installed, or the tensors are not for it, `supported` says so.
+Shapes: B batch, H heads, Q queries, K keys, D head width. Triton is imported at the first use;
+`triton_unsupported_reason` tells where it is missing or cannot take the tensors.
 
-Results are the same bits every time, on the same device and with the same tiling; which is why the tiling comes from
-a rule and not from timing candidates while training.
+Results are bitwise reproducible on the same device with the same tiling, which is why the tiling comes from a rule and
+not from timing candidates at run time.
 """
 
 import importlib.util
@@ -13,16 +13,16 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from dropkey import bernoulli as host_bernoulli
+from dropkey import bernoulli
 from dropkey.operator.kernel_options import (
+    bias_argument,
     ceil_div,
     constants,
+    empty_tokens_first,
     launch,
     padded,
-    readable,
     rows_contiguous,
-    shape_of,
-    tokens_first,
+    tile_options,
 )
 from dropkey.operator.tiling import tiling_of
 
@@ -30,22 +30,22 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 WIDEST = 256  # head width
 
 
-# ----------------------------------------------------------------------------------------------- what can be computed
+# ------------------------------------------------------------------------------------------------ what is supported
 
 
 @torch.compiler.assume_constant_result
-def absent() -> bool:
+def triton_missing() -> bool:
     return importlib.util.find_spec("triton") is None
 
 
 @torch.compiler.assume_constant_result
-def outdated() -> bool:
+def gpu_too_old() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0)
 
 
 @torch.compiler.assume_constant_result
 def interpreted() -> bool:
-    """Whether the kernels run on the CPU: TRITON_INTERPRET=1 was set when Triton, and then they, were imported."""
+    """Whether the kernels run on the CPU, because TRITON_INTERPRET=1 was set when Triton and they were imported."""
     import triton
     import triton.language
 
@@ -54,11 +54,11 @@ def interpreted() -> bool:
     return not any(isinstance(function, triton.JITFunction) for function in (triton.language.max, kernels.forward))
 
 
-def supported(q: Tensor, k: Tensor, v: Tensor) -> Optional[str]:
-    """Why not, in one line, or None."""
-    if absent():
+def triton_unsupported_reason(q: Tensor, k: Tensor, v: Tensor) -> Optional[str]:
+    """Why the kernels cannot take these tensors, in one line, or None."""
+    if triton_missing():
         return "needs triton, which is not installed"
-    if outdated():
+    if gpu_too_old():
         return "needs a GPU of compute capability 8.0 or more"
     if not q.is_cuda and not interpreted():
         return f"takes tensors on a GPU, not on {q.device}"
@@ -94,11 +94,11 @@ def forward(
 
     q, k, v = rows_contiguous(q, k, v)
     (batch, heads, queries, _), keys, tile = q.shape, k.shape[2], tiling_of(q, k).forward
-    out, lse = tokens_first(q), q.new_empty(batch, heads, queries, dtype=torch.float32)
-    bytes_or_floats, bias_strides = readable(bias)
-    tensors = (q, k, v, bytes_or_floats, seed, threshold, out, lse, scale)
+    out, lse = empty_tokens_first(q), q.new_empty(batch, heads, queries, dtype=torch.float32)
+    raw_bias, bias_strides = bias_argument(bias)
+    tensors = (q, k, v, raw_bias, seed, threshold, out, lse, scale)
     strides = (q.stride(), k.stride(), v.stride(), bias_strides, out.stride())
-    options = {**constants(q, bias, seed, column), "RAGGED": keys % tile.columns != 0, **shape_of(tile)}
+    options = {**constants(q, bias, seed, column), "RAGGED": keys % tile.columns != 0, **tile_options(tile)}
     programs = batch * heads * ceil_div(queries, tile.rows)
     launch(kernels.forward, programs, q, *tensors, *strides, heads, queries, keys, **options)
     return out, lse
@@ -106,7 +106,7 @@ def forward(
 
 @forward.register_fake
 def _(q, k, v, bias, seed, threshold, scale, column):
-    return tokens_first(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return empty_tokens_first(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 def prepare(dout: Tensor, out: Tensor, seed: Optional[Tensor]) -> tuple[Tensor, Optional[Tensor]]:
@@ -143,19 +143,19 @@ def backward(
     dout, q, k, v = rows_contiguous(dout, q, k, v)
     (batch, heads, queries, _), keys, tiling = q.shape, k.shape[2], tiling_of(q, k)
     delta, states = prepare(dout, out, None if column else seed)
-    dq, dk, dv = tokens_first(q), tokens_first(k), tokens_first(v)
-    bytes_or_floats, bias_strides = readable(bias)
-    before, sizes = (q, k, v, bytes_or_floats, seed, threshold), (heads, queries, keys)
+    dq, dk, dv = empty_tokens_first(q), empty_tokens_first(k), empty_tokens_first(v)
+    raw_bias, bias_strides = bias_argument(bias)
+    before, sizes = (q, k, v, raw_bias, seed, threshold), (heads, queries, keys)
     strides = (q.stride(), k.stride(), v.stride(), bias_strides, dout.stride(), dq.stride())
     common = constants(q, bias, seed, column)
     alone = 0 < keys <= tiling.alone.columns
     tile = tiling.alone if alone else tiling.keys
     tensors = (*before, states, dout, lse, delta, dq, dk, dv, scale, *strides, dk.stride(), dv.stride(), *sizes)
     programs = batch * heads * ceil_div(keys, tile.columns)
-    launch(kernels.backward_keys, programs, q, *tensors, **common, **shape_of(tile), ALONE=alone)
+    launch(kernels.backward_keys, programs, q, *tensors, **common, **tile_options(tile), ALONE=alone)
     if not alone:
         tile = tiling.queries
-        options = {**common, **shape_of(tile), "RAGGED": keys % tile.columns != 0}
+        options = {**common, **tile_options(tile), "RAGGED": keys % tile.columns != 0}
         programs = batch * heads * ceil_div(queries, tile.rows)
         tensors = (*before, dout, lse, delta, dq, scale, *strides, *sizes)
         launch(kernels.backward_queries, programs, q, *tensors, **options)
@@ -164,7 +164,7 @@ def backward(
 
 @backward.register_fake
 def _(dout, q, k, v, bias, seed, threshold, out, lse, scale, column):
-    return tokens_first(q), tokens_first(k), tokens_first(v)
+    return empty_tokens_first(q), empty_tokens_first(k), empty_tokens_first(v)
 
 
 @torch.library.custom_op("dropkey::triton_backward_bias", mutates_args=())
@@ -183,9 +183,9 @@ def backward_bias(
 ) -> Tensor:
     """The gradient of an additive bias, contiguous.
 
-    A kernel of its own, with a program for each tile of the bias that adds up all samples, heads, queries and keys
-    which share it: two products of matrices once more, but no atomic additions and no B·H·Q·K in memory. It is slow
-    for a bias of few entries (1·1·1·1 is one program).
+    One program for each tile of the bias adds up all samples, heads, queries and keys that share it. That repeats two
+    matrix products, but needs no atomic additions and no B·H·Q·K in memory. It is slow for a bias with few entries
+    (1·1·1·1 is one program).
     """
     from dropkey.operator import kernels_backward as kernels
 
@@ -195,9 +195,9 @@ def backward_bias(
     dbias = torch.empty_like(bias, memory_format=torch.contiguous_format)
     down, across = ceil_div(bias.shape[2], tile.rows), ceil_div(bias.shape[3], tile.columns)
     tensors = (q, k, v, bias, seed, threshold, dout, lse, delta, dbias, scale)
-    strides = (q.stride(), k.stride(), v.stride(), readable(bias)[1], dout.stride(), tuple(bias.shape))
+    strides = (q.stride(), k.stride(), v.stride(), bias_argument(bias)[1], dout.stride(), tuple(bias.shape))
     each = {"EACH_M": bias.shape[2] == queries, "EACH_N": bias.shape[3] == keys}
-    options = {**constants(q, bias, seed, column), **shape_of(tile), **each}
+    options = {**constants(q, bias, seed, column), **tile_options(tile), **each}
     programs = bias.shape[0] * bias.shape[1] * down * across
     launch(kernels.backward_bias, programs, q, *tensors, *strides, batch, heads, queries, keys, **options)
     return dbias
@@ -208,7 +208,7 @@ def _(dout, q, k, v, bias, seed, threshold, out, lse, scale, column):
     return torch.empty_like(bias, memory_format=torch.contiguous_format)
 
 
-def save(ctx, inputs, output) -> None:
+def setup_context(ctx, inputs, output) -> None:
     *tensors, ctx.scale, ctx.column = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
@@ -225,32 +225,32 @@ def gradients(ctx, dout, _):
     return dq, dk, dv, dbias, None, None, None, None
 
 
-forward.register_autograd(gradients, setup_context=save)
+forward.register_autograd(gradients, setup_context=setup_context)
 
 
-@torch.library.custom_op("dropkey::triton_flips", mutates_args=())
-def bernoulli(seed: Tensor, threshold: Tensor, rows: int, columns: int, first_column: int = 0) -> Tensor:
-    """`dropkey.bernoulli.bernoulli` in one kernel: boolean, rows × columns, True with probability threshold / 2³²."""
+@torch.library.custom_op("dropkey::triton_bernoulli", mutates_args=())
+def draw(seed: Tensor, threshold: Tensor, rows: int, columns: int, first_column: int = 0) -> Tensor:
+    """`dropkey.bernoulli.draw` in one kernel: boolean, rows × columns, True with probability threshold / 2³²."""
     from dropkey.operator import kernels
 
     result = torch.empty(rows, columns, dtype=torch.bool, device=seed.device)
     tile = {"ROWS": 16, "COLUMNS": 256} if columns > 64 else {"ROWS": 64, "COLUMNS": 64}
     programs = ceil_div(rows, tile["ROWS"]) * ceil_div(columns, tile["COLUMNS"])
     sizes = (rows, columns, first_column)
-    launch(kernels.bernoulli, programs, seed, seed, threshold, result.view(torch.uint8), *sizes, **tile)
+    launch(kernels.draw, programs, seed, seed, threshold, result.view(torch.uint8), *sizes, **tile)
     return result
 
 
-@bernoulli.register_fake
+@draw.register_fake
 def _(seed, threshold, rows, columns, first_column=0):
     return torch.empty(rows, columns, dtype=torch.bool, device=seed.device)
 
 
-if torch.cuda.is_available() and not absent() and not outdated():
-    host_bernoulli.on_gpu = bernoulli
+if torch.cuda.is_available() and not triton_missing() and not gpu_too_old():
+    bernoulli.cuda_draw = draw
 
 
-def attention(
+def triton_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -266,17 +266,17 @@ def attention(
     Args:
         q: B H Q D.
         k, v: B H K D.
-        seed: int64 without dimensions, on the device, of `dropkey.bernoulli` with row (b * H + h) * Q + m for query m;
-            None drops nothing.
+        seed: of `dropkey.bernoulli`, int64 without dimensions, on the device; query m has row (b * H + h) * Q + m. None
+            drops nothing.
         threshold: int64 without dimensions, on the device: the ratio in units of 2⁻³².
-        bias: added to the logits, or boolean with True where a query may look; broadcastable to B H Q K.
+        bias: added to the logits, or boolean with True where a query may attend; broadcastable to B H Q K.
         column: one draw for each (sample, head, key), of row b * H + h, shared by all queries.
     Returns:
         B H Q D, in memory B Q H D. A query without keys gives 0 and takes gradient 0.
     Raises:
-        ValueError: tensors that are not `supported`.
+        ValueError: tensors that `triton_unsupported_reason` names.
     """
-    reason = supported(q, k, v)
+    reason = triton_unsupported_reason(q, k, v)
     if reason:
         raise ValueError(f"the Triton kernels: {reason}")
     if bias is not None:
