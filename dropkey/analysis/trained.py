@@ -3,14 +3,14 @@
 import copy
 import dataclasses
 from pathlib import Path
-from typing import Iterator, Optional
+from typing import Any, Iterator, Optional
 
 import torch
 from torch import Tensor, nn
 
-from dropkey import data, datasets, tasks, weights
+from dropkey import data, tasks, weights
 from dropkey.config import compose, identity
-from dropkey.config.schema import DataConfig, RegularizerConfig, TrainConfig
+from dropkey.config.schema import RegularizerConfig, TrainConfig
 from dropkey.engine import checkpoint
 from dropkey.engine.distributed import DistContext
 from dropkey.errors import ConfigError
@@ -83,14 +83,16 @@ def open_run(path: str | Path, root: Optional[str] = None) -> Trained:
     """
     cfg, run = copy.deepcopy(config_of(path)), RunDirectory(Path(path))
     cfg.regularizer = RegularizerConfig(name="none")  # nothing is dropped in evaluation
-    cfg.data.root = root or cfg.data.root
+    # the test split is all that is needed: runs that differ in their training images share one data set
+    cfg.data = dataclasses.replace(cfg.data, root=root or cfg.data.root, max_train_samples=None, val_fraction=0.0)
     dist = DistContext.start("auto")
-    task, dataset = tasks.build(cfg), test_images(cfg.data)
+    task = tasks.build(cfg)
+    dataset = loaded(task)
     model, _ = build_regularized(task, dataset, dist)
     file = weights.find_checkpoint(run.path)
     if weights.load_weights(model, file):
         raise ConfigError(
-            f"{file} has other classes than the {dataset.num_classes} in {cfg.data.root}; give root=<its images>"
+            f"{file} has other classes than {cfg.data.root} ({task.describe_data(dataset)}); give root=<its images>"
         )
     position = checkpoint.load(file)["position"]
     return Trained(
@@ -98,16 +100,15 @@ def open_run(path: str | Path, root: Optional[str] = None) -> Trained:
     )
 
 
-_latest: dict[str, data.Dataset] = {}  # only the data set loaded last
+_latest: dict[str, Any] = {}  # only the data set loaded last
 
 
-def test_images(wanted: DataConfig) -> data.Dataset:
-    """The data set with its test split, shared by runs that differ in their training images."""
-    wanted = dataclasses.replace(wanted, max_train_samples=None, val_fraction=0.0)
-    if repr(wanted) not in _latest:
+def loaded(task: Task) -> Any:
+    key = repr((task.cfg.task, task.cfg.data))
+    if key not in _latest:
         _latest.clear()
-        _latest[repr(wanted)] = datasets.load(wanted)
-    return _latest[repr(wanted)]
+        _latest[key] = task.load_data()
+    return _latest[key]
 
 
 def labels(configs: list[TrainConfig], *, seeds: bool) -> list[str]:
