@@ -8,7 +8,7 @@ from typing import Any, Iterator, Optional
 import torch
 from torch import Tensor, nn
 
-from dropkey import data, tasks, weights
+from dropkey import tasks, weights
 from dropkey.config import compose, identity
 from dropkey.config.schema import RegularizerConfig, TrainConfig
 from dropkey.engine import checkpoint
@@ -18,8 +18,6 @@ from dropkey.records import RunDirectory
 from dropkey.session import build_regularized
 from dropkey.tasks.base import Task
 
-BATCH = 64  # images at a time: with 3,136 tokens (T2T) an image has 40 MB of weights in each layer
-
 
 @dataclasses.dataclass
 class Trained:
@@ -28,15 +26,14 @@ class Trained:
     run: RunDirectory
     cfg: TrainConfig
     model: nn.Module
-    dataset: data.Dataset
+    dataset: Any
     dist: DistContext
     task: Task
     position: dict[str, int]  # `epoch` and `global_step` of the checkpoint
 
     def batches(self, ids: Tensor) -> Iterator:
-        """Batches of the task with the test images at those positions, up to 64 each."""
-        subset = dataclasses.replace(self.dataset, test=self.dataset.test.subset(ids))
-        return iter(self.task.eval_loader(subset, "test", self.dist, BATCH))
+        """Batches of the task with the test samples at those positions."""
+        return self.task.samples(self.dataset, "test", ids, self.dist)
 
     def images(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Images as the model takes them, and as people see them (both B C H W, the latter in [0, 1] on the CPU)."""
