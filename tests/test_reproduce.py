@@ -1,5 +1,6 @@
 """scripts/reproduce.py: its arguments, its three actions with real runs, and Slurm (submitit's local cluster)."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -12,10 +13,14 @@ from pathlib import Path
 
 import pytest
 
+import regression_task
+import runs
 import stand_in as standing_in
+from dropkey import evaluation, session
 from dropkey.errors import ConfigError
 from dropkey.records import RunDirectory
-from dropkey.reproduction import jobs, results, slurm, tables
+from dropkey.reproduction import jobs, report, results, slurm, tables
+from dropkey.reproduction.comparison import compare
 from dropkey.reproduction.jobs import DONE, distinct, jobs_of
 from dropkey.reproduction.runner import Launcher
 
@@ -144,6 +149,29 @@ def test_plan_says_where_the_time_is_not_known(place):
     done = call(place, "plan", "seeds=1", f"output={place}/elsewhere")
     assert "time of 3 jobs: not known until a first run of their model and data is finished" in done.stdout
     assert "about" not in done.stdout and not (place / "elsewhere").exists()
+
+
+def test_a_table_of_another_task_is_reported_with_its_metric(tmp_path):
+    (tmp_path / "points.yaml").write_text(
+        "title: Points\nbaseline: none\nrows:\n  none: regularizer=none\n  dropkey: regularizer=dropkey\n"
+        "  passes: { of: dropkey, evaluate: eval.monte_carlo=2 }\nclaims: [dropkey > none]\n"
+    )
+    overrides = (*runs.SMALL, *regression_task.OVERRIDES, "trainer.epochs=2")
+    table = tables.load(str(tmp_path / "points.yaml"), "smoke", (0, 1), overrides)
+    found = jobs_of(table, str(tmp_path / "runs"))
+    for job in distinct(found):
+        if job.evaluation:
+            evaluation.evaluate_run(dataclasses.replace(job.evaluation, run=str(job.run)), job.config, job.run)
+        else:
+            session.train(job.config, RunDirectory(job.run))
+    head, records = results.gather(table, found)
+    assert {entry["state"] for entry in records} == {DONE}
+    text = report.write(compare(table, head, records, results.require_one_version(records, False)), tmp_path / "report")
+    metric = regression_task.Regression.metrics[0]
+    assert f"last epoch: {metric.label}" in text and f"a lower {metric.label} is better" in text
+    for row in ("none", "dropkey", "passes"):
+        mean = sum(entry[metric.key] for entry in records if entry["row"] == row) / 2
+        assert f"| {row} | {mean:.{metric.digits}f} ± " in text
 
 
 # ------------------------------------------------------------------------------------------------------ outdated runs

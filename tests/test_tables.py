@@ -319,7 +319,7 @@ def test_slots_that_cannot_be_are_refused(given, message):
 
 def test_everything_runs_once_and_a_second_launch_has_nothing_to_do(mini, tmp_path, stand_in):
     table, output = tables.load(str(mini), "smoke"), tmp_path / "runs"
-    assert {job.state for job in launched(table, output).values()} == {DONE}
+    assert {job.state for job in launched(table, output, at_once=4).values()} == {DONE}
     launched(table, output)
     assert set(started(output).values()) == {1}
     assert len(started(output)) == 3 * len(table.seeds)
