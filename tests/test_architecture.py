@@ -44,7 +44,7 @@ MAY_IMPORT = {
         *("code_version", "config", "data", "datasets", "engine", "errors", "patching", "plotting", "provenance"),
         *("records", "regularizers", "schedules", "session", "tasks", "weights"),
     },
-    "reproduction": {"code_version", "config", "errors", "metrics", "records"},
+    "reproduction": {"code_version", "config", "errors", "metrics", "plotting", "records"},
 }
 FILES = [file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py"]
 
