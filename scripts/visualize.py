@@ -50,9 +50,9 @@ def maps(args: Args, path: Path) -> None:
     for run in args.run:
         opened = trained.open_run(run, args.root)
         ids = opened.positions(tuple(args.images)) if args.images else opened.spread(6)
-        images = opened.images(ids)
+        images, pictures = opened.images(ids)
         found.append(attention_maps(opened.model, images, args.head, args.layer))
-        shown.append(opened.pictures(images))
+        shown.append(pictures)
         require(torch.equal(shown[0], shown[-1]), f"run={run} has other images than {args.run[0]}")
     figures.plot_maps(shown[0], opened.names(ids), found, labels, path)
 

@@ -49,6 +49,9 @@ def main(script: str, overrides: list[str]) -> None:
     run = RunDirectory(job["run"])
     with open(output / "starts.txt", "a") as file:
         file.write(f"{run.path.name} {job['result']}\n")
+    start = given.get("init_from") or given.get("run")
+    if start and not RunDirectory(start).finished:
+        sys.exit(f"error: {start} is not finished")
     if script == "eval.py":
         content = {**RESULT, "top1": 50.0, "settings": job["settings"]}
         (run.path / job["result"]).write_text(json.dumps(content))

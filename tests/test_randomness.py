@@ -371,6 +371,15 @@ def test_casts_and_new_memory_keep_ratio_and_seed(dtype):
     assert not any("seed" in name or "threshold" in name for name in model.state_dict())
 
 
+def test_seed_and_ratio_are_written_in_place():
+    """A CUDA graph reads them where they were when it was captured."""
+    model, _ = seeded()
+    before = [tensor.data_ptr() for layer in layers_of(model) for tensor in (layer.mask_seed, layer.threshold)]
+    dropkey.seed_masks(model, 6)
+    dropkey.set_ratio(model, 0.1)
+    assert before == [t.data_ptr() for layer in layers_of(model) for t in (layer.mask_seed, layer.threshold)]
+
+
 def test_a_layer_that_runs_twice_uses_its_mask_twice(drawn):
     model, _ = seeded()
     layer, tokens = model.blocks[0].attn, torch.randn(2, 17, 32)

@@ -153,6 +153,11 @@ def test_different_jobs_have_different_results():
     assert len({(job.run, job.result) for job in todo}) == len(todo) == 16
 
 
+def test_facts_tell_data_resolution_and_length_of_a_training():
+    facts = identity.training_facts(jobs.composed(("experiment=digits_few", "trainer.max_steps=9")))
+    assert facts == "digits, 8 px, 480 training samples, 25 epochs, at most 9 steps"
+
+
 def test_tables_share_the_runs_they_have_in_common(tmp_path):
     runs = [
         {job.run for job in jobs_of(tables.load(name, "smoke", (0,)), str(tmp_path)).values()}
@@ -413,7 +418,7 @@ def test_a_stopped_launcher_lets_its_runs_save_and_the_next_one_goes_on(number, 
 
 
 def test_a_launcher_killed_outright_loses_nothing(mini, tmp_path, stand_in, monkeypatch):
-    monkeypatch.setenv("PAUSE", "1")
+    monkeypatch.setenv("PAUSE", "0.5")
     output = tmp_path / "runs"
     process = launcher_process(mini, stand_in, output)
     while not list(output.glob("*/status.json")):

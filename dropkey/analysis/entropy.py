@@ -83,7 +83,7 @@ def record_entropy(path: str | Path, root: Optional[str] = None) -> tuple[dict, 
         return old, True
     trained = open_run(path, root)
     ids = trained.spread(IMAGES)
-    layers = measure_entropy(trained.model, trained.batches(ids))
+    layers = measure_entropy(trained.model, (batch.images for batch in trained.batches(ids)))
     counted = [row for row in layers if row["kind"] in COUNTED] or layers
     if not all(math.isfinite(value) for row in layers for value in row["nats"]):
         raise Diverged(f"{path}: attention weights are NaN because the model has diverged; leave this run out")

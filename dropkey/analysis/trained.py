@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from dropkey import data, datasets, tasks, weights
 from dropkey.config import compose, identity
 from dropkey.config.schema import DataConfig, RegularizerConfig, TrainConfig
-from dropkey.data.augment import per_channel
 from dropkey.engine import checkpoint
 from dropkey.engine.distributed import DistContext
 from dropkey.errors import ConfigError
@@ -34,28 +33,18 @@ class Trained:
     task: Task
     position: dict[str, int]  # `epoch` and `global_step` of the checkpoint
 
-    def batches(self, ids: Tensor) -> Iterator[Tensor]:
-        """The test images at those positions, normalised as the model takes them: B C H W each, B up to 64."""
-        some = dataclasses.replace(self.dataset, test=self.dataset.test.subset(ids))
-        for batch in self.task.eval_loader(some, "test", self.dist, BATCH):
-            yield batch.images
+    def batches(self, ids: Tensor) -> Iterator:
+        """Batches of the task with the test images at those positions, up to 64 each."""
+        subset = dataclasses.replace(self.dataset, test=self.dataset.test.subset(ids))
+        return iter(self.task.eval_loader(subset, "test", self.dist, BATCH))
 
-    def images(self, ids: Tensor) -> Tensor:
-        """Likewise as one batch."""
-        return torch.cat(list(self.batches(ids)))
-
-    def pictures(self, images: Tensor) -> Tensor:
-        """Images to be shown: B C H W in [0, 1], on the CPU."""
-        mean, std = (
-            torch.tensor(per_channel(values, self.cfg.data.channels)).view(-1, 1, 1)
-            for values in (self.cfg.data.mean, self.cfg.data.std)
-        )
-        return (images.cpu() * std + mean).clamp(0, 1)
+    def images(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Images as the model takes them, and as people see them (both B C H W, the latter in [0, 1] on the CPU)."""
+        batches = list(self.batches(ids))
+        return torch.cat([b.images for b in batches]), torch.cat([self.task.pictures(b) for b in batches])
 
     def names(self, ids: Tensor) -> list[str]:
-        """For each image its class and position, on two lines."""
-        test, classes = self.dataset.test, self.dataset.classes
-        return [f"{classes[test.targets[number]]}\ntest {number}" for number in ids.tolist()]
+        return self.task.sample_names(self.dataset, "test", ids)
 
     def positions(self, ids: tuple[int, ...]) -> Tensor:
         """Raises ConfigError for a position that the test split does not have."""

@@ -254,10 +254,8 @@ def checkpoint_filter_fn(state_dict: dict, model: T2TViT) -> dict[str, Tensor]:
     The head is removed where the number of classes differs: load with strict=False, as timm's `pretrained=True` does.
     With another number of tokens the model keeps its own `pos_embed`, which depends on the position alone.
     """
-    for key in ("state_dict_ema", "state_dict", "model"):  # in order of preference
-        if state_dict.get(key) is not None:
-            state_dict = state_dict[key]
-            break
+    keys = ("state_dict_ema", "state_dict", "model")  # in order of preference
+    state_dict = next((state_dict[key] for key in keys if state_dict.get(key) is not None), state_dict)
     state_dict = {name.removeprefix("module."): value for name, value in state_dict.items()}
     if "head.weight" in state_dict and len(state_dict["head.weight"]) != model.num_classes:
         del state_dict["head.weight"], state_dict["head.bias"]

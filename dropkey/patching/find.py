@@ -23,8 +23,8 @@ KIND_OF_CLASS = {
     "SimPool1d": "class",
     "SimPool2d": "class",
 }
-# Attention whose weights can only be reached as the result of a softmax: there is no `attn_drop`, or it acts after heads
-# are mixed.
+# Attention whose weights can only be reached as the result of a softmax: there is no `attn_drop`, or it acts after
+# heads are mixed.
 SOFTMAX_CLASSES = {
     "BottleneckAttn",
     "HaloAttn",
