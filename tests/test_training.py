@@ -19,7 +19,7 @@ from dropkey.engine.evaluate import evaluate
 from dropkey.engine.optim import build_optimizer, build_schedule, duration
 from dropkey.errors import Busy, ConfigError, Diverged, Interrupted, RunError, StorageError
 from dropkey.models import create
-from dropkey.operator import triton_ops
+from dropkey.operator import api
 from dropkey.records import RunDirectory
 from dropkey.regularizers import REGULARIZERS
 from dropkey.tasks import classification
@@ -527,7 +527,7 @@ def test_every_implementation_trains_the_same_model(tmp_path, impl):
 
 
 def test_an_implementation_that_cannot_be_had_here_is_refused_before_training(tmp_path, monkeypatch):
-    monkeypatch.setattr(triton_ops, "supported", lambda *tensors: "needs a GPU")
+    monkeypatch.setattr(api, "triton_unsupported_reason", lambda *tensors: "needs a GPU")
     with pytest.raises(ConfigError, match="impl=triton needs a GPU"):
         runs.train(tmp_path, "regularizer.impl=triton")
 
