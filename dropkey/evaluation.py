@@ -4,6 +4,7 @@ import copy
 from pathlib import Path
 
 from dropkey import datasets, patching, tasks, weights
+from dropkey.build import build_regularized
 from dropkey.code_version import code_of
 from dropkey.config import identity
 from dropkey.config.schema import EvalConfig, TrainConfig
@@ -15,7 +16,7 @@ from dropkey.metrics import Metric
 from dropkey.provenance import device_name, versions
 from dropkey.records import write_json
 from dropkey.seeds import derive_seed
-from dropkey.session import build_regularized, rounded
+from dropkey.session import rounded
 
 
 def evaluate_run(cfg: EvalConfig, trained: TrainConfig, directory: Path) -> tuple[dict, Path]:

@@ -10,7 +10,8 @@ from typing import Iterator
 import torch
 from torch import nn
 
-from dropkey import patching, plotting, tasks, weights
+from dropkey import plotting, tasks, weights
+from dropkey.build import build_regularized, seed_microbatch
 from dropkey.code_version import code_of
 from dropkey.config import compose, identity
 from dropkey.config.schema import TrainConfig
@@ -21,11 +22,8 @@ from dropkey.engine.optim import build_autocast, duration
 from dropkey.engine.progress import Progress
 from dropkey.engine.trainer import Trainer
 from dropkey.errors import ConfigError, Diverged, Interrupted, RunError, StorageError
-from dropkey.operator import select_impl
 from dropkey.provenance import device_name, git_commit, peak_memory_mib, versions
 from dropkey.records import RunDirectory
-from dropkey.regularizers import STRUCTURED
-from dropkey.seeds import derive_seed
 from dropkey.tasks.base import Task
 
 
@@ -178,73 +176,6 @@ def local_errors(dist: DistContext) -> Iterator[None]:
     except RunError as error:
         error.one_process = dist.world_size > 1
         raise
-
-
-# ------------------------------------------------------------------------------------------------------------- model
-
-
-def build_regularized(task: Task, data, dist: DistContext, *, pretrained: bool = False):
-    """The model, initialised from the seed alone (so the same under every regularizer), and what was patched.
-
-    Raises:
-        ConfigError: a regularizer that cannot act on this model.
-    """
-    cfg = task.cfg
-    if dist.device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    torch.manual_seed(derive_seed(cfg.seed, "initialisation"))
-    fused = not (dist.device.type == "cpu" and cfg.trainer.amp == "bf16")
-    model = task.build_model(data, pretrained=pretrained, fused=fused)
-    model.to(dist.device)  # first, because the device decides how attention is computed
-    report = regularize(model, cfg)
-    if cfg.regularizer.name in STRUCTURED:
-        try_grids(task, model, task.example(data, dist))
-    return model, report
-
-
-def regularize(model: nn.Module, cfg: TrainConfig) -> patching.Report:
-    """`patching.apply` from the config; its refusals become ConfigError."""
-    regularizer, schedule = cfg.regularizer, cfg.schedule
-    try:
-        report = patching.apply(
-            model,
-            regularizer.name,
-            regularizer.ratio,
-            schedule.name,
-            end=schedule.end,
-            window=regularizer.window,
-            layers=tuple(regularizer.layers),
-            impl=regularizer.impl,
-        )
-        if any(layer.mechanism == "fused" for layer in report.layers):
-            example = [torch.empty(1, 1, 1, 64, device=next(model.parameters()).device)] * 3
-            select_impl(regularizer.impl, regularizer.name, *example)  # refused now, not while training
-        return report
-    except ValueError as error:
-        raise ConfigError(f"regularizer={regularizer.name}: {error}") from None
-
-
-def try_grids(task: Task, model: nn.Module, batch) -> None:
-    """One forward pass with the regularizer on: only then each layer learns how many keys it has.
-
-    Raises:
-        ConfigError: DropKey-Block or DropKey-Cross in a layer whose keys form no known grid.
-    """
-    mode = model.training
-    try:
-        with torch.no_grad(), patching.always_on(model.eval()):
-            task.predict(model, batch)
-    except ValueError as error:
-        raise ConfigError(f"regularizer.window: {error}; take regularizer=dropkey for this model") from None
-    finally:
-        model.train(mode)
-
-
-def seed_microbatch(seed: int, model: nn.Module, step: int, microbatch: int) -> None:
-    """Masks follow from (run seed, step, microbatch, layer), whatever else draws random numbers; other dropout and
-    stochastic depth from torch's generator."""
-    torch.manual_seed(derive_seed(seed, "step", step, microbatch))
-    patching.seed_masks(model, derive_seed(seed, "masks", step, microbatch))
 
 
 # ---------------------------------------------------------------------------------------------------- what is shown

@@ -32,17 +32,18 @@ MAY_IMPORT = {
     "engine": {"config", "errors", "metrics", "records", "seeds"},
     "weights": {"engine", "errors"},
     "provenance": {"engine", "records"},
+    "build": {"config", "engine", "errors", "operator", "patching", "regularizers", "seeds", "tasks"},
     "session": {
-        *("code_version", "config", "engine", "errors", "operator", "patching", "plotting", "provenance"),
-        *("records", "regularizers", "seeds", "tasks", "weights"),
+        *("build", "code_version", "config", "engine", "errors", "plotting", "provenance"),
+        *("records", "tasks", "weights"),
     },
     "evaluation": {
-        *("code_version", "config", "datasets", "engine", "errors", "metrics", "patching", "provenance"),
-        *("records", "seeds", "session", "tasks", "weights"),
+        *("build", "code_version", "config", "datasets", "engine", "errors", "metrics", "patching"),
+        *("provenance", "records", "seeds", "session", "tasks", "weights"),
     },
     "analysis": {
-        *("code_version", "config", "data", "datasets", "engine", "errors", "patching", "plotting", "provenance"),
-        *("records", "regularizers", "schedules", "session", "tasks", "weights"),
+        *("build", "code_version", "config", "engine", "errors", "patching", "plotting"),
+        *("provenance", "records", "regularizers", "schedules", "tasks", "weights"),
     },
     "reproduction": {"code_version", "config", "errors", "metrics", "plotting", "records"},
 }

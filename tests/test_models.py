@@ -9,13 +9,13 @@ import torch.nn.functional as F
 
 from covering import pairwise
 from dropkey import patching, weights
+from dropkey.build import regularize
 from dropkey.config.check import check, default_patch
 from dropkey.config.compose import CONFIGS, compose
 from dropkey.config.schema import ModelConfig
 from dropkey.errors import ConfigError
 from dropkey.models import create_model
 from dropkey.regularizers import STRUCTURED
-from dropkey.session import regularize
 from tiny_models import EVERY_LAYER, FAMILIES, FAMILY_AND_REGULARIZER, REGULARIZERS_AND_NONE, images_for, window_of
 
 MODELS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))

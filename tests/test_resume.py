@@ -10,6 +10,7 @@ from dropkey import plotting
 from dropkey.config.schema import REGULARIZER_NAMES, SCHEDULES
 from dropkey.engine import trainer
 from dropkey.errors import Interrupted
+from dropkey.records import RunDirectory
 
 EVERYTHING = (
     "model.drop_path=0.2",
@@ -217,3 +218,14 @@ def test_other_consumers_of_random_numbers_do_not_change_the_masks(tmp_path, mon
     monkeypatch.setattr(trainer.Trainer, "step", step)
     disturbed = runs.train(tmp_path / "disturbed")
     assert runs.unequal(runs.state(plain), runs.state(disturbed)) is None
+
+
+def test_a_long_epoch_is_saved_within_too(tmp_path, monkeypatch):
+    def crash(loop):
+        raise MemoryError
+
+    runs.on_step(monkeypatch, 5, crash)
+    with pytest.raises(MemoryError):
+        runs.train(tmp_path, "trainer.checkpoint_minutes=1e-9")
+    (path,) = tmp_path.iterdir()
+    assert runs.state(RunDirectory(path))["position"]["global_step"] == 4  # the second epoch's first step

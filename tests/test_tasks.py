@@ -8,7 +8,7 @@ import torch
 
 import regression_task
 import runs
-from dropkey import evaluation, session, tasks
+from dropkey import build, evaluation, tasks
 from dropkey.config.schema import EvalConfig, EvaluationConfig
 from dropkey.engine.distributed import DistContext
 from dropkey.errors import ConfigError, Interrupted
@@ -66,7 +66,7 @@ def test_evaluation_over_two_processes_is_that_of_one(finished):
     cfg = runs.config(finished.path.parent, *REGRESSION)
     task = tasks.build(cfg)
     data = task.load_data()
-    model, _ = session.build_regularized(task, data, DistContext(0, 1, torch.device("cpu")))
+    model, _ = build.build_regularized(task, data, DistContext(0, 1, torch.device("cpu")))
     totals = []
     for world_size in (1, 2):
         sums = 0

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from dropkey import tasks, weights
+from dropkey.build import build_regularized
 from dropkey.config import compose, identity
 from dropkey.config.schema import RegularizerConfig, TrainConfig
 from dropkey.engine import checkpoint
 from dropkey.engine.distributed import DistContext
 from dropkey.errors import ConfigError
 from dropkey.records import RunDirectory
-from dropkey.session import build_regularized
 from dropkey.tasks.base import Task
 
 

@@ -94,7 +94,8 @@ def training_facts(cfg: TrainConfig) -> str:
     data, trainer = cfg.data, cfg.trainer
     samples = f", {data.max_train_samples:,} training samples" if data.max_train_samples else ""
     steps = f", at most {trainer.max_steps} steps" if trainer.max_steps else ""
-    return f"{data_label(cfg)}, {data.image_size} px{samples}, {trainer.epochs} epochs{steps}"
+    size = f", {data.image_size} px" if cfg.task.name == "classification" else ""
+    return f"{data_label(cfg)}{size}{samples}, {trainer.epochs} epochs{steps}"
 
 
 def evaluation_settings(cfg: EvalConfig) -> dict[str, object]:
