@@ -36,7 +36,7 @@ def evaluate(cfg: EvalConfig) -> None:
 
     result, file = evaluation.evaluate_run(cfg, trained, directory)
     if cli.is_first():
-        print(evaluation.describe(result))
+        print(evaluation.describe_result(result))
         print(f"result {file}")
 
 

@@ -80,7 +80,7 @@ def evaluate_run(cfg: EvalConfig, trained: TrainConfig, directory: Path) -> tupl
         return result, path
 
 
-def describe(result: dict) -> str:
+def describe_result(result: dict) -> str:
     passes = f", mean of {result['monte_carlo']} passes" if result["monte_carlo"] else ""
     figures = ", ".join(Metric(**metric).format(result[metric["key"]]) for metric in result["metrics"])
     return f"{result['split']:<6} {figures}  ({result['samples']:,} samples of {result['data']}{passes})"

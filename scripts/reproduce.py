@@ -125,7 +125,7 @@ def run(table, args: Args) -> int:
 
         gpus = 0 if args.gpus == "none" else args.gpus_per_run
         launcher.start = slurm.submitter(args.slurm, Path(args.output), gpus)
-        launcher.slots = slurm.slots(args.jobs, args.gpus_per_run, int(args.slurm.get("cpus_per_task", 1)))
+        launcher.slots = slurm.queue_slots(args.jobs, args.gpus_per_run, int(args.slurm.get("cpus_per_task", 1)))
     else:
         launcher.slots = slots(args.jobs, args.gpus, args.per_gpu, args.gpus_per_run)
     outdated = {} if args.mixed else plan.outdated(jobs, args.retry)

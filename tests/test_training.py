@@ -177,6 +177,24 @@ def train_with_nan_gradients(output, monkeypatch, *words):
     return runs.train(output, *words)
 
 
+def test_a_step_that_fp16_skips_does_not_count_in_the_moving_average(tmp_path, monkeypatch):
+    updates, original = [], trainer.Trainer.step
+    monkeypatch.setattr(trainer.ModelEmaV3, "update", lambda self, model, step: updates.append(step))
+
+    def step(self, microbatches):
+        handle = None
+        if self.state.position.global_step == 2:
+            handle = self.model.head.weight.register_hook(lambda gradient: gradient * float("inf"))
+        loss = original(self, microbatches)
+        if handle:
+            handle.remove()
+        return loss
+
+    monkeypatch.setattr(trainer.Trainer, "step", step)
+    runs.train(tmp_path, "trainer.amp=fp16", "trainer.ema_decay=0.9", "trainer.max_steps=5")
+    assert updates == [0, 1, 3, 4]
+
+
 def test_a_picture_that_cannot_be_drawn_does_not_fail_the_run(tmp_path, monkeypatch):
     def fail(*args):
         raise OSError("no font cache")
@@ -337,9 +355,9 @@ def test_figures_are_those_of_a_plain_computation():
 
 
 def fit_batch(images, targets):
-    from dropkey.data import Batch
+    from dropkey.data import ImageBatch
 
-    return Batch(images, targets, torch.arange(len(targets)))
+    return ImageBatch(images, targets, torch.arange(len(targets)))
 
 
 def test_monte_carlo_differs_from_one_pass_and_repeats_itself(finished):

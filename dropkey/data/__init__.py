@@ -6,14 +6,14 @@ for batch in loader.epoch(0):
     ...  # batch.images, batch.targets, batch.ids
 """
 
-from dropkey.data.loaders import Batch, EvalLoader, FirstBatch, TrainLoader, epoch_order, eval_loader, train_loader
+from dropkey.data.loaders import EvalLoader, FirstBatch, ImageBatch, TrainLoader, epoch_order, eval_loader, train_loader
 from dropkey.data.splits import Dataset, Split
 
 __all__ = [
-    "Batch",
     "Dataset",
     "EvalLoader",
     "FirstBatch",
+    "ImageBatch",
     "Split",
     "TrainLoader",
     "epoch_order",

@@ -43,7 +43,7 @@ def decoded(files: Files, data: DataConfig) -> Pixels:
     shape = (len(files), data.channels, data.image_size, data.image_size)
     require_room(shape)
     path = cache_directory() / f"{fingerprint(files, data.image_size)}.npy"
-    with locked(path):
+    with file_lock(path):
         array = _read(path, shape)
         if array is None:
             log.info("decoding %d images of %s once; cached in %s", len(files), files.root, path)
@@ -119,7 +119,7 @@ def _write(path: Path, array: np.ndarray) -> None:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def file_lock(path: Path) -> Iterator[None]:
     """One process creates `path` while the others wait; where file locks do not work, each creates it for itself."""
     with ExitStack() as stack:
         try:

@@ -21,7 +21,7 @@ from dropkey.seeds import derive_seed
 
 
 @dataclass
-class Batch:
+class ImageBatch:
     images: torch.Tensor  # float32 B C H W on the device, normalised
     targets: torch.Tensor  # on the device: int64 (B,) class ids; float32 (B, classes) with mixing or smoothing
     ids: torch.Tensor  # int64 (B,) on the CPU: positions in the split
@@ -104,7 +104,7 @@ class TrainLoader:
     def __len__(self) -> int:
         return len(self._split) // self._batch_size
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[ImageBatch]:
         """`grad_accum_steps` batches for each optimizer step of the epoch from step `start` on.
 
         DataError: an image that cannot be read.
@@ -132,7 +132,7 @@ class TrainLoader:
             targets = self._targets[to_device(ids, self._device)]
             images = self._augment(images, draws[own], epoch, begin)
             images, targets = self._mix(images, targets, self._seed, "mix", epoch, step, microbatch)
-            yield Batch(images, targets, ids)
+            yield ImageBatch(images, targets, ids)
 
     def close(self) -> None:
         """Stops the workers early; otherwise they stop with the process."""
@@ -195,14 +195,14 @@ class EvalLoader:
     def __len__(self) -> int:
         return (len(self._split) + self._batch_size - 1) // self._batch_size
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[ImageBatch]:
         """DataError: an image that cannot be read."""
         shares = [self._share(index) for index in range(len(self))]
         pictures = self._reader.read(Request(self._split.rows[ids]) for ids in shares if len(ids))
         empty = torch.empty((0, *self._shape), dtype=torch.uint8, device=self._device)
         for ids in shares:
             images = next(pictures) if len(ids) else empty
-            yield Batch(self._normalize(images), self._targets[to_device(ids, self._device)], ids)
+            yield ImageBatch(self._normalize(images), self._targets[to_device(ids, self._device)], ids)
 
     def _share(self, index: int) -> torch.Tensor:
         begin = index * self._batch_size

@@ -5,7 +5,7 @@ from pathlib import Path
 from torchvision.datasets import CIFAR10
 
 from dropkey.config.schema import DataConfig
-from dropkey.data.cache import locked
+from dropkey.data.cache import file_lock
 from dropkey.data.splits import RawSplits, array_split
 from dropkey.errors import DataError
 
@@ -28,7 +28,7 @@ def read_cifar(source: type, data: DataConfig) -> RawSplits:
         if not data.download:
             raise DataError(f"no intact {data.name} in {place} and data.download=false; {how}") from None
         try:
-            with locked(place):
+            with file_lock(place):
                 train = source(data.root, train=True, download=True)
         except (RuntimeError, OSError, EOFError) as error:
             reason = " ".join(str(error).split())

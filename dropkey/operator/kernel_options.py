@@ -33,7 +33,7 @@ def tile_options(tile: Tile) -> dict:
     return {"ROWS": tile.rows, "COLUMNS": tile.columns, "num_warps": tile.warps, "num_stages": tile.stages}
 
 
-def launch(kernel, programs: int, near: Tensor, *arguments, **options) -> None:
+def launch_kernel(kernel, programs: int, near: Tensor, *arguments, **options) -> None:
     """Runs so many programs on the device of `near`; in CUDA a launch of none would be an error."""
     if programs:
         with torch.cuda.device_of(near):

@@ -19,7 +19,7 @@ from dropkey.operator.kernel_options import (
     ceil_div,
     constants,
     empty_tokens_first,
-    launch,
+    launch_kernel,
     padded,
     rows_contiguous,
     tile_options,
@@ -100,7 +100,7 @@ def forward(
     strides = (q.stride(), k.stride(), v.stride(), bias_strides, out.stride())
     options = {**constants(q, bias, seed, column), "RAGGED": keys % tile.columns != 0, **tile_options(tile)}
     programs = batch * heads * ceil_div(queries, tile.rows)
-    launch(kernels.forward, programs, q, *tensors, *strides, heads, queries, keys, **options)
+    launch_kernel(kernels.forward, programs, q, *tensors, *strides, heads, queries, keys, **options)
     return out, lse
 
 
@@ -119,7 +119,7 @@ def prepare(dout: Tensor, out: Tensor, seed: Optional[Tensor]) -> tuple[Tensor, 
     rows = max(16, 8192 // padded(width))
     arguments = (out, dout, delta, seed, states, out.stride(), dout.stride(), heads, queries)
     programs = batch * heads * ceil_div(queries, rows)
-    launch(kernels.prepare, programs, out, *arguments, WIDTH=padded(width), D=width, ROWS=rows)
+    launch_kernel(kernels.prepare, programs, out, *arguments, WIDTH=padded(width), D=width, ROWS=rows)
     return delta, states
 
 
@@ -152,13 +152,13 @@ def backward(
     tile = tiling.alone if alone else tiling.keys
     tensors = (*before, states, dout, lse, delta, dq, dk, dv, scale, *strides, dk.stride(), dv.stride(), *sizes)
     programs = batch * heads * ceil_div(keys, tile.columns)
-    launch(kernels.backward_keys, programs, q, *tensors, **common, **tile_options(tile), ALONE=alone)
+    launch_kernel(kernels.backward_keys, programs, q, *tensors, **common, **tile_options(tile), ALONE=alone)
     if not alone:
         tile = tiling.queries
         options = {**common, **tile_options(tile), "RAGGED": keys % tile.columns != 0}
         programs = batch * heads * ceil_div(queries, tile.rows)
         tensors = (*before, dout, lse, delta, dq, scale, *strides, *sizes)
-        launch(kernels.backward_queries, programs, q, *tensors, **options)
+        launch_kernel(kernels.backward_queries, programs, q, *tensors, **options)
     return dq, dk, dv
 
 
@@ -199,7 +199,7 @@ def backward_bias(
     each = {"EACH_M": bias.shape[2] == queries, "EACH_N": bias.shape[3] == keys}
     options = {**constants(q, bias, seed, column), **tile_options(tile), **each}
     programs = bias.shape[0] * bias.shape[1] * down * across
-    launch(kernels.backward_bias, programs, q, *tensors, *strides, batch, heads, queries, keys, **options)
+    launch_kernel(kernels.backward_bias, programs, q, *tensors, *strides, batch, heads, queries, keys, **options)
     return dbias
 
 
@@ -237,7 +237,7 @@ def draw(seed: Tensor, threshold: Tensor, rows: int, columns: int, first_column:
     tile = {"ROWS": 16, "COLUMNS": 256} if columns > 64 else {"ROWS": 64, "COLUMNS": 64}
     programs = ceil_div(rows, tile["ROWS"]) * ceil_div(columns, tile["COLUMNS"])
     sizes = (rows, columns, first_column)
-    launch(kernels.draw, programs, seed, seed, threshold, result.view(torch.uint8), *sizes, **tile)
+    launch_kernel(kernels.draw, programs, seed, seed, threshold, result.view(torch.uint8), *sizes, **tile)
     return result
 
 

@@ -114,11 +114,11 @@ def state(job: Job) -> tuple[str, str]:
     status = run.status()
     found = status.get("state", MISSING)
     if found == RUNNING:
-        return (RUNNING if locked(run) else INTERRUPTED), ""
+        return (RUNNING if is_locked(run) else INTERRUPTED), ""
     return (INTERRUPTED if found == DONE else found), status.get("reason", "")  # done, but its summary is gone
 
 
-def locked(run: RunDirectory) -> bool:
+def is_locked(run: RunDirectory) -> bool:
     """Whether a training holds the run now; its lock is released however it ends."""
     try:
         with run.lock():

@@ -89,7 +89,7 @@ class Launcher:
                         self.finish(one, code)
                         watch(self, "end", one)
                     elif one.process is None and not one.over and free and self.ready(one):
-                        if self.launch(one, free[-1]):
+                        if self.start_job(one, free[-1]):
                             free.pop()
                             watch(self, "start", one)
                         elif one.over:
@@ -114,7 +114,7 @@ class Launcher:
             one.reason = f"it needs {base.job.name}, which is {base.state}"
         return base is None or base.state == DONE
 
-    def launch(self, one: JobState, slot: Slot) -> bool:
+    def start_job(self, one: JobState, slot: Slot) -> bool:
         """Starts the process, unless the job is over or another launcher has it."""
         if one.over:
             return False
@@ -152,7 +152,7 @@ class Launcher:
         else:
             saved = not one.job.evaluation and RunDirectory(one.job.run).status().get("state") == INTERRUPTED
             if not saved and found != FAILED:
-                reason = explain(code, one.job.log)
+                reason = failure_reason(code, one.job.log)
                 record_failure(one.job, reason)
             one.state, one.reason = INTERRUPTED if saved else FAILED, reason
         one.claim.close()
@@ -214,7 +214,7 @@ def discard(job: Job) -> None:
                 RunDirectory(job.run).clear()
 
 
-def explain(code: int, log: Path) -> str:
+def failure_reason(code: int, log: Path) -> str:
     """Why a process ended that did not record a reason."""
     if code < 0:
         name = signal.Signals(-code).name

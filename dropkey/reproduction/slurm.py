@@ -94,7 +94,7 @@ def submitter(parameters: dict[str, str], output: Path, gpus: int):
     return submit
 
 
-def slots(jobs: int, gpus_per_run: int, cpus: int) -> list[Slot]:
+def queue_slots(jobs: int, gpus_per_run: int, cpus: int) -> list[Slot]:
     """Places in the queue. Slurm chooses the GPUs of a job; their number decides how many processes it starts."""
     gpus = tuple(str(number) for number in range(gpus_per_run)) if gpus_per_run > 1 else ()
     return [Slot(gpus, max(1, cpus // gpus_per_run))] * (jobs or AT_ONCE)

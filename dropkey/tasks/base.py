@@ -17,7 +17,7 @@ class Batch(Protocol):
     def __len__(self) -> int: ...
 
 
-class TrainLoader(Protocol):
+class EpochLoader(Protocol):
     """One process's part of every epoch; `len` is the number of optimizer steps per epoch."""
 
     def __len__(self) -> int: ...
@@ -65,7 +65,7 @@ class Task(ABC):
         """The model with its head for these data, not yet regularized; initialised from torch's generator."""
 
     @abstractmethod
-    def train_loader(self, data: Any, dist) -> TrainLoader: ...
+    def train_loader(self, data: Any, dist) -> EpochLoader: ...
 
     @abstractmethod
     def eval_loader(self, data: Any, split: str, dist, batch_size: Optional[int] = None) -> Any:

@@ -72,18 +72,18 @@ class Classification(Task):
             device=dist.device,
         )
 
-    def example(self, data: loaders.Dataset, dist) -> loaders.Batch:
+    def example(self, data: loaders.Dataset, dist) -> loaders.ImageBatch:
         images = torch.zeros(1, data.channels, data.image_size, data.image_size, device=dist.device)
         zero = torch.zeros(1, dtype=torch.int64)
-        return loaders.Batch(images, zero.to(dist.device), zero)
+        return loaders.ImageBatch(images, zero.to(dist.device), zero)
 
-    def normalisers(self, batch: loaders.Batch) -> dict[str, float]:
+    def normalisers(self, batch: loaders.ImageBatch) -> dict[str, float]:
         return {"cross_entropy": len(batch)}
 
-    def losses(self, model: nn.Module, batch: loaders.Batch) -> dict[str, Tensor]:
+    def losses(self, model: nn.Module, batch: loaders.ImageBatch) -> dict[str, Tensor]:
         return {"cross_entropy": F.cross_entropy(model(batch.images), batch.targets, reduction="sum")}
 
-    def predict(self, model: nn.Module, batch: loaders.Batch) -> Tensor:
+    def predict(self, model: nn.Module, batch: loaders.ImageBatch) -> Tensor:
         return model(batch.images)
 
     def average(self, outputs: list[Tensor]) -> Tensor:
@@ -93,11 +93,11 @@ class Classification(Task):
     def scores(self) -> "ClassificationScores":
         return ClassificationScores()
 
-    def samples(self, data: loaders.Dataset, split: str, ids: Tensor, dist) -> Iterator[loaders.Batch]:
+    def samples(self, data: loaders.Dataset, split: str, ids: Tensor, dist) -> Iterator[loaders.ImageBatch]:
         some = dataclasses.replace(data, **{split: getattr(data, split).subset(ids)})
         yield from self.eval_loader(some, split, dist, SHOWN)
 
-    def pictures(self, batch: loaders.Batch) -> Tensor:
+    def pictures(self, batch: loaders.ImageBatch) -> Tensor:
         return denormalized(batch.images.cpu(), self.cfg.data)
 
     def sample_names(self, data: loaders.Dataset, split: str, ids: Tensor) -> list[str]:
@@ -113,7 +113,7 @@ class ClassificationScores:
         self.totals = torch.zeros(4, dtype=torch.float64)  # correct, correct among five, summed loss, images
         self.bins = torch.zeros(3, BINS, dtype=torch.float64)  # images, correct, summed confidence
 
-    def update(self, outputs: Tensor, batch: loaders.Batch) -> None:
+    def update(self, outputs: Tensor, batch: loaders.ImageBatch) -> None:
         """`outputs`: logits or log-probabilities, B x classes."""
         logits, targets = outputs.float().cpu(), batch.targets.cpu()  # float64 sums, which not every device has
         hits = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == targets[:, None]
