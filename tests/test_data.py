@@ -1,6 +1,7 @@
 """Data sets: splits, folders, conversion, cache, and every way in which the images can be wrong."""
 
 import ast
+import dataclasses
 import pickle
 import tarfile
 import urllib.error
@@ -269,3 +270,13 @@ def test_imagenet_photographs_pass_through_the_whole_pipeline(tmp_path):
     loader.close()
     assert batch.images.shape == (8, 3, 64, 64)
     assert batch.images.isfinite().all()
+
+
+@pytest.mark.parametrize("part", ["rows", "targets"])
+def test_the_fingerprint_changes_with_the_images_chosen_and_with_their_labels(part):
+    dataset = load(digits_config())
+    before = dataset.fingerprint()
+    changed = getattr(dataset.train, part).clone()
+    changed[0] = (changed[0] + 1) % 10
+    train = dataclasses.replace(dataset.train, **{part: changed})
+    assert dataclasses.replace(dataset, train=train).fingerprint() != before

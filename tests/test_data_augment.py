@@ -89,3 +89,9 @@ def test_rand_augment_survives_its_strongest_settings_on_grey_and_colour(folder,
     for policy in ("rand-m10-n6-p1-inc1", "rand-m10-n6-p1-mstd0.5"):
         found = batches(data, AugmentConfig(rand_augment=policy), batch_size=24)
         assert found[0].images.isfinite().all()
+
+
+@pytest.mark.parametrize("other", [(1, 0), (0, 1)], ids=["epoch", "step"])
+def test_every_epoch_and_step_draws_other_crops_and_mirrors(other):
+    augment = BatchAugment(digits_config(), LIGHT, 0, torch.device("cpu"))
+    assert not torch.equal(augment.draw(0, 0, 16), augment.draw(*other, 16))

@@ -13,7 +13,7 @@ import processes
 import runs
 import train as training
 from dropkey import evaluation, plotting, weights
-from dropkey.config.schema import REGULARIZER_NAMES, DataConfig, EvalConfig, EvaluationConfig
+from dropkey.config.schema import REGULARIZER_NAMES, DataConfig, EvalConfig, EvaluationConfig, OptimConfig
 from dropkey.engine import distributed, tracking, trainer
 from dropkey.engine.evaluate import evaluate
 from dropkey.engine.optim import build_optimizer, build_schedule, duration
@@ -155,7 +155,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_leaves_evidence(t
 @pytest.mark.parametrize("clip", ["null", "1.0"])
 @pytest.mark.parametrize("amp", ["none", "bf16"])
 def test_a_gradient_that_is_not_finite_stops_too_although_the_loss_is_finite(tmp_path, monkeypatch, clip, amp):
-    with pytest.raises(Diverged, match="gradient norm nan"):
+    with pytest.raises(Diverged, match=r"loss \d.*, gradient norm nan in epoch 1, step 1"):  # not a step later
         train_with_nan_gradients(tmp_path, monkeypatch, f"optim.clip_grad_norm={clip}", f"trainer.amp={amp}")
 
 
@@ -175,6 +175,31 @@ def train_with_nan_gradients(output, monkeypatch, *words):
 
     monkeypatch.setattr(trainer.Trainer, "step", step)
     return runs.train(output, *words)
+
+
+def test_gradients_are_clipped_after_unscaling(tmp_path, monkeypatch):
+    norms, original = {}, torch.nn.utils.clip_grad_norm_
+
+    def clip(parameters, limit):
+        norms.setdefault(amp, []).append(float(original(parameters, limit)))
+        return torch.tensor(norms[amp][-1])
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    for amp in ("none", "fp16"):
+        runs.train(tmp_path, f"trainer.amp={amp}", "optim.clip_grad_norm=1", "trainer.max_steps=3", "optim=sgd")
+    assert norms["fp16"] == pytest.approx(norms["none"], rel=0.05)
+
+
+def test_weight_decay_spares_biases_and_norms():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
+    optimizer = build_optimizer(model, OptimConfig(weight_decay=0.3))
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert {name: decays[id(p)] for name, p in model.named_parameters()} == {
+        "0.weight": 0.3,
+        "0.bias": 0.0,
+        "1.weight": 0.0,
+        "1.bias": 0.0,
+    }
 
 
 def test_a_step_that_fp16_skips_does_not_count_in_the_moving_average(tmp_path, monkeypatch):
