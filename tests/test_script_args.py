@@ -8,7 +8,7 @@ from typing import Dict, List, Optional
 
 import pytest
 
-from dropkey.config.script_args import arg, parse, split
+from dropkey.config.script_args import arg, parse, run_script, split
 from dropkey.errors import ConfigError
 
 
@@ -92,3 +92,12 @@ def test_a_script_ends_with_the_code_of_its_error(tmp_path):
     root = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (3, "error: no images\n")
+
+
+def test_ctrl_c_gives_the_exit_code_of_its_signal():
+    def main(words):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        run_script(main)
+    assert stopped.value.code == 130

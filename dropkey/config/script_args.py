@@ -11,6 +11,7 @@ args = parse(Args, sys.argv[1:], __doc__)  # python scripts/example.py maps run=
 
 import dataclasses
 import json
+import signal
 import sys
 import typing
 from collections.abc import Callable
@@ -96,6 +97,8 @@ def run_script(main: Callable[[list[str]], int | None]) -> typing.NoReturn:
     """Calls `main` with the command line's words and exits with its code; a RunError becomes one line."""
     try:
         sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
