@@ -14,9 +14,9 @@ from dropkey.engine.optim import build_autocast
 from dropkey.errors import ConfigError
 from dropkey.metrics import Metric
 from dropkey.provenance import device_name, versions
-from dropkey.records import write_json
+from dropkey.records import RunDirectory
 from dropkey.seeds import derive_seed
-from dropkey.session import rounded
+from dropkey.session import rounded, save_result
 
 
 def evaluate_run(cfg: EvalConfig, trained: TrainConfig, directory: Path) -> tuple[dict, Path]:
@@ -50,8 +50,9 @@ def evaluate_run(cfg: EvalConfig, trained: TrainConfig, directory: Path) -> tupl
         def predict(batch):
             return task.predict(model, batch)
 
+        scores = task.scores()
         if options.monte_carlo == 0:
-            result = evaluate(predict, task.scores(), loader, dist, autocast=autocast)
+            result = evaluate(predict, scores, loader, dist, autocast=autocast)
         else:
             if trained.regularizer.name == "none" or trained.regularizer.ratio == 0:
                 raise ConfigError(f"eval.monte_carlo={options.monte_carlo}: this run has no regularizer to keep on")
@@ -61,7 +62,7 @@ def evaluate_run(cfg: EvalConfig, trained: TrainConfig, directory: Path) -> tupl
 
             averaged = monte_carlo(predict, task.average, options.monte_carlo, reseed)
             with patching.always_on(model):
-                result = evaluate(averaged, task.scores(), loader, dist, autocast=autocast)
+                result = evaluate(averaged, scores, loader, dist, autocast=autocast)
         result = rounded(task, result) | {
             "split": options.split,
             "data": settings.data.name,
@@ -75,8 +76,7 @@ def evaluate_run(cfg: EvalConfig, trained: TrainConfig, directory: Path) -> tupl
             "code": code_of(settings, cuda=dist.device.type == "cuda"),
         }
         path = directory / identity.evaluation_name(cfg)
-        if dist.is_main:
-            write_json(path, result)
+        save_result(RunDirectory(directory), path.name, result, scores, dist)
         return result, path
 
 

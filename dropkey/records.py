@@ -94,8 +94,16 @@ class RunDirectory:
     def summary(self) -> dict:
         return self.read_json("summary.json")
 
-    def write_summary(self, summary: dict) -> None:
-        write_json(self.path / "summary.json", summary)
+    def write_result(self, name: str, result: dict, correct: Optional[bytes] = None) -> None:
+        """The JSON file of an evaluation, such as summary.json, and before it summary.bits: for each sample of the
+        split a bit, whether it was right."""
+        if correct is not None:
+            replace_file((self.path / name).with_suffix(".bits"), lambda file: file.write(correct))
+        write_json(self.path / name, result)
+
+    def correct(self, name: str) -> Optional[bytes]:
+        with contextlib.suppress(FileNotFoundError):
+            return (self.path / name).with_suffix(".bits").read_bytes()
 
     def read_json(self, name: str) -> dict:
         try:

@@ -7,6 +7,7 @@ import os
 import sys
 from typing import Iterator
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -80,13 +81,13 @@ def train(cfg: TrainConfig, run: RunDirectory) -> dict:
             evaluated = state.evaluated.eval()
             test = task.eval_loader(data, "test", dist)
             autocast = build_autocast(cfg.trainer.amp, dist.device)
-            result = evaluate(lambda b: task.predict(evaluated, b), task.scores(), test, dist, stop, autocast)
+            scores = task.scores()
+            result = evaluate(lambda b: task.predict(evaluated, b), scores, test, dist, stop, autocast)
             if result is None:
                 raise stop.interrupted(f"interrupted in the final evaluation, all saved in {run.path}")
             summary = summarise(cfg, run, task, state.position, result, watched, model, dist)
             summary |= {"steps_per_epoch": len(train_loader), "data": data.fingerprint()}
-            if dist.is_main:
-                run.write_summary(summary)
+            save_result(run, "summary.json", summary, scores, dist)
         finally:
             progress.close()
             train_loader.close()
@@ -233,6 +234,12 @@ def summarise(cfg, run, task: Task, position, result: dict, watched: str, model:
         "commit": git_commit(),
         "code": code_of(cfg, cuda=dist.device.type == "cuda"),
     }
+
+
+def save_result(run: RunDirectory, name: str, result: dict, scores, dist: DistContext) -> None:
+    correct = scores.correct(dist)
+    if dist.is_main:
+        run.write_result(name, result, None if correct is None else np.packbits(correct.numpy()).tobytes())
 
 
 def rounded(task: Task, result: dict) -> dict:

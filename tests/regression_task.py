@@ -156,3 +156,6 @@ class PointScores:
     def compute(self, dist) -> dict[str, float]:
         absolute, squared, count, sets = dist.sum(self.totals).tolist()
         return {"mae": absolute / count, "loss": squared / count, "samples": int(sets)}
+
+    def correct(self, dist) -> None:
+        return None

@@ -276,7 +276,38 @@ def test_imagenet_photographs_pass_through_the_whole_pipeline(tmp_path):
 def test_the_fingerprint_changes_with_the_images_chosen_and_with_their_labels(part):
     dataset = load(digits_config())
     before = dataset.fingerprint()
-    changed = getattr(dataset.train, part).clone()
+    changed = getattr(dataset.pool, part).clone()
     changed[0] = (changed[0] + 1) % 10
-    train = dataclasses.replace(dataset.train, **{part: changed})
-    assert dataclasses.replace(dataset, train=train).fingerprint() != before
+    pool = dataclasses.replace(dataset.pool, **{part: changed})
+    assert dataclasses.replace(dataset, pool=pool).fingerprint() != before
+
+
+def drawn(seed: int, **keys) -> tuple:
+    dataset = load(digits_config(max_train_samples=200, **keys), seed)
+    return dataset.train.rows.tolist(), dataset.val.rows.tolist(), dataset.test.rows.tolist()
+
+
+def test_every_seed_has_the_same_images_unless_asked_otherwise():
+    assert drawn(seed=1) == drawn(seed=2)
+
+
+@pytest.mark.parametrize("part", [0, 1], ids=["training", "validation"])
+def test_with_split_seed_run_every_seed_draws_its_own_images(part):
+    assert drawn(seed=1, split_seed="run")[part] != drawn(seed=2, split_seed="run")[part]
+
+
+def test_a_split_seed_draws_what_a_run_of_that_seed_draws():
+    assert drawn(seed=1, split_seed=5) == drawn(seed=5, split_seed="run") != drawn(seed=1)
+
+
+def test_no_split_seed_touches_the_test_images_or_the_fingerprint():
+    data = digits_config(max_train_samples=200, split_seed="run")
+    one, other = load(data, 1), load(data, 2)
+    assert one.test.rows.tolist() == other.test.rows.tolist()
+    assert one.fingerprint() == other.fingerprint()
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_training_and_validation_share_no_image(seed):
+    train, val, test = drawn(seed, split_seed="run")
+    assert not set(train) & set(val) and not set(train) & set(test) and not set(val) & set(test)

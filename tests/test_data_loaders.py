@@ -163,7 +163,7 @@ def counted(size, in_memory=True):
     """A data set whose test split has `size` images; image i has value i, class i % 3."""
     images = np.arange(size, dtype=np.uint8).reshape(-1, 1, 1, 1).repeat(4, 2).repeat(4, 3)
     split = Split(Pixels(images), torch.arange(size), torch.arange(size) % 3)
-    return Dataset(split, None, split, ["a", "b", "c"], 1, 4), digits_config(image_size=4, in_memory=in_memory)
+    return Dataset(split, None, split, ["a", "b", "c"], 1, 4, split), digits_config(image_size=4, in_memory=in_memory)
 
 
 def evaluated(size, batch_size, world, in_memory=True):

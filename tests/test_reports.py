@@ -266,7 +266,7 @@ def job(tmp_path):
     keys = dict.fromkeys(("samples", "epochs", "seconds", "best_split", "commit", "hardware", "code"), 1)
     metrics = [{"key": "top1", "label": "top-1"}, {"key": "loss", "label": "loss", "higher_is_better": False}]
     values = {"top1": 41.0, "loss": 1.5, "best_top1": 99.0, "best_epoch": 1}
-    run.write_summary({**keys, **values, "metrics": metrics, "versions": {"torch": "t"}})
+    run.write_result("summary.json", {**keys, **values, "metrics": metrics, "versions": {"torch": "t"}})
     return job
 
 
@@ -285,8 +285,8 @@ def test_runs_with_different_metrics_are_refused(job, tmp_path):
     table = tables.load("schedule", "smoke", (0,))
     other = dataclasses.replace(job, run=tmp_path / "other")
     RunDirectory(other.run).set_status("done")
-    RunDirectory(other.run).write_summary(
-        {**RunDirectory(job.run).summary(), "metrics": [{"key": "error", "label": "e"}]}
+    RunDirectory(other.run).write_result(
+        "summary.json", {**RunDirectory(job.run).summary(), "metrics": [{"key": "error", "label": "e"}]}
     )
     with pytest.raises(ConfigError, match="different metrics: run and other"):
         results.gather(table, {("no regularizer", "c", 0): job, ("no regularizer", "c", 1): other})

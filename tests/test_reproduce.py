@@ -184,7 +184,7 @@ def outdated(place, tmp_path, stand_in):
     standing_in.announce(todo, tmp_path / "runs")
     standing_in.main("train.py", list(todo[0].overrides))
     run = RunDirectory(todo[0].run)
-    run.write_summary({**run.summary(), "code": {"engine": "old"}})
+    run.write_result("summary.json", {**run.summary(), "code": {"engine": "old"}})
     common = [f"table={place}/mini.yaml", "scale=smoke", "seeds=1", f"output={tmp_path}/runs"]
     return [*common, f"results={tmp_path}/results", "entropy=false"]
 

@@ -52,7 +52,7 @@ def test_a_sweeper_is_given_the_metric_of_each_job_finished_ones_included(tmp_pa
     def trained(cfg, run):
         summary = {"objective": 40.0 + cfg.seed, "top1": 90.0, "run": str(run.path)}
         run.set_status("done")
-        run.write_summary(summary)
+        run.write_result("summary.json", summary)
         return summary
 
     monkeypatch.setattr(session, "train", trained)
@@ -148,7 +148,7 @@ def test_train_py_itself_runs_under_every_launcher(launcher, tmp_path):
     for seed in (0, 1):
         run = RunDirectory(run_directory(check(compose([*words, f"seed={seed}"]))))
         run.set_status("done")
-        run.write_summary({**RESULT, "run": str(run.path)})
+        run.write_result("summary.json", {**RESULT, "run": str(run.path)})
     command = [sys.executable, str(ROOT / "train.py"), "-m", *words, "seed=0,1", *LAUNCHERS[launcher]]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")

@@ -217,7 +217,7 @@ def finish(job: Job, torch: str = importlib.metadata.version("torch"), **code: s
     run.set_status("done")
     parts = {**code_version.code_of(job.config), **code}
     rest = {"metrics": standing_in.METRICS, "seconds": 50.0, "samples": 100, "samples_per_second": 20.0}
-    run.write_summary({"top1": 50.0, "code": parts, "versions": {"torch": torch}, **rest})
+    run.write_result("summary.json", {"top1": 50.0, "code": parts, "versions": {"torch": torch}, **rest})
 
 
 @pytest.fixture

@@ -202,6 +202,11 @@ def check_regularizer(regularizer: RegularizerConfig, schedule: ScheduleConfig) 
 def check_data(data: schema.DataConfig) -> None:
     if ":" not in data.name:  # module:function is the user's own
         one_of("data.name", data.name, schema.DATASETS)
+    seed = data.split_seed
+    require(
+        seed == "run" or (isinstance(seed, int) and seed >= 0),
+        f"data.split_seed={seed} must be a number from 0, or run: each run's own seed",
+    )
     require(
         data.crop_pct == 1 or not data.in_memory,
         f"data.crop_pct={data.crop_pct} needs data.in_memory=false, as images in memory have no margin; or set it to 1",

@@ -93,6 +93,7 @@ def training_facts(cfg: TrainConfig) -> str:
     """Data, resolution and length of a training for captions: 'digits, 8 px, 480 training samples, 25 epochs'."""
     data, trainer = cfg.data, cfg.trainer
     samples = f", {data.max_train_samples:,} training samples" if data.max_train_samples else ""
+    samples += " drawn anew for each seed" if data.max_train_samples and data.split_seed == "run" else ""
     steps = f", at most {trainer.max_steps} steps" if trainer.max_steps else ""
     size = f", {data.image_size} px" if cfg.task.name == "classification" else ""
     return f"{data_label(cfg)}{size}{samples}, {trainer.epochs} epochs{steps}"

@@ -63,7 +63,8 @@ class DataConfig:
     std: Optional[List[float]] = None  # per channel; null: 0.5
     val_fraction: float = 0.1  # share of the training images held out when the set has no validation split
     test_fraction: float = 0.2  # share held out for testing when the set has neither test nor validation split
-    max_train_samples: Optional[int] = None  # train on this many images only (the same for every seed, equal per class)
+    max_train_samples: Optional[int] = None  # train on this many images only, equally many per class
+    split_seed: Union[int, str] = 0  # draws these and the held-out validation images; "run": the run's own seed
     in_memory: bool = True  # keep decoded images as one uint8 tensor on the device; false: decode them for each batch
     crop_pct: float = 1.0  # evaluation: centre crop / resized side
     num_workers: int = 2  # decoding processes, with in_memory=false

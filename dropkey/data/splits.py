@@ -1,4 +1,4 @@
-"""Splits of a data set. Held-out splits are stratified by class and the same in every run."""
+"""Splits of a data set. Held-out splits are stratified by class."""
 
 import hashlib
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from dropkey.data.images import Files, Pixels, convert, resize_center_crop, to_p
 from dropkey.errors import DataError
 from dropkey.seeds import derive_seed
 
-SPLIT_SEED = 0  # not the run's: runs with different seeds are compared on the same images
+TEST_SEED = 0  # not the run's: runs with different seeds are compared on the same images
 
 
 @dataclass
@@ -43,16 +43,17 @@ class Dataset:
     classes: list[str]
     channels: int
     image_size: int  # pixels
+    pool: Split  # the images that train and val were drawn from
 
     @property
     def num_classes(self) -> int:
         return len(self.classes)
 
     def fingerprint(self) -> str:
-        """Ten hexadecimal digits over the training and test images: their pixels if they are in memory, else their
-        file names. The folder itself does not count."""
+        """Ten hexadecimal digits over all images and labels: pixels if they are in memory, else file names. Neither the
+        folder counts, nor which images validation and training have: the config says how these are drawn."""
         digest = hashlib.sha256()
-        for split in (self.train, self.test):
+        for split in (self.pool, self.test):
             digest.update(split.images.content())
             digest.update(split.rows.numpy().tobytes() + split.targets.numpy().tobytes())
         return digest.hexdigest()[:10]
@@ -79,24 +80,24 @@ def array_split(images: np.ndarray, targets, data: DataConfig) -> Split:
     return Split.whole(Pixels(np.ascontiguousarray(images)), targets)
 
 
-def ranks_within_class(targets: torch.Tensor, purpose: str) -> torch.Tensor:
-    """int64 (n,): the place of each image in a fixed random order of its class's images."""
+def ranks_within_class(targets: torch.Tensor, purpose: str, seed: int) -> torch.Tensor:
+    """int64 (n,): the place of each image in a random order of its class's images."""
     ranks = torch.empty_like(targets)
     for label in targets.unique().tolist():
         members = (targets == label).nonzero().squeeze(1)
-        generator = torch.Generator().manual_seed(derive_seed(SPLIT_SEED, purpose, label))
+        generator = torch.Generator().manual_seed(derive_seed(seed, purpose, label))
         ranks[members] = torch.randperm(len(members), generator=generator)
     return ranks
 
 
-def hold_out(split: Split, fraction: float, name: str) -> tuple[Split, Split]:
+def hold_out(split: Split, fraction: float, name: str, seed: int) -> tuple[Split, Split]:
     """(remaining, held out): of each class `fraction` of its images, rounded, but never all.
 
     `name` is val or test, as in the config key data.<name>_fraction.
     """
     sizes = torch.bincount(split.targets)
     quota = (sizes.double() * fraction + 0.5).long().minimum(sizes - 1)
-    held = ranks_within_class(split.targets, f"hold out {name}") < quota[split.targets]
+    held = ranks_within_class(split.targets, f"hold out {name}", seed) < quota[split.targets]
     if not held.any():
         raise DataError(
             f"the {name} split is empty: data.{name}_fraction={fraction} of {len(split)} images in "
@@ -106,10 +107,10 @@ def hold_out(split: Split, fraction: float, name: str) -> tuple[Split, Split]:
     return split.subset((~held).nonzero().squeeze(1)), split.subset(held.nonzero().squeeze(1))
 
 
-def limit(split: Split, count: int) -> Split:
-    """`count` images, balanced over the classes as far as possible; a smaller count gives a subset."""
+def limit(split: Split, count: int, seed: int) -> Split:
+    """`count` images, balanced over the classes as far as possible. A smaller `count` of the same seed is a subset."""
     if count > len(split):
         raise DataError(f"data.max_train_samples={count} but the train split has {len(split)} images; lower or drop it")
-    ranks = ranks_within_class(split.targets, "train limit")
+    ranks = ranks_within_class(split.targets, "train limit", seed)
     in_turn = (ranks * (split.targets.max() + 1) + split.targets).argsort()  # first image of every class, second ...
     return split.subset(in_turn[:count].sort().values)

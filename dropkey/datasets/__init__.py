@@ -8,14 +8,17 @@ from dataclasses import replace
 
 from dropkey.config.check import nearest
 from dropkey.config.schema import DataConfig
-from dropkey.data.splits import Dataset, hold_out, limit
+from dropkey.data.splits import TEST_SEED, Dataset, hold_out, limit
 from dropkey.errors import ConfigError, DataError
 
 DATASETS = {name: f"dropkey.datasets.{name}:read" for name in ("digits", "cifar10", "cifar100", "imagenet", "folder")}
 
 
-def load(data: DataConfig) -> Dataset:
+def load(data: DataConfig, seed: int = 0) -> Dataset:
     """The data set with its splits: test is its own, else its val, else held out of train; val likewise.
+
+    With data.split_seed=run, `seed` draws the validation and the training images. Held-out test images are always the
+    same, so that runs are compared on them.
 
     Raises:
         DataError: images missing, unreadable, too many for memory, or unlike what `data` says of them.
@@ -31,12 +34,13 @@ def load(data: DataConfig) -> Dataset:
     if test is None and val is not None:
         test, val = val, None
     if test is None:
-        train, test = hold_out(train, data.test_fraction, "test")
+        train, test = hold_out(train, data.test_fraction, "test", TEST_SEED)
+    pool, drawn = train, seed if data.split_seed == "run" else data.split_seed
     if val is None and data.val_fraction > 0:
-        train, val = hold_out(train, data.val_fraction, "val")
+        train, val = hold_out(train, data.val_fraction, "val", drawn)
     if data.max_train_samples is not None:
-        train = limit(train, data.max_train_samples)
-    return Dataset(train, val, test, classes, data.channels, data.image_size)
+        train = limit(train, data.max_train_samples, drawn)
+    return Dataset(train, val, test, classes, data.channels, data.image_size, pool)
 
 
 def preprocessed_as(other: DataConfig, own: DataConfig, split: str) -> DataConfig:

@@ -37,6 +37,9 @@ class Scores(Protocol):
     def compute(self, dist) -> dict[str, float]:
         """The figures over all processes, the same in each: a value per metric, and `samples`."""
 
+    def correct(self, dist) -> Optional[Tensor]:
+        """Boolean (samples,) over all processes: which samples of the split are right; None if that has no meaning."""
+
 
 class Task(ABC):
     """What is learned, from which data, and how it is measured.

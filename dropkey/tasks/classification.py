@@ -29,7 +29,7 @@ class Classification(Task):
     )
 
     def load_data(self) -> loaders.Dataset:
-        return datasets.load(self.cfg.data)
+        return datasets.load(self.cfg.data, self.cfg.seed)
 
     def describe_data(self, data: loaders.Dataset) -> str:
         named = (("training", data.train), ("validation", data.val), ("test", data.test))
@@ -112,11 +112,13 @@ class ClassificationScores:
     def __init__(self):
         self.totals = torch.zeros(4, dtype=torch.float64)  # correct, correct among five, summed loss, images
         self.bins = torch.zeros(3, BINS, dtype=torch.float64)  # images, correct, summed confidence
+        self.hits: list[tuple[Tensor, Tensor]] = []  # ids, whether correct
 
     def update(self, outputs: Tensor, batch: loaders.ImageBatch) -> None:
         """`outputs`: logits or log-probabilities, B x classes."""
         logits, targets = outputs.float().cpu(), batch.targets.cpu()  # float64 sums, which not every device has
         hits = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == targets[:, None]
+        self.hits.append((batch.ids, hits[:, 0]))
         correct, loss = hits[:, 0], F.cross_entropy(logits, targets, reduction="none")
         self.totals += torch.tensor([correct.sum(), hits.any(-1).sum(), loss.double().sum(), len(targets)])
         confidence = logits.softmax(-1).amax(-1)
@@ -136,3 +138,10 @@ class ClassificationScores:
             "ece": 100 * gap / count,
             "samples": int(count),
         }
+
+    def correct(self, dist) -> Tensor:
+        count = int(dist.sum(self.totals[3:].clone()))
+        right = torch.zeros(count, dtype=torch.uint8)
+        for ids, hits in self.hits:
+            right[ids] = hits.byte()
+        return dist.sum(right).bool()
