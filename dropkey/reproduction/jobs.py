@@ -1,5 +1,6 @@
 """The jobs of a table: trainings and evaluations, where their results are, and the state of each."""
 
+import contextlib
 import functools
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from dropkey.config.compose import compose
 from dropkey.config.schema import EvalConfig, TrainConfig
 from dropkey.errors import Busy, ConfigError
 from dropkey.records import RunDirectory
-from dropkey.reproduction.tables import Table
+from dropkey.reproduction.tables import Row, Table
 
 DONE, RUNNING, INTERRUPTED = "done", "running", "interrupted"
 FAILED, DIVERGED, MISSING = "failed", "diverged", "missing"
@@ -44,7 +45,8 @@ class Job:
 
 
 def jobs_of(table: Table, output: str) -> dict[tuple[str, str, int], Job]:
-    """(row, column, seed) -> job, seed by seed. Cells that need the same result have equal jobs.
+    """(row, column, seed) -> job, seed by seed. Cells that need the same result have equal jobs. Rows whose best
+    candidate is not known yet have none.
 
     Raises:
         ConfigError: overrides that cannot work; the message names row and column.
@@ -52,13 +54,14 @@ def jobs_of(table: Table, output: str) -> dict[tuple[str, str, int], Job]:
     found = {}
     for column, model in table.columns.items():
         for row in sorted(table.rows.values(), key=lambda row: row.of is not None):  # rows that others start from first
-            base = (*model, *table.rows[row.of or row.label].overrides, *table.overrides)
+            chosen = row_overrides(table, table.rows[row.of] if row.of else row, column)
+            if chosen is None:
+                continue
+            base = (*model, *chosen, *table.overrides)
             overrides = (*base, *row.overrides) if row.of else base
-            try:
+            with named_errors(f"table {table.name}, row '{row.label}', column '{column}'"):
                 config = composed(overrides)
                 evaluation = composed_evaluation(row.evaluate) if row.evaluate else None
-            except ConfigError as error:
-                raise ConfigError(f"table {table.name}, row '{row.label}', column '{column}': {error}") from None
             for seed in table.seeds:
                 needs = found.get((row.of, column, seed))
                 found[row.label, column, seed] = (
@@ -68,6 +71,25 @@ def jobs_of(table: Table, output: str) -> dict[tuple[str, str, int], Job]:
                 )
     order = {label: number for number, label in enumerate(table.rows)}
     return dict(sorted(found.items(), key=lambda item: (item[0][2], order[item[0][0]])))
+
+
+def row_overrides(table: Table, row: Row, column: str) -> Optional[tuple[str, ...]]:
+    """Of train.py for a row that is trained; None while its best candidate, or that of the row it is like, is not
+    known."""
+    if row.candidates:
+        return table.chosen.get((row.label, column))
+    if row.like is None:
+        return row.overrides
+    base = row_overrides(table, table.rows[row.like], column)
+    return None if base is None else (*base, *row.overrides)
+
+
+@contextlib.contextmanager
+def named_errors(place: str):
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}") from None
 
 
 def training_job(overrides, config: TrainConfig, seed: int, output: str, needs: Optional[Job]) -> Job:
