@@ -278,7 +278,7 @@ def read_design(content: dict, scale: dict, where: str) -> Design:
 
 
 def read_claim(value, rows: dict, where: str) -> Claim:
-    """A claim is "row > row"; about means over several rows it has claim (the sentence), better and worse (the rows)."""
+    """A claim is "row > row", or for means over several rows claim (the sentence), better and worse (lists of rows)."""
     if isinstance(value, dict):
         check_keys(value, ("claim", "better", "worse"), f"{where}claims: ")
         require(len(value) == 3, f"{where}a claim needs claim, better and worse")
