@@ -1,13 +1,20 @@
-"""From records to results: the estimate of every cell, its difference to the baseline, a verdict on every claim."""
+"""From records to results: the estimate of every cell, and what the runs say about every claim."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Optional
 
+import numpy as np
+
 from dropkey.metrics import Metric
-from dropkey.reproduction import statistics
-from dropkey.reproduction.jobs import DONE
-from dropkey.reproduction.statistics import Difference, Estimate
-from dropkey.reproduction.tables import Claim, Table
+from dropkey.reproduction import power, sequential, statistics
+from dropkey.reproduction.jobs import DIVERGED, DONE, FAILED
+from dropkey.reproduction.results import correct_samples
+from dropkey.reproduction.sequential import Decision
+from dropkey.reproduction.statistics import Difference, Estimate, PooledError, SamplingError, Summary
+from dropkey.reproduction.tables import FEWEST, Claim, Table
+
+NEAR = 0.3  # how far our baseline may be from the published one, in the metric's unit
+Values = dict[str, dict[int, float]]  # row -> seed -> the compared metric, averaged over the columns of a claim
 
 
 @dataclass(frozen=True)
@@ -25,12 +32,21 @@ class Cell:
 
 @dataclass(frozen=True)
 class Finding:
-    """What the runs of one column say about a claim; the difference is the better row minus the worse one."""
+    """What the runs say about a claim. Differences are the better rows minus the worse ones."""
 
     claim: Claim
-    column: str
-    difference: Optional[Difference]
-    verdict: str
+    columns: tuple[str, ...]  # that it is about
+    difference: Optional[Difference]  # over all seeds that have it, tested or not
+    decision: Decision  # at the last look that is over
+    withheld: str = ""  # why there is no verdict yet
+    pooled: Optional[tuple[float, float, float]] = None  # low, high and p with the error of all rows
+    sampling: Optional[SamplingError] = None  # in the metric's unit
+    detectable: Optional[float] = None  # the smallest difference that would have been found with 80 % power
+    worst: Optional[Difference] = None  # with runs that failed or diverged at their worst; None without such runs
+
+    @property
+    def is_decided(self) -> bool:
+        return not self.withheld and self.decision.verdict != sequential.UNDECIDED
 
 
 @dataclass(frozen=True)
@@ -38,12 +54,17 @@ class Comparison:
     """A table's results. The first of `metrics` is compared."""
 
     table: Table
-    metrics: list[Metric]
+    head: dict
     records: list[dict]
-    cells: dict[tuple[str, str], Cell]  # (row, column)
-    findings: list[Finding]
     mixed: list[str]  # what should be the same in all runs and is not
-    overrides: tuple[str, ...]  # of every run
+    cells: dict[tuple[str, str], Cell]  # (row, column)
+    findings: list[Finding] = field(default_factory=list)
+    summaries: dict[str, tuple[dict[str, Difference], Optional[Summary]]] = field(default_factory=dict)  # by claim
+    errors: dict[str, Optional[PooledError]] = field(default_factory=dict)  # by column
+
+    @property
+    def metrics(self) -> list[Metric]:
+        return [Metric(**metric) for metric in self.head["metrics"]]
 
     @property
     def metric(self) -> Metric:
@@ -53,6 +74,10 @@ class Comparison:
     def done(self) -> list[dict]:
         return [entry for entry in self.records if entry["state"] == DONE]
 
+    @property
+    def decided(self) -> bool:
+        return bool(self.findings) and all(found.is_decided for found in self.findings)
+
     def column(self, name: str) -> list[Cell]:
         return [self.cells[row, name] for row in self.table.rows]
 
@@ -61,43 +86,29 @@ class Comparison:
 
 
 def compare(table: Table, head: dict, records: list[dict], mixed: list[str]) -> Comparison:
-    """Compares last epochs, never best ones. Pairs share a seed: initialisation and order of the data.
-
-    Holm's correction is over all differences of the table to the baseline, and over all claims for the verdicts.
-    """
+    """Compares last epochs, never best ones. Pairs share a seed: initialisation, order of the data, and with
+    data.split_seed=run the training images."""
     metrics = [Metric(**metric) for metric in head["metrics"]]
     cells = {}
-    for row in table.rows:
-        for column in table.columns:
+    for column in table.columns:
+        base = None
+        for row in dict.fromkeys((table.baseline, *table.rows)):
             here = [entry for entry in records if (entry["row"], entry["column"]) == (row, column)]
-            cells[row, column] = cell(row, column, here, metrics)
-    to_baseline = [
-        statistics.difference(one.values, cells[table.baseline, column].values) if row != table.baseline else None
-        for (row, column), one in cells.items()
-    ]
-    adjusted = with_holm(to_baseline, "p")
-    cells = {place: replace(one, to_baseline=d) for (place, one), d in zip(cells.items(), adjusted, strict=True)}
-
-    claims = [(claim, column) for column in table.columns for claim in table.claims]
-    differences = [
-        statistics.difference(cells[claim.better, column].values, cells[claim.worse, column].values)
-        for claim, column in claims
-    ]
-    findings = [
-        Finding(claim, column, found, statistics.verdict(found, metrics[0].higher_is_better))
-        for (claim, column), found in zip(claims, with_holm(differences, "t_p"), strict=True)
-    ]
-    return Comparison(table, metrics, records, cells, findings, mixed, tuple(head["overrides"]))
+            cells[row, column] = cell(row, column, here, metrics, base)
+            base = base or cells[row, column]
+    cells = {(row, column): cells[row, column] for row in table.rows for column in table.columns}
+    found = Comparison(table, head, records, mixed, cells)
+    if not metrics:
+        return found
+    found.findings.extend(findings(found))
+    for claim in table.claims if len(table.columns) > 1 else ():
+        found.summaries[claim.label] = over_columns(found, claim)
+    for column in table.columns:
+        found.errors[column] = statistics.pooled_error(trained_values(found, (column,)))
+    return found
 
 
-def with_holm(differences: list[Optional[Difference]], p: str) -> list[Optional[Difference]]:
-    """The differences with `adjusted`, from their p of this name where they have one."""
-    tested = [i for i, found in enumerate(differences) if found is not None and getattr(found, p) is not None]
-    adjusted = dict(zip(tested, statistics.holm([getattr(differences[i], p) for i in tested]), strict=True))
-    return [replace(found, adjusted=adjusted[i]) if i in adjusted else found for i, found in enumerate(differences)]
-
-
-def cell(row: str, column: str, records: list[dict], metrics: list[Metric]) -> Cell:
+def cell(row: str, column: str, records: list[dict], metrics: list[Metric], base: Optional[Cell]) -> Cell:
     done = [entry for entry in records if entry["state"] == DONE]
     values = {entry["seed"]: entry[metrics[0].key] for entry in done}
     others = {}
@@ -105,4 +116,167 @@ def cell(row: str, column: str, records: list[dict], metrics: list[Metric]) -> C
         known = [entry[key] for entry in done if entry.get(key) is not None]
         others[key] = statistics.estimate(known) if len(known) == len(done) else None
     unfinished = {entry["seed"]: (entry["state"], entry["reason"]) for entry in records if entry["state"] != DONE}
-    return Cell(row, column, values, unfinished, statistics.estimate(list(values.values())), others)
+    to_base = statistics.difference(values, base.values) if base else None
+    return Cell(row, column, values, unfinished, statistics.estimate(list(values.values())), others, to_base)
+
+
+# ------------------------------------------------------------------------------------------------------------ claims
+
+
+def findings(comparison: Comparison) -> list[Finding]:
+    """Every planned claim, with the decision at the last look whose seeds are all over."""
+    table, design = comparison.table, comparison.table.design
+    groups = [tuple(table.columns)] if design.average_columns else [(column,) for column in table.columns]
+    claims = [(claim, columns) for columns in groups for claim in table.claims]
+    if not claims:
+        return []
+    numbers = [contrasts(row_values(comparison, columns), claim) for claim, columns in claims]
+    over = seeds_over(comparison)
+    if design.looks[-1] < FEWEST:
+        decisions = [Decision()] * len(claims)
+    else:
+        decisions = sequential.decide(numbers, design.seeds, over, design.looks, design.margin)
+    return [
+        finding(comparison, claim, columns, values, decision, len(claims))
+        for (claim, columns), values, decision in zip(claims, numbers, decisions, strict=True)
+    ]
+
+
+def finding(comparison, claim: Claim, columns, values: dict[int, float], decision: Decision, claims: int) -> Finding:
+    one = statistics.contrast(values)
+    error = statistics.pooled_error(trained_values(comparison, columns))
+    pooled = detectable = None
+    if one and error:
+        weights = 1 / len(claim.better) + 1 / len(claim.worse)
+        pooled = statistics.pooled_interval(one.mean, weights, one.n, error)
+    if one and one.deviation:
+        detectable = power.detectable(one.n, one.deviation, (1 - statistics.LEVEL) / claims)
+    return Finding(
+        claim,
+        columns,
+        one,
+        decision,
+        withheld=reason_to_wait(comparison, columns, decision),
+        pooled=pooled,
+        sampling=sampling(comparison, claim, columns),
+        detectable=detectable,
+        worst=worst_case(comparison, claim, columns),
+    )
+
+
+def row_values(comparison: Comparison, columns: tuple[str, ...]) -> Values:
+    """Means over the columns, for the seeds that are finished in all of them."""
+    found = {}
+    for row in comparison.table.rows:
+        parts = [comparison.cells[row, column].values for column in columns]
+        common = set.intersection(*(set(part) for part in parts))
+        found[row] = {seed: sum(part[seed] for part in parts) / len(parts) for seed in sorted(common)}
+    return found
+
+
+def contrasts(values: Values, claim: Claim) -> dict[int, float]:
+    """Seed -> mean of the better rows minus mean of the worse ones."""
+    common = set.intersection(*(set(values[row]) for row in claim.rows))
+    return {
+        seed: sum(values[row][seed] for row in claim.better) / len(claim.better)
+        - sum(values[row][seed] for row in claim.worse) / len(claim.worse)
+        for seed in sorted(common)
+    }
+
+
+def seeds_over(comparison: Comparison) -> int:
+    """How many leading planned seeds have no run that is still to be finished."""
+    left = {entry["seed"] for entry in comparison.records if entry["state"] not in (DONE, FAILED, DIVERGED)}
+    known, count = {entry["seed"] for entry in comparison.records}, 0
+    for seed in comparison.table.design.seeds:
+        if seed in left or seed not in known:
+            break
+        count += 1
+    return count
+
+
+def reason_to_wait(comparison: Comparison, columns: tuple[str, ...], decision: Decision) -> str:
+    """Why there is no verdict: too few seeds, or a baseline that is not the published one."""
+    table, design = comparison.table, comparison.table.design
+    if design.looks[-1] < FEWEST:
+        return f"{design.looks[-1]} seeds decide nothing"
+    if decision.look is None:
+        return f"{seeds_over(comparison)} of {design.looks[0]} seeds finished"
+    for column in columns if table.scale == "paper" else ():
+        row = table.published_baseline
+        published = table.paper.get(column, {}).get(row)
+        if published is None:
+            return "no published baseline is known"
+        ours = comparison.cells[row, column].estimate
+        if ours is None or abs(ours.mean - published) > NEAR:
+            return f"'{row}' is not within {NEAR} of the published {published}"
+    return ""
+
+
+def trained_values(comparison: Comparison, columns: tuple[str, ...]) -> Values:
+    """The rows that are trainings of their own, each training once: rows made from others have less error."""
+    table, seen, found = comparison.table, set(), {}
+    for row, values in row_values(comparison, columns).items():
+        runs = tuple(sorted(entry["run"] for column in columns for entry in comparison.done_in(row, column)))
+        if table.rows[row].of is None and values and runs not in seen:
+            seen.add(runs)
+            found[row] = values
+    return found
+
+
+def sampling(comparison: Comparison, claim: Claim, columns: tuple[str, ...]) -> Optional[SamplingError]:
+    """Standard errors for other seeds and other test images, if it is known which images each run has right."""
+    right: dict[tuple[str, str, int], np.ndarray] = {}
+    for entry in comparison.done:
+        if entry["row"] in claim.rows and entry["column"] in columns and comparison.metric.proportion:
+            one = correct_samples(entry)
+            if one is None:
+                return None
+            right[entry["row"], entry["column"], entry["seed"]] = one
+    if len({len(one) for one in right.values()}) != 1:
+        return None
+    seeds = contrasts(row_values(comparison, columns), claim)
+    parts = [
+        sum(
+            np.mean([right[row, column, seed] for row in claim.better], axis=0)
+            - np.mean([right[row, column, seed] for row in claim.worse], axis=0)
+            for column in columns
+        )
+        / len(columns)
+        for seed in seeds
+    ]
+    found = statistics.sampling_error(np.array(parts)) if parts else None
+    return found and SamplingError(100 * found.seeds, 100 * found.images, 100 * found.both)
+
+
+def worst_case(comparison: Comparison, claim: Claim, columns: tuple[str, ...]) -> Optional[Difference]:
+    """The difference where runs that failed or diverged have the value that speaks most against the claim: for a better
+    row the worst of its column, for a worse row the best."""
+    higher, filled, missing = comparison.metric.higher_is_better, {}, False
+    for row in claim.rows:
+        parts = []
+        for column in columns:
+            one = comparison.cells[row, column]
+            known = [value for cell in comparison.column(column) for value in cell.values.values()]
+            lost = [seed for seed, (state, _) in one.unfinished.items() if state in (FAILED, DIVERGED)]
+            missing |= bool(lost)
+            if lost and known:
+                bad = min(known) if (row in claim.better) == higher else max(known)
+                parts.append({**one.values, **dict.fromkeys(lost, bad)})
+            else:
+                parts.append(one.values)
+        common = set.intersection(*(set(part) for part in parts))
+        filled[row] = {seed: sum(part[seed] for part in parts) / len(parts) for seed in common}
+    return statistics.contrast(contrasts(filled, claim)) if missing else None
+
+
+def over_columns(comparison: Comparison, claim: Claim) -> tuple[dict[str, Difference], Optional[Summary]]:
+    """The difference in each column, and a summary where the columns' true differences may differ."""
+    table = comparison.table
+    found = {}
+    for column in table.columns:
+        one = statistics.contrast(contrasts(row_values(comparison, (column,)), claim))
+        if one is not None:
+            found[column] = one
+    usable = [(one.mean, one.deviation / one.n**0.5, one.n - 1) for one in found.values() if one.p is not None]
+    return found, statistics.random_effects(usable) if len(usable) == len(table.columns) else None

@@ -15,6 +15,7 @@ from dropkey.reproduction.tables import Row, Table
 
 DONE, RUNNING, INTERRUPTED = "done", "running", "interrupted"
 FAILED, DIVERGED, MISSING = "failed", "diverged", "missing"
+PLACE = ("init_from", "data.root", "seed")  # settings that differ between seeds or machines
 EVALUATES = ("eval.monte_carlo", "eval.split", "eval.weights")  # the keys that an evaluation's file name tells apart
 
 
@@ -116,6 +117,12 @@ def composed_evaluation(overrides: tuple[str, ...]) -> EvalConfig:
         known = override.partition("=")[0] in EVALUATES
         check.require(known, f"a row may evaluate with {', '.join(EVALUATES)}, not with {override}")
     return check.check_evaluation(compose(["run=.", *overrides], "eval"))  # a directory that exists: runs do not yet
+
+
+def settings(job: Job) -> dict[str, object]:
+    """Every key of its config that changes the result and is the same for all seeds and on all machines, flat."""
+    keys = {key: value for key, value in identity.canonical(job.config).items() if key not in PLACE}
+    return keys | identity.evaluation_settings(job.evaluation) if job.evaluation else keys
 
 
 def distinct(jobs: dict[tuple[str, str, int], Job]) -> list[Job]:

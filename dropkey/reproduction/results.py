@@ -1,53 +1,89 @@
 """The records of a table: one per cell and seed, read from its runs or from a file of records.
 
-The head of the file carries what a report needs besides: the metrics, and the settings the runs were made with.
+The head of the file carries what a report needs besides: the metrics, the settings the runs were made with, the design,
+and what tuning found. A finished run that is in the file is not repeated, even where its run directory is gone.
 """
 
+import base64
+import hashlib
 import json
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Optional
+
+import numpy as np
 
 from dropkey.config import identity
 from dropkey.config.check import require
+from dropkey.config.compose import CONFIGS
 from dropkey.errors import ConfigError
 from dropkey.records import RunDirectory, replace_file
+from dropkey.reproduction import tuning
 from dropkey.reproduction.jobs import DONE, Job, jobs_of, state
-from dropkey.reproduction.tables import Table
+from dropkey.reproduction.jobs import settings as job_settings
+from dropkey.reproduction.tables import Table, until_decided
 
 FILE = "records.jsonl"
-PLACE = ("init_from", "data.root", "seed")  # settings that differ between seeds or machines
+Place = tuple[str, str, int]  # row, column, seed
 
 
-def gather(table: Table, jobs: dict[tuple[str, str, int], Job]) -> tuple[dict, list[dict]]:
-    """(head, a record for each row, column and seed, finished or not), from the run directories.
+def gather(table: Table, jobs: dict[Place, Job], tuned: list[dict], earlier: "Earlier") -> tuple[dict, list[dict]]:
+    """(head, a record for each row, column and seed, finished or not), from the run directories, or from `earlier`
+    records where these are gone.
 
     Raises:
         ConfigError: the runs do not have the same metrics.
     """
     results = {job: RunDirectory(job.run).read_json(job.result) for job in jobs.values() if state(job)[0] == DONE}
-    metrics = {json.dumps(result["metrics"]): job.name for job, result in results.items()}
-    require(len(metrics) < 2, f"the runs of this table have different metrics: {' and '.join(metrics.values())}")
-    shown = [
-        override for override in table.overrides if not identity.has_no_effect(override.lstrip("+~").split("=")[0])
+    gone = earlier.of(jobs)
+    records = [
+        {**gone[job], "row": place[0]} if job in gone else record(place, job, results.get(job))
+        for place, job in jobs.items()
     ]
+    metrics = {json.dumps(result["metrics"]): job.name for job, result in results.items()}
+    if gone:
+        metrics[json.dumps(earlier.head["metrics"])] = "earlier records"
+    require(len(metrics) < 2, f"the runs of this table have different metrics: {' and '.join(metrics.values())}")
+    design = asdict(table.design)
+    changed = [*earlier.head.get("earlier_designs", [])]
+    if earlier.head and earlier.done and earlier.head["design"] != as_json(design):
+        changed.append(earlier.head["design"])
     head = {
         "table": table.name,
         "scale": table.scale,
         "seeds": list(table.seeds),
-        "overrides": shown,
+        "overrides": shown_overrides(table),
         "metrics": json.loads(next(iter(metrics), "[]")),
+        "design": as_json(design),
+        **({"earlier_designs": changed} if changed else {}),
+        **({"protocol": protocol_hash(table)} if table.protocol else {}),
+        **({"tuning": tuned} if tuned else {}),
         "settings": compact(settings(table, jobs)),
     }
-    return head, [record(place, job, results.get(job, {})) for place, job in jobs.items()]
+    return head, records
 
 
-def record(place: tuple[str, str, int], job: Job, result: dict) -> dict:
+def shown_overrides(table: Table) -> list[str]:
+    return [one for one in table.overrides if not identity.has_no_effect(one.lstrip("+~").split("=")[0])]
+
+
+def as_json(value):
+    return json.loads(json.dumps(value))
+
+
+def protocol_hash(table: Table) -> Optional[str]:
+    """Ten hexadecimal digits over the file with the plan of the study; None where it is gone."""
+    file = CONFIGS.parent / table.protocol
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:10] if file.exists() else None
+
+
+def record(place: Place, job: Job, result: Optional[dict]) -> dict:
     row, column, seed = place
     found, reason = state(job)
     entry = {"row": row, "column": column, "seed": seed, "state": found, "reason": reason, "run": job.run.name}
     entry["facts"] = identity.training_facts(job.config)
-    if found != DONE:
+    if result is None:
         return entry
     run = RunDirectory(job.run)
     summary, epochs, entropy = run.summary(), run.records("epoch"), run.read_json("entropy.json")
@@ -71,7 +107,18 @@ def record(place: tuple[str, str, int], job: Job, result: dict) -> dict:
             entry["heads"] = [[round(head, 4) for head in layer["normalised"]] for layer in entropy["layers"]]
         watched = f"eval_{result['metrics'][0]['key']}"
         entry["curve"] = [[line["epoch"], line["train_loss"], line.get(watched)] for line in epochs]
+    correct = run.correct(job.result)
+    if correct is not None:
+        entry["correct"] = base64.b64encode(correct).decode()
     return entry
+
+
+def correct_samples(entry: dict) -> Optional[np.ndarray]:
+    """Boolean (samples,): which test samples a record has right; None where that was not kept."""
+    if "correct" not in entry:
+        return None
+    bits = np.frombuffer(base64.b64decode(entry["correct"]), dtype=np.uint8)
+    return np.unpackbits(bits, count=entry["samples"]).astype(bool)
 
 
 # ------------------------------------------------------------------------------------------------ settings in records
@@ -79,13 +126,8 @@ def record(place: tuple[str, str, int], job: Job, result: dict) -> dict:
 
 def settings(table: Table, jobs: dict[tuple[str, str, int], Job]) -> dict[tuple[str, str], dict]:
     """(row, column) -> every key of its config that changes the result, flat."""
-    found = {}
-    for (row, column, _), job in jobs.items():
-        keys = {key: value for key, value in identity.canonical(job.config).items() if key not in PLACE}
-        if job.evaluation:
-            keys |= identity.evaluation_settings(job.evaluation)
-        found[row, column] = {**keys, "of": table.rows[row].of}
-    return found
+    places = {(row, column): job for (row, column, _), job in jobs.items()}
+    return {(row, column): {**job_settings(job), "of": table.rows[row].of} for (row, column), job in places.items()}
 
 
 def compact(found: dict[tuple[str, str], dict]) -> dict:
@@ -96,30 +138,70 @@ def compact(found: dict[tuple[str, str], dict]) -> dict:
     return {"shared": shared, "cells": own}
 
 
+def settings_of(head: dict) -> dict[tuple[str, str], dict]:
+    return {(row, column): head["settings"]["shared"] | own for row, column, own in head["settings"]["cells"]}
+
+
+def changes(old: dict, new: dict) -> list[str]:
+    """Every key that a cell was run with and that is another one now. A key that was added since does not count."""
+    return [
+        f"{key}={value}, now it is {new.get(key, 'not a key')}"
+        for key, value in old.items()
+        if key not in new or new[key] != value
+    ]
+
+
 def require_same_settings(path: Path, head: dict, now: dict[tuple[str, str], dict]) -> None:
-    """Refuses records of runs that the table would make in another way today. A key that was added since is ignored.
+    """Refuses records of runs that the table would make in another way today.
 
     Raises:
         ConfigError: with row, column, key, old and new value.
     """
-    then = {(row, column): head["settings"]["shared"] | own for row, column, own in head["settings"]["cells"]}
+    then = settings_of(head)
     for row, column in [*then, *now]:
         where = "no longer in the table" if (row, column) not in now else "missing in these records"
         both = (row, column) in then and (row, column) in now
         require(both, f"{path}: row '{row}', column '{column}' is {where}; run the table again")
     for (row, column), old in then.items():
-        new = now[row, column]
-        for key in old:
-            value = new.get(key, "not a key")
-            same = key in new and value == old[key]
-            require(
-                same,
-                f"{path}: row '{row}', column '{column}' was run with {key}={old[key]}, now it is {value}; "
-                "run the table again",
-            )
+        changed = changes(old, now[row, column])
+        require(
+            not changed,
+            f"{path}: row '{row}', column '{column}' was run with {changed[0] if changed else ''}; run the table again",
+        )
 
 
 # ----------------------------------------------------------------------------------------------------- files
+
+
+class Earlier:
+    """The finished records of a file that was written before, where its settings are still those of the table."""
+
+    def __init__(self, head: dict, done: dict[Place, dict]):
+        self.head, self.done = head, done
+
+    def of(self, jobs: dict[Place, Job]) -> dict[Job, dict]:
+        """The records of jobs whose runs are gone."""
+        return {job: self.done[place] for place, job in jobs.items() if place in self.done and state(job)[0] != DONE}
+
+    def forget(self, entry: dict) -> None:
+        self.done = {place: one for place, one in self.done.items() if one is not entry}
+
+    @staticmethod
+    def read(path: Path, table: Table) -> "Earlier":
+        """Nothing where there is no such file, or where it is of another table or has another form."""
+        try:
+            head, *records = parse(path)
+            cells = settings_of(head)
+            known = (head["table"], head["scale"], head["overrides"], bool(head["design"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            return Earlier({}, {})
+        if known[:3] != (table.name, table.scale, shown_overrides(table)):
+            return Earlier({}, {})
+        table = tuning.with_choices(table, head.get("tuning", []))
+        now = settings(table, jobs_of(table, "runs"))
+        same = {place for place, keys in cells.items() if place in now and not changes(keys, now[place])}
+        done = [entry for entry in records if entry["state"] == DONE and (entry["row"], entry["column"]) in same]
+        return Earlier(head, {(entry["row"], entry["column"], entry["seed"]): entry for entry in done})
 
 
 def write(path: Path, head: dict, records: list[dict]) -> None:
@@ -127,23 +209,32 @@ def write(path: Path, head: dict, records: list[dict]) -> None:
     replace_file(path, lambda file: file.write(text.encode()))
 
 
-def read(path: Path, table: Table) -> tuple[dict, list[dict]]:
-    """(head, records) that `write` has written for this table.
+def parse(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def read(path: Path, table: Table) -> tuple[Table, dict, list[dict]]:
+    """(the table as it was run, head, records) that `write` has written for this table.
 
     Raises:
-        ConfigError: no such file, another table, or other settings than the table has now.
+        ConfigError: no such file, another table, or other settings or another design than the table has now.
     """
     try:
-        head, *records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        head, *records = parse(path)
         known = f"table={head['table']} scale={head['scale']}"
-        overrides, seeds = table.overrides or tuple(head["overrides"]), tuple(head["seeds"])
+        overrides, seeds, design = table.overrides or tuple(head["overrides"]), tuple(head["seeds"]), head["design"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} has no records of a table: {error}") from None
     wanted = f"table={table.name} scale={table.scale}"
     require(known == wanted, f"{path} has records of {known}, not of {wanted}")
     table = replace(table, overrides=overrides, seeds=seeds)
+    if design != as_json(asdict(table.design)):  # from the command line, perhaps
+        table = replace(until_decided(table, len(design["seeds"])), seeds=seeds)
+        same = design == as_json(asdict(table.design))
+        require(same, f"{path} was planned with {design}, now it is otherwise; run the table again")
+    table = tuning.with_choices(table, head.get("tuning", []))
     require_same_settings(path, head, settings(table, jobs_of(table, "runs")))
-    return head, records
+    return table, head, records
 
 
 # -------------------------------------------------------------------------------------------------- versions

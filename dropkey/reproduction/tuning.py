@@ -8,10 +8,11 @@ import math
 from dataclasses import replace
 from typing import Optional
 
+from dropkey.config import identity
 from dropkey.config.check import require
 from dropkey.errors import ConfigError
 from dropkey.records import RunDirectory
-from dropkey.reproduction.jobs import DIVERGED, DONE, FAILED, Job, composed, named_errors, state, training_job
+from dropkey.reproduction.jobs import DIVERGED, DONE, FAILED, Job, composed, named_errors, settings, state, training_job
 from dropkey.reproduction.tables import Table
 
 
@@ -34,19 +35,18 @@ def jobs_of(table: Table, output: str) -> dict[tuple[str, str, int, int], Job]:
     return dict(sorted(found.items(), key=lambda item: item[0][3]))
 
 
-def gather(table: Table, output: str) -> list[dict]:
-    """A record for each candidate that has a finished run: `validation` and `test` of each seed, None where the run
-    failed; `missing` seeds are still to be run.
+def gather(table: Table, output: str, earlier: list[dict]) -> list[dict]:
+    """A record for each candidate that has a finished run: `validation` and `test` of each seed, None where it failed.
+    Runs that are gone are taken from `earlier` records of the same settings.
 
     Raises:
         ConfigError: a run has no validation data, so that tuning would look at the test images.
     """
-    found = {}
-    for (row, column, number, seed), job in jobs_of(table, output).items():
-        candidate = " ".join(table.rows[row].candidates[number])
-        entry = found.setdefault((row, column, number), {"row": row, "column": column, "candidate": candidate})
+    found, known = {}, {key(entry): entry for entry in earlier}
+    for place, job in jobs_of(table, output).items():
+        entry = found.setdefault(place[:3], candidate_of(table, place, job))
         validation, test = entry.setdefault("validation", {}), entry.setdefault("test", {})
-        over = state(job)[0]
+        over, seed, before = state(job)[0], str(place[3]), known.get(key(entry), {"validation": {}})
         if over == DONE:
             summary = RunDirectory(job.run).summary()
             metric = summary["metrics"][0]
@@ -54,12 +54,25 @@ def gather(table: Table, output: str) -> list[dict]:
                 summary["best_split"] == "val",
                 f"table {table.name}: best_of needs validation images, and {job.name} has none; set data.val_fraction",
             )
-            validation[str(seed)] = round(summary["objective"], metric["digits"] + 2)
-            test[str(seed)] = summary[metric["key"]]
+            validation[seed] = round(summary["objective"], metric["digits"] + 2)
+            test[seed] = summary[metric["key"]]
             entry["higher_is_better"] = metric["higher_is_better"]
+        elif before["validation"].get(seed) is not None:
+            validation[seed], test[seed] = before["validation"][seed], before["test"][seed]
+            entry["higher_is_better"] = before["higher_is_better"]
         elif over in (FAILED, DIVERGED):
-            validation[str(seed)] = None
+            validation[seed] = None
     return [entry for entry in found.values() if entry["validation"]]
+
+
+def candidate_of(table: Table, place: tuple, job: Job) -> dict:
+    row, column, number, _ = place
+    text = " ".join(table.rows[row].candidates[number])
+    return {"row": row, "column": column, "candidate": text, "settings": identity.digest(settings(job))}
+
+
+def key(entry: dict) -> tuple[str, ...]:
+    return entry["row"], entry["column"], entry["candidate"], entry["settings"]
 
 
 def missing(table: Table, records: list[dict]) -> int:

@@ -48,21 +48,26 @@ def cost_key(job: Job) -> str:
     return str({k: v for k, v in keys.items() if k.startswith(COST) and k != "trainer.epochs"})
 
 
-def outdated(jobs: Sequence[Job], retry: bool = False) -> dict[Job, str]:
+def outdated(jobs: Sequence[Job], recorded: dict[Job, dict], retry: bool = False) -> dict[Job, str]:
     """Finished jobs that cannot be compared with those still to run, and why: a part of the code that both use, or
-    torch, has changed. Empty if nothing is to run; failed jobs run again only if `retry`."""
+    torch, has changed. Empty if nothing is to run; failed jobs run again only if `retry`. `recorded`: the records of
+    jobs whose runs are gone."""
     over = (DONE,) if retry else (DONE, FAILED, DIVERGED)
-    left = [job for job in jobs if state(job)[0] not in over]
+    left = [job for job in jobs if job not in recorded and state(job)[0] not in over]
     used = {part for job in left for part in code_of(job.config, cuda=True)}
     torch, found = importlib.metadata.version("torch"), {}
-    for job in jobs:
-        if not left or state(job)[0] != DONE:
+    for job in jobs if left else ():
+        if job in recorded:
+            code, version = recorded[job]["code"], recorded[job]["torch"]
+        elif state(job)[0] == DONE:
+            result = RunDirectory(job.run).read_json(job.result)
+            code, version = result["code"], result["versions"]["torch"]
+        else:
             continue
-        result = RunDirectory(job.run).read_json(job.result)
-        changed = [part for part in changed_parts(result["code"]) if part in used]
+        changed = [part for part in changed_parts(code) if part in used]
         reasons = [f"the code of {', '.join(changed)} has changed"] if changed else []
-        if result["versions"]["torch"] != torch:
-            reasons.append(f"it used torch {result['versions']['torch']}, now it is {torch}")
+        if version != torch:
+            reasons.append(f"it used torch {version}, now it is {torch}")
         if reasons:
             found[job] = " and ".join(reasons)
     return found

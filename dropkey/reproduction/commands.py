@@ -1,0 +1,202 @@
+"""plan, run and report: what scripts/reproduce.py does with a table."""
+
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from rich.console import Console
+
+from dropkey.config.check import require
+from dropkey.errors import ConfigError
+from dropkey.records import clock
+from dropkey.reproduction import display, planning, results, runner, slots, tuning
+from dropkey.reproduction.comparison import Comparison, compare
+from dropkey.reproduction.jobs import DIVERGED, DONE, FAILED, Job, distinct, jobs_of, state
+from dropkey.reproduction.report import write
+from dropkey.reproduction.results import Earlier
+from dropkey.reproduction.tables import Table
+
+VISUALIZE = slots.SCRIPTS / "scripts" / "visualize.py"
+
+
+@dataclass
+class Study:
+    """A table with the places of its runs and reports, and what is known of it.
+
+    `args` are those of scripts/reproduce.py.
+    """
+
+    table: Table
+    args: object
+    console: Console = field(default_factory=lambda: Console(highlight=False, soft_wrap=True, markup=False))
+    earlier: Earlier = field(init=False)
+    tuned: list[dict] = field(init=False)
+
+    def __post_init__(self):
+        self.earlier = Earlier.read(self.directory / results.FILE, self.table)
+        self.look_at_tuning()
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.args.results) / self.table.slug
+
+    def look_at_tuning(self) -> None:
+        self.tuned = tuning.gather(self.table, self.args.output, self.earlier.head.get("tuning", []))
+        self.table = tuning.with_choices(self.table, self.tuned)
+
+    def tuning_jobs(self) -> list[Job]:
+        """Those still to be run."""
+        known = {tuning.key(entry): entry["validation"] for entry in self.tuned}
+        return [
+            job
+            for place, job in tuning.jobs_of(self.table, self.args.output).items()
+            if known.get(tuning.key(tuning.candidate_of(self.table, place, job)), {}).get(str(place[3])) is None
+        ]
+
+    # ------------------------------------------------------------------------------------------------------- plan
+
+    def plan(self) -> int:
+        show, table = self.console.print, self.table
+        jobs = jobs_of(table, self.args.output)
+        recorded = self.earlier.of(jobs)
+        todo = [*self.tuning_jobs(), *(job for job in distinct(jobs) if job not in recorded)]
+        show(f"{table.title}: {table.about}")
+        show(display.overview(table, jobs, recorded))
+        show(display.LEGEND, style="dim")
+        show(display.counts(todo, len(recorded)))
+        for line in display.tuning(table, self.tuned):
+            show(line)
+        for job in todo:
+            if state(job)[0] in (FAILED, DIVERGED):
+                show(display.describe(job, *state(job)))
+        for line in explain_outdated(planning.outdated(todo, recorded)):
+            show(line)
+        places = slots.slots(self.args.jobs, self.args.gpus, self.args.per_gpu, self.args.gpus_per_run)
+        seconds, size, unknown = planning.estimate(todo)
+        if seconds:
+            at_once = f"{len(places)} at a time" if len(places) > 1 else str(places[0])
+            show(f"about {clock(seconds / len(places))} ({at_once}), {size / 2**20:,.0f} MiB")
+        if unknown:
+            show(f"time of {unknown} jobs: not known until a first run of their model and data is finished")
+        if self.args.delta:
+            for line in planning.power(self.compare(), self.args.delta, self.args.power, self.args.deviation):
+                show(line)
+        return 0
+
+    # -------------------------------------------------------------------------------------------------------- run
+
+    def run(self) -> int:
+        """Tunes where rows ask for it, then goes from look to look until every claim is decided or all seeds are
+        run, then reports."""
+        left, stopped = self.launch(self.tuning_jobs(), {}) if self.tuning_jobs() else ([], 0)
+        self.look_at_tuning()
+        if tuning.missing(self.table, self.tuned):
+            return self.end(left, stopped)
+        design = self.table.design
+        planned = self.table.seeds == design.seeds
+        waves = [design.seeds[:look] for look in design.looks] if planned else [self.table.seeds]
+        for seeds in waves:
+            self.table = replace(self.table, seeds=seeds)
+            jobs = jobs_of(self.table, self.args.output)
+            before = {one.job for one in left}
+            some, stopped = self.launch([job for job in distinct(jobs) if job not in before], self.earlier.of(jobs))
+            left += some
+            if stopped:
+                break
+            comparison = self.compare()
+            if len(waves) > 1:
+                results.write(self.directory / results.FILE, comparison.head, comparison.records)
+                self.console.print(display.decisions(comparison))
+            if planned and comparison.decided:
+                break
+        if not stopped:
+            trained = {job.run for job in jobs.values() if state(job)[0] == DONE and not job.evaluation}
+            if self.args.entropy:
+                self.measure_entropy([run for run in sorted(trained) if not (run / "entropy.json").exists()])
+            self.report()
+        return self.end(left, stopped)
+
+    def launch(self, jobs: list[Job], recorded: dict[Job, dict]) -> tuple[list[runner.JobState], int]:
+        """(jobs that are not done, the signal that stopped the launcher or 0)."""
+        args = self.args
+        launcher = runner.Launcher(jobs, [], args.retry)
+        if args.launcher == "slurm":
+            from dropkey.reproduction import slurm
+
+            gpus = 0 if args.gpus == "none" else args.gpus_per_run
+            launcher.start = slurm.submitter(args.slurm, Path(args.output), gpus)
+            launcher.slots = slurm.queue_slots(args.jobs, args.gpus_per_run, int(args.slurm.get("cpus_per_task", 1)))
+        else:
+            launcher.slots = slots.slots(args.jobs, args.gpus, args.per_gpu, args.gpus_per_run)
+        outdated = {} if args.mixed else planning.outdated(jobs, recorded, args.retry)
+        if outdated and args.outdated == "refuse":
+            raise ConfigError(
+                f"{len(outdated)} finished runs {explain_outdated(outdated)[0]}; outdated=retrain trains them again "
+                "and overwrites them, mixed=true compares them all the same, a new output= trains everything"
+            )
+        for job in outdated:
+            if job in recorded:
+                self.earlier.forget(recorded[job])
+            else:
+                runner.discard(job)
+        needed = {job.needs for job in jobs if job not in recorded or job in outdated}
+        launcher.jobs = [job for job in jobs if job not in recorded or job in outdated or job in needed]
+        states = launcher.run(display.watch(self.console.print))
+        left = [one for one in states if one.state != DONE]
+        for one in left:
+            if one.state != runner.WAITING:  # stopped before its turn
+                self.console.print(display.describe(one.job, one.state, one.reason))
+        return left, launcher.stopped
+
+    def end(self, left: list[runner.JobState], stopped: int) -> int:
+        """The exit code."""
+        if stopped:
+            again = f"python scripts/reproduce.py {' '.join(sys.argv[1:])}"
+            self.console.print(f"interrupted, all saved; go on with: {again}")
+            return 128 + stopped
+        failed = sum(one.state in (FAILED, DIVERGED) for one in left)
+        if failed:
+            self.console.print(f"{failed} failed; the same command with retry=true tries them again")
+        return 1 if left else 0
+
+    def measure_entropy(self, runs: list[Path]) -> None:
+        """In a process of its own, because it imports torch."""
+        if not runs:
+            return
+        self.console.print("measuring the entropy of attention (entropy=false skips it)")
+        with tempfile.TemporaryDirectory() as place:  # the report draws its own picture, from entropy.json in each run
+            words = ["entropy", f"run={','.join(map(str, runs))}", f"output={place}/entropy.png"]
+            done = subprocess.run([sys.executable, str(VISUALIZE), *words], capture_output=True, text=True)
+        if done.returncode != 0:  # a report without it is better than none
+            self.console.print(f"no entropy: {done.stderr.strip()[-300:]}")
+
+    # ----------------------------------------------------------------------------------------------------- report
+
+    def compare(self) -> Comparison:
+        """What is finished so far."""
+        missing = tuning.missing(self.table, self.tuned)
+        require(not missing, f"table={self.table.name} is not tuned yet: {missing} runs are missing; run it first")
+        head, found = results.gather(self.table, jobs_of(self.table, self.args.output), self.tuned, self.earlier)
+        return compare(self.table, head, found, results.require_one_version(found, self.args.mixed))
+
+    def report(self) -> int:
+        if self.args.records:
+            directory = Path(self.args.records).parent
+            table, head, found = results.read(Path(self.args.records), self.table)
+            comparison = compare(table, head, found, results.require_one_version(found, self.args.mixed))
+        else:
+            comparison, directory = self.compare(), self.directory
+        name, scale = self.table.name, self.table.scale
+        require(bool(comparison.done), f"no run of table={name} scale={scale} is finished yet")
+        if not self.args.records:
+            results.write(directory / results.FILE, comparison.head, comparison.records)
+        text = write(comparison, directory)
+        print(text.split("\n## Differences")[0])
+        print(f"report {directory}/report.html (also .md, .tex, .csv, .json, {results.FILE} and the pictures)")
+        return 0
+
+
+def explain_outdated(found: dict) -> list[str]:
+    return [f"cannot be compared with new runs: {job.name}, because {reason}" for job, reason in found.items()]
