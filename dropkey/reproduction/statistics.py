@@ -149,7 +149,7 @@ def pooled_error(rows: dict[str, dict[int, float]]) -> Optional[PooledError]:
     seeds = sorted(set.intersection(*(set(values) for values in rows.values()))) if rows else []
     if len(rows) < 2 or len(seeds) < 2:
         return None
-    by_row, by_seed, error = mean_squares(np.array([[values[seed] for seed in seeds] for values in rows.values()]))
+    _, by_seed, error = mean_squares(np.array([[values[seed] for seed in seeds] for values in rows.values()]))
     if error == 0:
         return None
     of_seed = max(0.0, (by_seed - error) / len(rows))
