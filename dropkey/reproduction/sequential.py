@@ -11,6 +11,7 @@ With sums S_n and sums of squares Q_n, `u_n = S_n / sqrt(Q_n)` is a function of 
 u_n is a Markov chain, followed here on a grid of z, the normal quantile with the same p as t_n.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,12 @@ from dropkey.reproduction.statistics import Estimate, equivalence_p, estimate, h
 
 UNDECIDED, HIGHER, LOWER, EQUIVALENT = "undecided", "higher", "lower", "equivalent"
 HIGHER_WITHIN, LOWER_WITHIN = "higher, but by less than the margin", "lower, but by less than the margin"
+VERDICTS = {  # by "higher" and "within the margin"
+    (True, False): HIGHER,
+    (True, True): HIGHER_WITHIN,
+    (False, False): LOWER,
+    (False, True): LOWER_WITHIN,
+}
 
 EDGES = np.linspace(0, 9, 301)  # of |z|
 MIDDLES = (EDGES[1:] + EDGES[:-1]) / 2
@@ -43,16 +50,16 @@ def boundaries(looks: tuple[int, ...], alpha: float = 0.05) -> tuple[float, ...]
     spent = 4 * ndtr(ndtri(alpha / 4) / np.sqrt(np.array(looks) / looks[-1]))
     levels, tails = [], 2 * ndtr(-EDGES)  # the chance to come to this look with |z| above each edge
     for i, spend in enumerate(np.diff(spent, prepend=0.0)):
-        if i:
-            tails = going_on @ transition(looks[i - 1], looks[i])
         cut = np.interp(math.log(spend), np.log(np.maximum(tails, 1e-300))[::-1], EDGES[::-1])
         levels.append(max(spend, 2 * ndtr(-cut)) if i else spend)
-        going_on = -np.diff(np.maximum(tails - spend, 0.0))
+        if i + 1 < len(looks):
+            going_on = -np.diff(np.maximum(tails - spend, 0.0))
+            tails = going_on @ transition(looks[i], looks[i + 1])
     return tuple(map(float, levels))
 
 
 def check_looks(looks: Sequence[int]) -> None:
-    rising = all(a < b for a, b in zip(looks, looks[1:], strict=False))
+    rising = all(a < b for a, b in itertools.pairwise(looks))
     require(len(looks) > 0 and looks[0] >= 3 and rising, f"looks={looks} must be rising numbers of seeds from 3 on")
 
 
@@ -102,15 +109,16 @@ def least_alphas(looks: tuple[int, ...], ps: np.ndarray) -> np.ndarray:
     return 2 * ndtr(-least)
 
 
-def sequential_p(looks: tuple[int, ...], ps: Sequence[Optional[float]]) -> Optional[float]:
-    """The smallest alpha at which a claim is decided at one of the looks so far, from the two-sided p at each.
+def sequential_p(looks: tuple[int, ...], ps: Sequence[Optional[float]], sides: int = 2) -> Optional[float]:
+    """The smallest alpha at which a claim is decided at one of the looks so far, from the p of its test at each.
 
     A p like that of a fixed design whenever one stops (Liu & Anderson 2008): Holm's correction takes it, and is then
-    the group-sequential one (Ye et al. 2013). None where no look had a p.
+    the group-sequential one (Ye et al. 2013). None where no look had a p. A one-sided p is half a two-sided one.
     """
+    known = np.array([1.0 if p is None else p for p in ps])
     if all(p is None for p in ps):
         return None
-    return float(least_alphas(looks, np.array([1.0 if p is None else p for p in ps])).min())
+    return max(float(known.min()), sides / 2 * float(least_alphas(looks, np.minimum(1, 2 / sides * known)).min()))
 
 
 @dataclass(frozen=True)
@@ -153,33 +161,29 @@ def decide(
     samples = [[[claim[s] for s in seeds[:n] if s in claim] for n in reached] for claim in claims]
     found = [[estimate(values) for values in claim] for claim in samples]
     ps = [[one and one.p for one in claim] for claim in found]
-    differ, equal = family(looks, ps, alpha), [(None, None)] * len(claims)
+    differ, equal = family(looks, ps, 2, alpha), [(None, None)] * len(claims)
     if margin is not None:
-        one_sided = [[equivalence_p(values, margin) for values in claim] for claim in samples]
-        doubled = [[p and min(1.0, 2 * p) for p in claim] for claim in one_sided]
-        equal = [(p and p / 2, at) for p, at in family(looks, doubled, 2 * alpha)]
+        equal = family(looks, [[equivalence_p(values, margin) for values in claim] for claim in samples], 1, alpha)
     level = 1 - boundaries(looks, alpha)[len(reached) - 1]
     decisions = []
     for claim, own, means, (p, at), (equal_p, equal_at) in zip(samples, ps, found, differ, equal, strict=True):
-        strongest = int(np.argmin([sequential_p(looks, [None] * k + [q]) or 1.0 for k, q in enumerate(own)]))
-        up = at is not None and means[strongest].mean > 0  # at the look whose test is rejected
-        within = equal_at is not None
-        if at is None:
-            verdict = EQUIVALENT if within else UNDECIDED
-        else:
-            verdict = (HIGHER_WITHIN if up else LOWER_WITHIN) if within else (HIGHER if up else LOWER)
+        verdict = UNDECIDED if equal_at is None else EQUIVALENT
+        if at is not None:
+            known = np.array([1.0 if q is None else q for q in own[: reached.index(at) + 1]])
+            up = means[least_alphas(looks, known).argmin()].mean > 0  # at the look that decided
+            verdict = VERDICTS[up, equal_at is not None]
         first = min((look for look in (at, equal_at) if look is not None), default=None)
         decisions.append(Decision(verdict, reached[-1], estimate(claim[-1], level), p, equal_p, first))
     return decisions
 
 
 def family(
-    looks: tuple[int, ...], ps: list[list[Optional[float]]], alpha: float
+    looks: tuple[int, ...], ps: list[list[Optional[float]]], sides: int, alpha: float
 ) -> list[tuple[Optional[float], Optional[int]]]:
     """From the p of each claim at each look: its adjusted p at the last one, and the look that first had p <= alpha."""
     found = [(None, None)] * len(ps)
     for k, look in enumerate(looks[: max(map(len, ps), default=0)]):
-        adjusted = holm([sequential_p(looks, claim[: k + 1]) for claim in ps])
+        adjusted = holm([sequential_p(looks, claim[: k + 1], sides) for claim in ps])
         found = [
             (p, look if at is None and p is not None and p <= alpha else at)
             for p, (_, at) in zip(adjusted, found, strict=True)
