@@ -1,0 +1,191 @@
+"""Decisions on planned claims: at one planned number of seeds, or at several looks with a budget of false findings.
+
+A group-sequential design (Lan & DeMets 1983): by a look at n of N seeds, each side of a two-sided test may have spent
+`2 - 2 Phi(z / sqrt(n / N))` of its alpha / 2, with z so that all is spent at N: as in O'Brien and Fleming's design,
+nearly nothing early. Looking once, at N, is the special case of a fixed design.
+
+The boundaries are exact for t-tests of normal values with few seeds, where those for known variances are too lax.
+With sums S_n and sums of squares Q_n, `u_n = S_n / sqrt(Q_n)` is a function of t_n, and the next value x gives
+`u_{n+1} = (u_n + w) / sqrt(1 + w^2)`, `w = x / sqrt(Q_n)`. Without an effect, all u up to n say nothing about Q_n
+(Basu's theorem), so that `sqrt(n) w` has Student's t-distribution on n degrees of freedom whatever happened before:
+u_n is a Markov chain, followed here on a grid of z, the normal quantile with the same p as t_n.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Optional
+
+import numpy as np
+from scipy.special import ndtr, ndtri, stdtr, stdtrit
+
+from dropkey.config.check import require
+from dropkey.reproduction.statistics import Estimate, equivalence_p, estimate, holm
+
+UNDECIDED, HIGHER, LOWER, EQUIVALENT = "undecided", "higher", "lower", "equivalent"
+HIGHER_WITHIN, LOWER_WITHIN = "higher, but by less than the margin", "lower, but by less than the margin"
+VERDICTS = {  # by "higher" and "within the margin"
+    (True, False): HIGHER,
+    (True, True): HIGHER_WITHIN,
+    (False, False): LOWER,
+    (False, True): LOWER_WITHIN,
+}
+
+EDGES = np.linspace(0, 9, 301)  # of |z|
+MIDDLES = (EDGES[1:] + EDGES[:-1]) / 2
+LARGE = 40  # seeds, from where on the chain of z is taken as that of known variances
+QUANTILES = np.linspace(0.5, 5.0, 37)  # of alpha / 2 from .6 to 6e-7: boundaries between them are interpolated
+
+
+@lru_cache
+def boundaries(looks: tuple[int, ...], alpha: float = 0.05) -> tuple[float, ...]:
+    """At each look (a number of seeds), the p of a two-sided t-test at or below which a claim is decided.
+
+    The chance that a claim without an effect is decided at any look is alpha (up to 0.6). One-sided tests at alpha
+    have half the boundary of 2 alpha.
+    """
+    check_looks(looks)
+    spent = 4 * ndtr(ndtri(alpha / 4) / np.sqrt(np.array(looks) / looks[-1]))
+    levels, tails = [], 2 * ndtr(-EDGES)  # the chance to come to this look with |z| above each edge
+    for i, spend in enumerate(np.diff(spent, prepend=0.0)):
+        cut = np.interp(math.log(spend), np.log(np.maximum(tails, 1e-300))[::-1], EDGES[::-1])
+        levels.append(max(spend, 2 * ndtr(-cut)) if i else spend)
+        if i + 1 < len(looks):
+            going_on = -np.diff(np.maximum(tails - spend, 0.0))
+            tails = going_on @ transition(looks[i], looks[i + 1])
+    return tuple(map(float, levels))
+
+
+def check_looks(looks: Sequence[int]) -> None:
+    rising = all(a < b for a, b in itertools.pairwise(looks))
+    require(len(looks) > 0 and looks[0] >= 3 and rising, f"looks={looks} must be rising numbers of seeds from 3 on")
+
+
+@lru_cache
+def transition(n: int, more: int) -> np.ndarray:
+    """The chance (from, edge) that |z| is above each edge at `more` seeds, for |z| in the middle of a bin at n."""
+    if n >= LARGE:
+        old, new = math.sqrt(n / more) * MIDDLES[:, None], math.sqrt(1 - n / more)
+        return ndtr((old - EDGES) / new) + ndtr((-old - EDGES) / new)
+    if more > n + 1:
+        middle = min(more - 1, LARGE)
+        return -np.diff(transition(n, middle), axis=1) @ transition(middle, more)
+    # u_{n+1} = sqrt(1 + u_n^2) sin(angle + atan(u_n)), where sqrt(n) tan(angle) has the t-distribution
+    now, edge = chain(MIDDLES, n)[:, None], chain(EDGES, more)
+    with np.errstate(invalid="ignore"):  # nan where the edge cannot be reached
+        reached, turn = np.arcsin(edge / np.sqrt(1 + now**2)), np.arctan(now)
+    chance = tail(reached - turn, n) - tail(math.pi - reached - turn, n) + tail(reached + turn, n)
+    return np.nan_to_num(chance)
+
+
+def chain(z: np.ndarray, n: int) -> np.ndarray:
+    """|u_n| where the t-test on n values has the p of z."""
+    t = -stdtrit(n - 1, ndtr(-z))
+    return math.sqrt(n) * t / np.sqrt(n - 1 + t**2)
+
+
+def tail(angle: np.ndarray, n: int) -> np.ndarray:
+    """The chance that the angle is larger."""
+    return np.where(angle < math.pi / 2, stdtr(n, -math.sqrt(n) * np.tan(angle)), 0.0)
+
+
+@lru_cache
+def quantiles(looks: tuple[int, ...]) -> np.ndarray:
+    """The boundaries as z (alpha, look) for the alphas of QUANTILES."""
+    return -ndtri(np.array([boundaries(looks, float(2 * ndtr(-z))) for z in QUANTILES]) / 2)
+
+
+def least_alphas(looks: tuple[int, ...], ps: np.ndarray) -> np.ndarray:
+    """For p at the first looks (..., look): the smallest alpha at which each is at its look's boundary.
+
+    Not below 6e-7. Above 0.6, which no design uses, a rough value.
+    """
+    ps = np.asarray(ps, dtype=np.float64)
+    z, least = -ndtri(ps / 2), np.empty(ps.shape)
+    for look, known in enumerate(quantiles(looks).T[: ps.shape[-1]]):
+        least[..., look] = np.interp(z[..., look], np.append(0, known), np.append(0, QUANTILES))
+    return 2 * ndtr(-least)
+
+
+def sequential_p(looks: tuple[int, ...], ps: Sequence[Optional[float]], sides: int = 2) -> Optional[float]:
+    """The smallest alpha at which a claim is decided at one of the looks so far, from the p of its test at each.
+
+    A p like that of a fixed design whenever one stops (Liu & Anderson 2008): Holm's correction takes it, and is then
+    the group-sequential one (Ye et al. 2013). None where no look had a p. A one-sided p is half a two-sided one.
+    """
+    known = np.array([1.0 if p is None else p for p in ps])
+    if all(p is None for p in ps):
+        return None
+    return max(float(known.min()), sides / 2 * float(least_alphas(looks, np.minimum(1, 2 / sides * known)).min()))
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is decided on a claim by the last look that is over.
+
+    `look` is its number of planned seeds, None before the first; `estimate` is over the n of them that have a value,
+    and its interval holds at all looks together (the ordinary one for a single look). `p` and `equivalence_p` are
+    adjusted for looks and claims. `decided_at` is the look at which the claim was first decided.
+    """
+
+    verdict: str = UNDECIDED
+    look: Optional[int] = None
+    estimate: Optional[Estimate] = None
+    p: Optional[float] = None
+    equivalence_p: Optional[float] = None
+    decided_at: Optional[int] = None
+
+
+def decide(
+    claims: Sequence[dict[int, float]],
+    seeds: Sequence[int],
+    over: int,
+    looks: tuple[int, ...],
+    margin: Optional[float] = None,
+    alpha: float = 0.05,
+) -> list[Decision]:
+    """A decision on each planned claim.
+
+    `claims`: from seed -> the contrast in that seed, where it exists. `seeds`: all, in their planned order. `over`: how
+    many leading seeds are over, done or not; a look counts once all its seeds are. Differences and, within a margin,
+    equivalences are two families of tests, each with its own alpha and Holm correction. A decision stands, whatever
+    later looks say: a claim that was higher stays higher.
+    """
+    check_looks(looks)
+    require(len(seeds) >= looks[-1], f"{len(seeds)} seeds are planned, and looks={looks} need {looks[-1]}")
+    reached = [n for n in looks if n <= over]
+    if not reached:
+        return [Decision()] * len(claims)
+    samples = [[[claim[s] for s in seeds[:n] if s in claim] for n in reached] for claim in claims]
+    found = [[estimate(values) for values in claim] for claim in samples]
+    ps = [[one and one.p for one in claim] for claim in found]
+    differ, equal = family(looks, ps, 2, alpha), [(None, None)] * len(claims)
+    if margin is not None:
+        equal = family(looks, [[equivalence_p(values, margin) for values in claim] for claim in samples], 1, alpha)
+    level = 1 - boundaries(looks, alpha)[len(reached) - 1]
+    decisions = []
+    for claim, own, means, (p, at), (equal_p, equal_at) in zip(samples, ps, found, differ, equal, strict=True):
+        verdict = UNDECIDED if equal_at is None else EQUIVALENT
+        if at is not None:
+            known = np.array([1.0 if q is None else q for q in own[: reached.index(at) + 1]])
+            up = means[least_alphas(looks, known).argmin()].mean > 0  # at the look that decided
+            verdict = VERDICTS[up, equal_at is not None]
+        first = min((look for look in (at, equal_at) if look is not None), default=None)
+        decisions.append(Decision(verdict, reached[-1], estimate(claim[-1], level), p, equal_p, first))
+    return decisions
+
+
+def family(
+    looks: tuple[int, ...], ps: list[list[Optional[float]]], sides: int, alpha: float
+) -> list[tuple[Optional[float], Optional[int]]]:
+    """From the p of each claim at each look: its adjusted p at the last one, and the look that first had p <= alpha."""
+    found = [(None, None)] * len(ps)
+    for k, look in enumerate(looks[: max(map(len, ps), default=0)]):
+        adjusted = holm([sequential_p(looks, claim[: k + 1], sides) for claim in ps])
+        found = [
+            (p, look if at is None and p is not None and p <= alpha else at)
+            for p, (_, at) in zip(adjusted, found, strict=True)
+        ]
+    return found
