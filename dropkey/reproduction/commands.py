@@ -65,8 +65,8 @@ class Study:
         show(f"{table.title}: {table.about}")
         show(display.overview(table, jobs, recorded))
         show(display.LEGEND, style="dim")
-        show(display.counts(todo, len(recorded)))
-        for line in display.tuning(table, self.tuned):
+        show(display.counts(todo, len(set(recorded))))
+        for line in display.tuned(table, self.tuned):
             show(line)
         for job in todo:
             if state(job)[0] in (FAILED, DIVERGED):
@@ -81,8 +81,9 @@ class Study:
         if unknown:
             show(f"time of {unknown} jobs: not known until a first run of their model and data is finished")
         if self.args.delta:
-            for line in planning.power(self.compare(), self.args.delta, self.args.power, self.args.deviation):
-                show(line)
+            hours = planning.hours_per_seed(distinct(jobs), len(table.seeds), len(places))
+            args = (self.args.delta, self.args.power, self.args.deviation, hours)
+            show(display.power(planning.power(self.compare().findings, *args), *args[:2]))
         return 0
 
     # -------------------------------------------------------------------------------------------------------- run

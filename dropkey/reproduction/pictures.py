@@ -2,8 +2,10 @@
 
 import math
 
-from dropkey.plotting import COLORS, GREY, save, style, subplots
-from dropkey.reproduction.comparison import Comparison
+from dropkey.metrics import Metric
+from dropkey.plotting import COLORS, GREY, INK, PALE, save, style, subplots
+from dropkey.reproduction import tuning
+from dropkey.reproduction.comparison import Comparison, contrasts, row_values
 from dropkey.reproduction.statistics import estimate
 
 DASHES = ("-", "--", ":")
@@ -13,8 +15,6 @@ def forest(comparison: Comparison) -> str:
     """Differences to the baseline with 95 % intervals, a panel per column; every seed's difference is a dot."""
     table, metric = comparison.table, comparison.metric
     rows = [row for row in table.rows if row != table.baseline]
-    unit = f" ({'points' if metric.unit == '%' else metric.unit})" if metric.unit else ""
-    better = "" if metric.higher_is_better else ", lower is better"
     with style():
         size = (2.8 + 3.6 * len(table.columns), 1.1 + 0.34 * len(rows))
         figure, axes = subplots(1, len(table.columns), size, sharey=True)
@@ -32,7 +32,7 @@ def forest(comparison: Comparison) -> str:
                 axis.plot(dots, [height + 0.22] * len(dots), ".", color=GREY, markersize=4, alpha=0.7)
                 axis.plot(one.mean, height, "s", color=COLORS[0], markersize=6)
             axis.set_title(column)
-            axis.set_xlabel(f"{metric.label} minus that of '{table.baseline}'{unit}{better}")
+            axis.set_xlabel(f"{metric.label} minus that of '{table.baseline}'{unit_of(metric)}{better(metric)}")
             axis.set_yticks(range(len(rows)), rows)
             axis.set_ylim(len(rows) - 0.4, -0.6)
             axis.tick_params(axis="y", length=0)
@@ -116,3 +116,66 @@ def legend(figure, axes, columns: int) -> None:
     handles, labels = axes[0][0].get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+
+
+def claims(comparison: Comparison) -> str:
+    """Every claim with its interval; below it, where it is about the mean of several columns, each of these. Dots are
+    seeds; the band is the margin of equivalence."""
+    table, metric = comparison.table, comparison.metric
+    lines = []  # label, estimate, seeds' differences, whether it is a claim
+    for found in comparison.findings:
+        place = "" if len(found.columns) == len(table.columns) else f", {found.columns[0]}"
+        numbers = contrasts(row_values(comparison, found.columns), found.claim)
+        lines.append((f"{found.claim}{place}", found.decision.estimate or found.difference, numbers, True))
+        for column, one in comparison.summaries.get(found.claim.label, ({}, None))[0].items():
+            if len(found.columns) > 1:
+                lines.append((column, one, contrasts(row_values(comparison, (column,)), found.claim), False))
+    with style():
+        figure, axes = subplots(1, 1, (7.2, 1.0 + 0.32 * len(lines)))
+        axis = axes[0][0]
+        if table.design.margin:
+            axis.axvspan(-table.design.margin, table.design.margin, color=PALE, linewidth=0)
+        axis.axvline(0, color=GREY, linewidth=1)
+        for height, (_, one, numbers, is_claim) in enumerate(lines):
+            if one is None:
+                continue
+            color = COLORS[0] if is_claim else GREY
+            if one.low is not None:
+                axis.hlines(height, one.low, one.high, color=color, linewidth=2.5 if is_claim else 1.2)
+            axis.plot(list(numbers.values()), [height + 0.24] * len(numbers), ".", color=GREY, markersize=3, alpha=0.6)
+            axis.plot(one.mean, height, "s", color=color, markersize=6 if is_claim else 4)
+        axis.set_xlabel(f"difference in {metric.label}{unit_of(metric)}{better(metric)}")
+        axis.set_yticks(range(len(lines)), [label if is_claim else f"{label}  " for label, _, _, is_claim in lines])
+        for text, (_, _, _, is_claim) in zip(axis.get_yticklabels(), lines, strict=True):
+            text.set_color(INK if is_claim else GREY)
+        axis.set_ylim(len(lines) - 0.4, -0.6)
+        axis.tick_params(axis="y", length=0)
+        axis.grid(axis="x")
+        axis.spines["left"].set_visible(False)
+        return save(figure)
+
+
+def tuning_budget(comparison: Comparison) -> str:
+    """The expected test result over the number of candidates tried, a line per tuned row."""
+    records, metric = comparison.head["tuning"], comparison.metric
+    places = list(dict.fromkeys((entry["row"], entry["column"]) for entry in records))
+    several = len({column for _, column in places}) > 1
+    with style():
+        figure, axes = subplots(1, 1, (5.2, 3.2))
+        for number, (row, column) in enumerate(places):
+            curve = tuning.budget_curve(records, row, column)
+            label, color = f"{row}, {column}" if several else row, COLORS[number % len(COLORS)]
+            axes[0][0].plot(range(1, len(curve) + 1), curve, marker="o", markersize=4, color=color, label=label)
+        axes[0][0].set(xlabel="candidates tried", ylabel=f"expected test {metric.label}{unit_of(metric)}")
+        axes[0][0].xaxis.get_major_locator().set_params(integer=True)
+        axes[0][0].grid()
+        legend(figure, axes, 2)
+        return save(figure)
+
+
+def unit_of(metric: Metric) -> str:
+    return f" ({'points' if metric.unit == '%' else metric.unit})" if metric.unit else ""
+
+
+def better(metric: Metric) -> str:
+    return "" if metric.higher_is_better else ", lower is better"

@@ -1,12 +1,17 @@
-"""What a table still needs: time and disk, estimated from finished runs, and which of these runs are outdated."""
+"""What a table still needs: seeds, time and disk, estimated from finished runs, and which of these are outdated."""
 
 import importlib.metadata
 from collections.abc import Sequence
+from typing import Optional
 
 from dropkey.code_version import changed_parts, code_of
 from dropkey.config import identity
+from dropkey.config.check import require
 from dropkey.records import RunDirectory
+from dropkey.reproduction.comparison import Finding
 from dropkey.reproduction.jobs import DIVERGED, DONE, FAILED, INTERRUPTED, RUNNING, Job, state
+from dropkey.reproduction.power import equivalence_seeds, seeds_needed
+from dropkey.reproduction.tables import FEWEST
 
 STARTUP = 10.0  # seconds until the first step: imports, reading data
 COST = ("task.", "model.", "data.", "augment.", "trainer.")  # the keys that decide the time of an epoch
@@ -71,3 +76,38 @@ def outdated(jobs: Sequence[Job], recorded: dict[Job, dict], retry: bool = False
         if reasons:
             found[job] = " and ".join(reasons)
     return found
+
+
+def power(
+    findings: Sequence[Finding], delta: float, chance: float, guess: Optional[float], hours: Optional[float]
+) -> list[list[str]]:
+    """For each claim: its deviation between seeds, and the seeds and hours that find a true difference of `delta` with
+    this chance. Alone, and where it is the first of all claims in Holm's correction.
+
+    Args:
+        guess: of the deviation, in place of that of the runs.
+        hours: of one seed, all rows and columns; None if not known.
+    Raises:
+        ConfigError: a claim without 3 finished seeds, and no guess.
+    """
+    lines = []
+    for found in findings:
+        known = found.difference.deviation if found.difference and found.difference.n >= FEWEST else None
+        deviation = guess or known
+        require(bool(deviation), f"claim '{found.claim}': no 3 seeds are finished; say deviation=, such as 1.2")
+        source = "guess" if guess else f"{found.difference.n} seeds"
+        counts = [seeds_needed(delta, deviation, alpha, chance) for alpha in (0.05, 0.05 / len(findings))]
+        shown = [str(count) if count else "> 10,000" for count in counts]
+        time = [f"{count * hours:,.1f}" if count and hours else "not known" for count in counts]
+        equal = equivalence_seeds(delta, deviation, 0.05 / len(findings), chance)
+        lines.append([str(found.claim), f"{deviation:.2f} ({source})", *shown, str(equal or "> 10,000"), time[1]])
+    return lines
+
+
+def hours_per_seed(jobs: Sequence[Job], seeds: int, slots: int) -> Optional[float]:
+    """From finished trainings of the same cost; None if one is not known."""
+    finished = {cost_key(job): RunDirectory(job.run).summary()["seconds"] for job in jobs if state(job)[0] == DONE}
+    trainings = [job for job in jobs if not job.evaluation]
+    if not all(cost_key(job) in finished for job in trainings):
+        return None
+    return sum(STARTUP + finished[cost_key(job)] for job in trainings) / seeds / slots / 3600

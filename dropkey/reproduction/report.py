@@ -18,7 +18,6 @@ from markupsafe import Markup
 from dropkey.records import replace_file
 from dropkey.reproduction import content, pictures
 from dropkey.reproduction.comparison import Comparison
-from dropkey.reproduction.statistics import LEVEL, least_p
 
 TEMPLATES = jinja2.FileSystemLoader(Path(__file__).with_name("templates"))
 OPTIONS = {"loader": TEMPLATES, "trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
@@ -40,6 +39,10 @@ NOT_LATEX = {
 def write(comparison: Comparison, directory: Path) -> str:
     """Writes report.md, .html, .tex, .csv, .json and the pictures into `directory`; returns the Markdown."""
     drawn = {"forest.svg": pictures.forest(comparison), "curves.svg": pictures.curves(comparison)}
+    if comparison.findings:
+        drawn["claims.svg"] = pictures.claims(comparison)
+    if comparison.head.get("tuning"):
+        drawn["tuning.svg"] = pictures.tuning_budget(comparison)
     if any(entry.get("heads") for entry in comparison.done):
         drawn["entropy.svg"] = pictures.entropy(comparison)
     text = markdown(comparison, drawn)
@@ -59,12 +62,11 @@ def write(comparison: Comparison, directory: Path) -> str:
 def markdown(comparison: Comparison, drawn: dict[str, str]) -> str:
     table, findings = comparison.table, comparison.findings
     watched = {{"val": "validation"}.get(entry["watched"], entry["watched"]) for entry in comparison.done}
-    compared = [cell.to_baseline for cell in comparison.cells.values() if cell.to_baseline]
-    pairs = max((one.n for one in compared), default=0)
     environment = jinja2.Environment(**OPTIONS)
     environment.filters |= {"cell": escape_markdown, "named": content.named, "in_units": content.in_units}
     text = environment.get_template("report.md.j2").render(
         table=table,
+        design=table.design,
         metric=comparison.metric,
         drawn=drawn,
         mixed=comparison.mixed,
@@ -72,12 +74,13 @@ def markdown(comparison: Comparison, drawn: dict[str, str]) -> str:
         overview=content.overview(comparison),
         overview_caption=content.overview_caption(comparison),
         claims=content.claims(comparison) if findings else None,
-        tested=sum(found.difference is not None and found.difference.adjusted is not None for found in findings),
+        checks=content.checks(comparison) if findings else None,
+        over_columns=content.over_columns(comparison) if comparison.summaries else None,
+        candidates=content.candidates(comparison) if comparison.head.get("tuning") else None,
+        plan=content.plan(comparison),
+        errors=content.errors(comparison),
+        least_flip=content.p_value(min((f.difference.least_flip_p for f in findings if f.difference), default=None)),
         differences={column: content.differences(comparison, column) for column in table.columns},
-        pairs=pairs,
-        least_p=content.p_value(least_p(pairs)),
-        needed=next(n for n in range(1, 30) if least_p(n) <= 1 - LEVEL),
-        compared=len(compared),
         entropy=any(entry.get("entropy") is not None for entry in comparison.done),
         watched=" or ".join(sorted(watched)) or "validation",
         unfinished=[escape_markdown(line) for line in content.unfinished(comparison)],
@@ -145,13 +148,28 @@ def as_json(comparison: Comparison) -> str:
         "scale": table.scale,
         "title": table.title,
         "baseline": table.baseline,
-        "overrides": comparison.overrides,
-        "metrics": [dataclasses.asdict(metric) for metric in comparison.metrics],
+        "overrides": comparison.head["overrides"],
+        "design": comparison.head["design"],
+        "tuning": comparison.head.get("tuning", []),
+        "protocol": comparison.head.get("protocol"),
+        "metrics": comparison.head["metrics"],
         "paper": table.paper,
         "cells": [dataclasses.asdict(cell) for cell in comparison.cells.values()],
-        "claims": [{**dataclasses.asdict(found), "claim": str(found.claim)} for found in comparison.findings],
+        "claims": [
+            {**dataclasses.asdict(found), "claim": str(found.claim), "verdict": content.verdict(comparison, found)}
+            for found in comparison.findings
+        ],
+        "over_columns": {
+            claim: {
+                "columns": {c: dataclasses.asdict(one) for c, one in found.items()},
+                "summary": summary and vars(summary),
+            }
+            for claim, (found, summary) in comparison.summaries.items()
+        },
         "mixed": comparison.mixed,
-        "runs": [{k: v for k, v in entry.items() if k not in ("curve", "heads")} for entry in comparison.records],
+        "runs": [
+            {k: v for k, v in entry.items() if k not in ("curve", "heads", "correct")} for entry in comparison.records
+        ],
     }
     return json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
 

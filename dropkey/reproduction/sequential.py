@@ -25,7 +25,7 @@ from dropkey.config.check import require
 from dropkey.reproduction.statistics import Estimate, equivalence_p, estimate, holm
 
 UNDECIDED, HIGHER, LOWER, EQUIVALENT = "undecided", "higher", "lower", "equivalent"
-HIGHER_WITHIN, LOWER_WITHIN = "higher, but by less than the margin", "lower, but by less than the margin"
+WITHIN = HIGHER_WITHIN, LOWER_WITHIN = "higher, but by less than the margin", "lower, but by less than the margin"
 VERDICTS = {  # by "higher" and "within the margin"
     (True, False): HIGHER,
     (True, True): HIGHER_WITHIN,

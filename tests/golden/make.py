@@ -1,7 +1,7 @@
 """Writes what tests compare with: python tests/golden/make.py losses|table|report
 
 losses   losses.json: the first 20 training losses under each regularizer
-table    table/records.jsonl: a mini-sweep of twelve runs, two minutes; then its report
+table    table/records.jsonl: a mini-sweep of some twenty runs, two minutes; then its report
 report   table/report.* and pictures, from table/records.jsonl
 """
 
@@ -22,7 +22,7 @@ from dropkey.config.check import check  # noqa: E402
 from dropkey.config.compose import compose  # noqa: E402
 from dropkey.config.schema import REGULARIZER_NAMES  # noqa: E402
 from dropkey.records import RunDirectory  # noqa: E402
-from dropkey.reproduction import jobs, results, tables  # noqa: E402
+from dropkey.reproduction import jobs, results, tables, tuning  # noqa: E402
 from dropkey.reproduction.comparison import compare  # noqa: E402
 from dropkey.reproduction.report import write  # noqa: E402
 
@@ -42,21 +42,25 @@ def all_losses() -> None:
 
 
 def table() -> None:
-    mini = tables.load(str(TABLE / "mini.yaml"), "smoke", (0, 1, 2))
+    mini = tables.load(str(TABLE / "mini.yaml"), "smoke")
     with tempfile.TemporaryDirectory() as folder:
+        for job in tuning.jobs_of(mini, folder).values():
+            session.train(check(compose(list(job.overrides))), RunDirectory(job.run))
+        tuned = tuning.gather(mini, folder, [])
+        mini = tuning.with_choices(mini, tuned)
         todo = jobs.jobs_of(mini, folder)
-        for job in todo.values():
+        for job in jobs.distinct(todo):
             session.train(check(compose(list(job.overrides))), RunDirectory(job.run))
             entropy.record_entropy(job.run)
         last = RunDirectory(todo["DropKey, constant", "ViT 2 x 32", 2].run)
         last.set_status("diverged", reason="loss nan")  # made up: no run of this size diverges
-        results.write(FILE, *results.gather(mini, todo))
+        results.write(FILE, *results.gather(mini, todo, tuned, results.Earlier({}, {})))
     report()
 
 
 def report() -> None:
     mini = tables.load(str(TABLE / "mini.yaml"), "smoke")
-    head, found = results.read(FILE, mini)
+    mini, head, found = results.read(FILE, mini)
     write(compare(mini, head, found, results.require_one_version(found, mixed=False)), TABLE)
 
 
