@@ -12,7 +12,7 @@ from dropkey.config import schema
 from dropkey.config.schema import EvalConfig, ModelConfig, RegularizerConfig, ScheduleConfig, TrainConfig
 from dropkey.errors import ConfigError
 
-FEW = 8  # choices that a message lists in full
+FEW = 10  # choices that a message lists in full
 RESIZED = "vit_tiny_patch16_224"  # the architecture whose sizes configs/model/vit_<depth>x<width>.yaml set
 SMALL_IMAGE = 96  # pixels; below, a patch of 16 leaves fewer than 6 x 6 tokens
 SOFT_SPLITS = {"t2t_vit_small_image": ((3, 2, 1), (3, 2, 1))}  # kernel, stride, padding; all others:

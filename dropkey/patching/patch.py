@@ -43,7 +43,8 @@ class RegularizedLayer:
     module: AttentionRegularizer = field(repr=False, compare=False)
 
     def __str__(self) -> str:
-        window = "" if self.module.window is None else f"  window {self.module.shown_window()}"
+        has_window = self.module.window is not None and self.ratio > 0
+        window = f"  window {self.module.shown_window()}" if has_window else ""
         name = self.name or "(the model)"
         return f"{name:<36} {self.kind:<8} {self.mechanism:<8} ratio {self.ratio:.4f}{window}"
 
