@@ -18,7 +18,7 @@ from dropkey import bernoulli
 from dropkey.bernoulli import as_ratio, as_seed, as_threshold
 
 Grid = tuple[int, int]
-Window = Optional[Union[int, str]]
+Window = Optional[Union[int, float, str]]
 AXES = ("sample", "head", "query", "key")
 FULL = 0  # window="full" as a number
 
@@ -61,6 +61,10 @@ def structured_mask(
         prefix = bernoulli.draw(seed, threshold, len(part), num_prefix, first_column=cells, first_row=first)
         part[:, :num_prefix] = prefix
     return mask.view(shape)
+
+
+block_mask = partial(structured_mask, is_block=True)
+cross_mask = partial(structured_mask, is_block=False)
 
 
 def dilate(points: Tensor, grid: Grid, window: int, *, vertical: bool) -> Tensor:
@@ -172,12 +176,15 @@ class Regularizer:
 REGULARIZERS = {
     "dropout": Regularizer(independent_mask, rescale, masks_logits=False),
     "dropkey": Regularizer(independent_mask, renormalise, masks_logits=True),
-    "dropkey_block": Regularizer(partial(structured_mask, is_block=True), renormalise, masks_logits=True),
-    "dropkey_cross": Regularizer(partial(structured_mask, is_block=False), renormalise, masks_logits=True),
+    "dropkey_block": Regularizer(block_mask, renormalise, masks_logits=True),
+    "dropkey_cross": Regularizer(cross_mask, renormalise, masks_logits=True),
     "dropkey_column": Regularizer(independent_mask, renormalise, masks_logits=True, shared=("query",)),
+    "dropkey_block_column": Regularizer(block_mask, renormalise, masks_logits=True, shared=("query",)),
+    "dropkey_cross_column": Regularizer(cross_mask, renormalise, masks_logits=True, shared=("query",)),
     "dropattention": Regularizer(independent_mask, renormalise_detached, masks_logits=False),
 }
-STRUCTURED = ("dropkey_block", "dropkey_cross")  # these must know the grid of the keys
+# These must know the grid of the keys.
+STRUCTURED = ("dropkey_block", "dropkey_cross", "dropkey_block_column", "dropkey_cross_column")
 
 
 def check_name(regularizer: str) -> None:
@@ -188,11 +195,33 @@ def check_name(regularizer: str) -> None:
 
 def check_window(regularizer: str, window: Window) -> None:
     """Raises ValueError for a window that DropKey-Block or DropKey-Cross cannot have; the others have none."""
-    if regularizer not in STRUCTURED or (window == "full" and regularizer == "dropkey_cross"):
+    is_cross = regularizer.startswith("dropkey_cross")
+    if regularizer not in STRUCTURED or (window == "full" and is_cross):
         return
-    if not isinstance(window, int) or window < 1 or window % 2 == 0:
-        also = ' or "full"' if regularizer == "dropkey_cross" else ""
-        raise ValueError(f"{regularizer} takes an odd window in cells{also}, not {window}")
+    is_odd = isinstance(window, int) and window > 0 and window % 2 == 1
+    if not is_odd and not (isinstance(window, float) and 0 < window < 1):
+        also = ', or "full"' if is_cross else ""
+        raise ValueError(f"{regularizer} takes an odd window in cells, a share of the grid below 1{also}, not {window}")
+
+
+def window_cells(window: Window, grid: Grid) -> int:
+    """Cells across of a window on `grid`; FULL for "full".
+
+    A share of the grid's shorter side becomes the nearest odd number of cells; in the middle between two, the larger:
+    0.5 of 8 cells are 5.
+
+    Raises:
+        ValueError: a share that is a single cell, because plain DropKey would run under another name.
+    """
+    if not isinstance(window, float):
+        return FULL if window == "full" else window
+    cells = 2 * int(round(window * min(grid), 6) // 2) + 1  # rounded, because 0.58 * 100 is 57.99...
+    if cells == 1:
+        raise ValueError(
+            f"window={window:g} of a grid of {grid[0]} x {grid[1]} is a single cell, which is plain DropKey: "
+            "take a larger share, or a number of cells such as window=3"
+        )
+    return cells
 
 
 def draw_mask(
@@ -214,9 +243,10 @@ def draw_mask(
         seed: the mask is a function of it and of `shape`; without one it comes from `device`'s default generator.
         grid: height and width of the keys on the image (Block and Cross).
         num_prefix: keys before the grid, such as the class token (Block and Cross).
-        window: cells across, odd; Cross also "full".
+        window: cells across, odd; or a float in (0, 1), the share of the grid's shorter side, see `window_cells`; Cross
+            also "full".
     Returns:
-        Boolean, True where dropped, of `shape` or broadcastable to it (column: B H 1 K).
+        Boolean, True where dropped, of `shape` or broadcastable to it (with `column` in the name: B H 1 K).
     Raises:
         ValueError: Block or Cross without a grid and window that fit the keys.
     """
@@ -241,7 +271,7 @@ def seeded_mask(
             raise ValueError(f"{regularizer} needs grid=(height, width) of the keys")
         if num_prefix + grid[0] * grid[1] != shape[-1]:
             raise ValueError(f"{shape[-1]} keys are not {num_prefix} prefix tokens and a grid of {grid[0]} x {grid[1]}")
-        layout = [*grid, num_prefix, FULL if window == "full" else window]
+        layout = [*grid, num_prefix, window_cells(window, grid)]
     compute = mask_op if torch.compiler.is_compiling() else compute_mask
     return compute(seed, threshold, regularizer, list(shape), layout)
 

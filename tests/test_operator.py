@@ -312,6 +312,30 @@ def test_structured_regularizers_without_a_grid_are_refused(regularizer):
         attention(*inputs(5, 5), regularizer=regularizer, ratio=0.3, window=3)
 
 
+@pytest.mark.parametrize("regularizer", STRUCTURED)
+def test_structured_masks_are_left_to_sdpa_where_triton_is_asked_for(regularizer):
+    with pytest.raises(ValueError, match="impl=triton draws dropkey and dropkey_column only; use impl=sdpa"):
+        attention(*inputs(5, 5), regularizer=regularizer, ratio=0.3, impl="triton", **key_layout(regularizer, 5))
+
+
+@pytest.mark.parametrize(
+    ("regularizer", "impl"), [(name, impl) for name, impl in COMBINATIONS if name in STRUCTURED], ids=str
+)
+def test_a_relative_window_is_that_number_of_cells(regularizer, impl):
+    tensors, found = inputs(7, 50), []
+    for window in (0.4, 3):  # of 7 x 7
+        layout = {"grid": (7, 7), "num_prefix": 1, "window": window}
+        out = attention(*tensors, regularizer=regularizer, ratio=0.3, impl=impl, seed=5, **layout)
+        found.append([out, *gradients(out, torch.ones_like(out), tensors)])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("regularizer", STRUCTURED)
+def test_a_relative_window_of_a_single_cell_is_refused(regularizer):
+    with pytest.raises(ValueError, match=r"window=0\.4 of a grid of 2 x 2 is a single cell"):
+        attention(*inputs(5, 5), regularizer=regularizer, ratio=0.3, grid=(2, 2), num_prefix=1, window=0.4)
+
+
 @pytest.mark.parametrize("regularizer", REGULARIZERS)
 def test_auto_stands_for_an_impl_that_can(regularizer):
     assert select_impl("auto", regularizer, *inputs(5, 5)) in IMPLS_OF[regularizer]
@@ -334,7 +358,11 @@ def test_the_impls_are_those_of_the_config():
 
 
 ORDERS = pairwise(
-    [1, 2 * 7 * 15 * 4, 1 << 20], [(2, 3), (3, 2)], [False, True], ["dropkey", "dropkey_column"], [None, *BIASES]
+    [1, 2 * 7 * 15 * 4, 1 << 20],
+    [(2, 3), (3, 2)],
+    [False, True],
+    ["dropkey", "dropkey_column", "dropkey_block_column"],
+    [None, *BIASES],
 )
 
 
@@ -358,7 +386,8 @@ def test_the_order_of_computation_changes_nothing(monkeypatch, cache, sizes, tra
         monkeypatch.setattr(cpu, "JOIN_BYTES", small)
         monkeypatch.setattr(cpu, "CACHE_BYTES", cache)
         monkeypatch.setattr(cpu, "DRAWS", 1 << 17 if small else cache // 8)
-        out = attention(*tensors, regularizer=regularizer, ratio=0.3, impl="cpu", bias=bias, seed=5)
+        layout = key_layout(regularizer, 15)
+        out = attention(*tensors, regularizer=regularizer, ratio=0.3, impl="cpu", bias=bias, seed=5, **layout)
         found.append([out, *gradients(out, towards, trained)])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)

@@ -338,6 +338,31 @@ def test_the_printed_model_shows_kind_and_ratio():
     assert repr(model).count("dropkey_block, ratio=0.25, window=3, layer=self") == 3
 
 
+def test_the_report_shows_a_window_in_cells_as_soon_as_layers_know_their_grids():
+    model = volo()
+    report = patching.apply(model, "dropkey_cross_column", 0.3, window=0.7, layers=EVERY_LAYER)
+    lines = str(report).splitlines()[1:]
+    assert [line.partition("window ")[2] for line in lines] == ["0.7 of the grid"] * 5 + [""]  # the last has ratio 0
+    model(images_for(model))
+    lines = str(report).splitlines()[1:]
+    assert lines[0].endswith("outlook  weights  ratio 0.3000  window 0.7 of 3 x 3 = 3 cells")
+    assert lines[1].endswith("self     fused    ratio 0.2400  window 0.7 of 4 x 4 = 3 cells")
+    assert repr(model).count("window=0.7 of 4 x 4 = 3 cells, layer=self") == 3
+
+
+@pytest.mark.parametrize("window", [3, "full"])
+def test_the_report_shows_a_window_in_cells_at_once(window):
+    report = patching.apply(vit(), "dropkey_cross", 0.3, "constant", window=window)
+    assert all(line.endswith(f"ratio 0.3000  window {window}") for line in str(report).splitlines()[1:])
+
+
+def test_a_share_of_a_single_cell_is_refused_by_the_first_training_pass():
+    model = vit()
+    patching.apply(model, "dropkey_block", 0.3, window=0.3)
+    with pytest.raises(ValueError, match=r"window=0\.3 of a grid of 4 x 4 is a single cell, which is plain DropKey"):
+        model(images_for(model))
+
+
 @pytest.mark.parametrize("schedule", schema.SCHEDULES)
 def test_set_ratio_gives_what_apply_would_give(schedule):
     model, wanted = volo(), volo()
@@ -407,6 +432,7 @@ def test_a_model_without_the_layers_asked_for_is_refused():
         ({"regularizer": "dropkey_block"}, "dropkey_block takes an odd window"),
         ({"regularizer": "dropkey_block", "window": "full"}, "dropkey_block takes an odd window"),
         ({"regularizer": "dropkey_cross", "window": 4}, "dropkey_cross takes an odd window"),
+        ({"regularizer": "dropkey_cross_column", "window": 1.5}, "dropkey_cross_column takes an odd window"),
     ],
 )
 def test_arguments_that_cannot_work_are_refused_and_the_model_stays_as_it_was(arguments, message):

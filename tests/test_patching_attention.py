@@ -11,7 +11,7 @@ from timm.models.swin_transformer import WindowAttention
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from dropkey import patching
+from dropkey import patching, regularizers
 from dropkey.bernoulli import as_ratio, as_threshold
 from dropkey.models.t2t_vit import TokenTransformerAttention
 from dropkey.patching.find import key_grid
@@ -258,6 +258,22 @@ def test_a_grid_can_be_given(drawn):
     assert drawn.layouts[0]["grid"] == (2, 8)
 
 
+@pytest.mark.parametrize("regularizer", STRUCTURED)
+@pytest.mark.parametrize("name", ["vit, non-square", "volo", "t2t_t"])
+def test_a_relative_window_drops_as_that_number_of_cells_on_the_grid_of_each_layer(drawn, name, regularizer):
+    build, grids = GRIDS[name]
+    model = build()
+    patch(model, regularizer, window=0.7)
+    patching.seed_masks(model, 1)
+    model(images_for(model))
+    layers = [layer for _, layer in patching.patch.regularized_layers(model)]
+    for layer, mask, (grid, num_prefix) in zip(layers, list(drawn.masks), grids, strict=True):
+        cells = {3: 3, 4: 3, 6: 5, 12: 9}[min(grid)]
+        layout = {"grid": grid, "num_prefix": num_prefix, "window": cells}
+        wanted = regularizers.seeded_mask(regularizer, mask.shape, layer.threshold, layer.mask_seed, **layout)
+        assert torch.equal(mask, wanted)
+
+
 # ---- compiled, checkpointed, bf16
 
 
@@ -278,6 +294,15 @@ def test_a_patched_layer_compiles_without_graph_breaks(regularizer, backend):
     compiled = torch.compile(model[0], fullgraph=True, backend=backend)
     torch.testing.assert_close(training_step(compiled, x, model), training_step(model[0], x, model))
     assert not torch.equal(compiled(x), compiled(x))
+
+
+def test_a_relative_window_compiles_without_graph_breaks():
+    model = nn.Sequential(Attention(16, 2))
+    patch(model, "dropkey_block_column", window=0.5)
+    x = torch.randn(2, 17, 16, requires_grad=True)
+    torch.compiler.reset()
+    compiled = torch.compile(model[0], fullgraph=True, backend="eager")
+    torch.testing.assert_close(training_step(compiled, x, model), training_step(model[0], x, model))
 
 
 @pytest.mark.parametrize("regularizer", ["dropkey_cross"])

@@ -142,6 +142,8 @@ def counting():
         ("dropkey_block", "sdpa"),
         ("dropkey_cross", "cpu"),
         ("dropkey_column", "reference"),
+        ("dropkey_block_column", "cpu"),
+        ("dropkey_cross_column", "sdpa"),
         ("dropout", "reference"),
         ("dropattention", "reference"),
     ],

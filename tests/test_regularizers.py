@@ -1,20 +1,23 @@
 """What each regularizer drops, how much of it, how independently, and what the mask does to the weights."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
 
 from dropkey import bernoulli, regularizers
 from dropkey.config import schema
-from dropkey.regularizers import FULL, REGULARIZERS, STRUCTURED, draw_mask
+from dropkey.regularizers import FULL, REGULARIZERS, STRUCTURED, draw_mask, window_cells
 
 UNSTRUCTURED = [regularizer for regularizer in REGULARIZERS if regularizer not in STRUCTURED]
 WINDOWS = [("dropkey_block", 3), ("dropkey_block", 5), ("dropkey_block", 7)]
 WINDOWS += [("dropkey_cross", 3), ("dropkey_cross", 5), ("dropkey_cross", 7), ("dropkey_cross", "full")]
+WINDOWS += [("dropkey_block_column", 3), ("dropkey_cross_column", 5), ("dropkey_cross_column", "full")]
 REGULARIZER_AND_WINDOW = [(regularizer, None) for regularizer in UNSTRUCTURED] + WINDOWS
 GRIDS = [(4, 4), (8, 8), (14, 14), (6, 10)]
 SHAPE = (64, 8, 12, 16)
+SHARED = [regularizer for regularizer in REGULARIZERS if regularizer.endswith("_column")]  # one mask for all queries
 
 
 def mask_of(regularizer, window, ratio, shape=SHAPE, grid=(4, 4), num_prefix=0):
@@ -25,7 +28,7 @@ def mask_of(regularizer, window, ratio, shape=SHAPE, grid=(4, 4), num_prefix=0):
 def seed_probability(regularizer, grid, window, ratio):
     size = FULL if window == "full" else window
     ratio = torch.tensor(ratio, dtype=torch.float64)
-    return regularizers.seed_probability(regularizer == "dropkey_block", grid, size, ratio).item()
+    return regularizers.seed_probability(regularizer.startswith("dropkey_block"), grid, size, ratio).item()
 
 
 def covers(regularizer, grid, window):
@@ -35,7 +38,7 @@ def covers(regularizer, grid, window):
     columns = torch.arange(width).repeat(height)
     down, across = (rows[:, None] - rows).abs(), (columns[:, None] - columns).abs()
     half = max(grid) if window == "full" else (window - 1) // 2
-    if regularizer == "dropkey_block":
+    if regularizer.startswith("dropkey_block"):
         return (down <= half) & (across <= half)
     return ((down == 0) & (across <= half)) | ((across == 0) & (down <= half))
 
@@ -50,7 +53,7 @@ def test_the_regularizers_are_those_of_the_config():
 @pytest.mark.parametrize("ratio", [0.001, 0.05, 0.1, 0.3, 0.5, 0.7, 0.95])
 @pytest.mark.parametrize("regularizer", UNSTRUCTURED)
 def test_realised_ratio(regularizer, ratio):
-    mask = draw_mask(regularizer, (256, 12, 1 if regularizer == "dropkey_column" else 20, 65), ratio)
+    mask = draw_mask(regularizer, (256, 12, 1 if regularizer in SHARED else 20, 65), ratio)
     error = math.sqrt(ratio * (1 - ratio) / mask.numel())
     assert abs(mask.double().mean().item() - ratio) < 4 * error
 
@@ -59,7 +62,9 @@ def test_realised_ratio(regularizer, ratio):
 @pytest.mark.parametrize(("regularizer", "window"), WINDOWS)
 def test_realised_ratio_of_structured_regularizers_is_within_one_percent(regularizer, window, grid):
     keys = grid[0] * grid[1]
-    mask = mask_of(regularizer, window, 0.3, (16, 16, 4_000_000 // keys // 256, keys), grid)
+    rows = 4_000_000 // keys
+    shape = (rows // 16, 16, 1, keys) if regularizer in SHARED else (16, 16, rows // 256, keys)
+    mask = mask_of(regularizer, window, 0.3, shape, grid)
     assert mask.double().mean().item() == pytest.approx(0.3, rel=0.01)
 
 
@@ -105,14 +110,15 @@ def test_a_window_of_one_cell_drops_single_keys(regularizer):
 @pytest.mark.parametrize("num_prefix", [1, 2])
 @pytest.mark.parametrize(("regularizer", "window"), WINDOWS)
 def test_prefix_tokens_are_dropped_with_the_ratio_like_the_grid(regularizer, window, num_prefix):
-    mask = mask_of(regularizer, window, 0.3, (64, 16, 60, num_prefix + 60), (6, 10), num_prefix).double()
+    rows = (3840, 16, 1) if regularizer in SHARED else (64, 16, 60)
+    mask = mask_of(regularizer, window, 0.3, (*rows, num_prefix + 60), (6, 10), num_prefix).double()
     assert mask[..., :num_prefix].mean().item() == pytest.approx(0.3, rel=0.02)
     assert mask[..., num_prefix:].mean().item() == pytest.approx(0.3, rel=0.02)
 
 
 @pytest.mark.parametrize("regularizer", STRUCTURED)
 def test_each_prefix_token_is_dropped_by_itself(regularizer):
-    mask = mask_of(regularizer, 3, 0.3, (64, 16, 60, 18), (4, 4), 2).double().flatten(0, 2)
+    mask = mask_of(regularizer, 3, 0.3, (960, 16, 4, 18), (4, 4), 2).double().flatten(0, 2)
     correlation = torch.corrcoef(mask.T)[:2]  # of the prefix tokens with every key
     correlation[0, 0] = correlation[1, 1] = 0
     assert correlation.abs().max() < 5 / math.sqrt(len(mask))
@@ -125,7 +131,8 @@ def test_each_prefix_token_is_dropped_by_itself(regularizer):
 @pytest.mark.parametrize("grid", [(4, 4), (6, 10), (1, 9)], ids=str)
 @pytest.mark.parametrize(("regularizer", "window"), [*WINDOWS, ("dropkey_block", 1), ("dropkey_cross", 99)])
 def test_masks_are_windows_around_the_seeds(monkeypatch, regularizer, window, grid, num_prefix):
-    seeds, prefix = torch.rand(2, 3, 5, *grid) < 0.06, torch.rand(2, 3, 5, num_prefix) < 0.3
+    queries = 1 if regularizer in SHARED else 5
+    seeds, prefix = torch.rand(2, 3, queries, *grid) < 0.06, torch.rand(2, 3, queries, num_prefix) < 0.3
 
     def given(seed, threshold, rows, columns, first_column=0, first_row=0):
         return prefix.view(rows, -1) if first_column else seeds.view(rows, columns)
@@ -144,13 +151,19 @@ def test_masks_do_not_depend_on_the_size_of_the_pieces(monkeypatch, regularizer,
     assert torch.equal(draw_mask(regularizer, SHAPE, 0.3, seed=3, grid=(3, 5), num_prefix=1, window=window), whole)
 
 
-def test_column_shares_one_draw_over_queries():
-    assert draw_mask("dropkey_column", SHAPE, 0.3).shape == (64, 8, 1, 16)
+@pytest.mark.parametrize("regularizer", SHARED)
+def test_column_shares_one_draw_over_queries(regularizer):
+    assert mask_of(regularizer, 3, 0.3).shape == (64, 8, 1, 16)
 
 
-@pytest.mark.parametrize(
-    "regularizer", [regularizer for regularizer in REGULARIZERS if regularizer != "dropkey_column"]
-)
+@pytest.mark.parametrize("regularizer", SHARED)
+def test_a_shared_mask_is_that_of_a_single_query(regularizer):
+    layout = {"grid": (4, 4), "window": 3} if regularizer in STRUCTURED else {}
+    alone = draw_mask(regularizer.removesuffix("_column"), (64, 8, 1, 16), 0.3, seed=4, **layout)
+    assert torch.equal(draw_mask(regularizer, SHAPE, 0.3, seed=4, **layout), alone)
+
+
+@pytest.mark.parametrize("regularizer", [regularizer for regularizer in REGULARIZERS if regularizer not in SHARED])
 def test_other_regularizers_draw_for_every_query(regularizer):
     assert mask_of(regularizer, 3 if regularizer in STRUCTURED else None, 0.3).shape == SHAPE
 
@@ -161,7 +174,7 @@ def test_masks_are_boolean(regularizer, window):
 
 
 AXES = ("sample", "head", "query", "key")
-SHARED = {"dropkey_column": "query", "dropkey_block": "key", "dropkey_cross": "key"}  # by definition
+DEPENDENT = {regularizer: {"key"} for regularizer in STRUCTURED}  # by definition, as are the queries that share a mask
 
 
 @pytest.mark.parametrize(
@@ -170,13 +183,13 @@ SHARED = {"dropkey_column": "query", "dropkey_block": "key", "dropkey_cross": "k
         (regularizer, window, axis)
         for regularizer, window in REGULARIZER_AND_WINDOW
         for axis in AXES
-        if SHARED.get(regularizer) != axis
+        if axis not in DEPENDENT.get(regularizer, ()) and (axis != "query" or regularizer not in SHARED)
     ],
 )
 def test_draws_are_independent(regularizer, window, axis):
     """Same key, next sample (head, query), or next key: both are dropped as often as chance has it."""
     dim = AXES.index(axis)
-    mask = mask_of(regularizer, window, 0.3, (96, 16, 1 if regularizer == "dropkey_column" else 24, 16)).double()
+    mask = mask_of(regularizer, window, 0.3, (96, 16, 1 if regularizer in SHARED else 24, 16)).double()
     centred = mask - mask.mean((0, 1, 2), keepdim=True)  # per key: on the border of a grid fewer seeds reach
     for lag in (1, 2, 4):
         product = centred * centred.roll(lag, dim)
@@ -194,6 +207,47 @@ def test_the_same_seed_draws_the_same_mask(regularizer, window):
     first = mask_of(regularizer, window, 0.3)
     torch.manual_seed(0)
     assert torch.equal(mask_of(regularizer, window, 0.3), first)
+
+
+# ---- windows relative to the grid
+
+
+@pytest.mark.parametrize("side", [*range(3, 40), 100])
+def test_a_share_of_the_grid_is_the_nearest_odd_number_of_cells_and_the_larger_of_two(side):
+    for hundredth in range(1, 100):
+        exact = Fraction(hundredth, 100) * side
+        nearest = min(range(1, side + 3, 2), key=lambda cells: (abs(cells - exact), -cells))
+        if nearest > 1:
+            assert window_cells(hundredth / 100, (side, side + 4)) == nearest <= side
+
+
+@pytest.mark.parametrize(
+    ("window", "grid", "cells"),
+    [
+        *((0.4, (14, 14), 5), (0.4, (8, 8), 3), (0.5, (8, 8), 5), (0.5, (4, 4), 3), (0.58, (100, 100), 59)),
+        *((0.4, (8, 14), 3), (0.4, (14, 8), 3), (0.99, (3, 3), 3), (5, (4, 4), 5), ("full", (4, 4), FULL)),
+    ],
+    ids=str,
+)
+def test_cells_of_a_window(window, grid, cells):
+    assert window_cells(window, grid) == cells
+
+
+@pytest.mark.parametrize("regularizer", STRUCTURED)
+def test_a_relative_window_draws_the_mask_of_its_cells(regularizer):
+    relative, cells = (
+        draw_mask(regularizer, (2, 3, 7, 1 + 48), 0.3, seed=3, grid=(6, 8), num_prefix=1, window=window)
+        for window in (0.8, 5)
+    )
+    assert torch.equal(relative, cells)
+
+
+@pytest.mark.parametrize(("window", "grid"), [(0.4, (4, 4)), (0.2, (9, 30)), (0.9, (1, 16)), (0.9, (2, 8))], ids=str)
+@pytest.mark.parametrize("regularizer", STRUCTURED)
+def test_a_share_that_is_a_single_cell_is_refused_because_it_is_plain_dropkey(regularizer, window, grid):
+    message = f"window={window} of a grid of {grid[0]} x {grid[1]} is a single cell.* such as window=3"
+    with pytest.raises(ValueError, match=message):
+        draw_mask(regularizer, (1, 1, 2, grid[0] * grid[1]), 0.3, grid=grid, window=window)
 
 
 # ---- from mask to weights
@@ -299,12 +353,13 @@ def test_structured_regularizers_need_a_grid(regularizer):
 
 
 @pytest.mark.parametrize("regularizer", STRUCTURED)
-@pytest.mark.parametrize("window", [None, 0, -3, 4, 2.5, "wide"])
+@pytest.mark.parametrize("window", [None, 0, -3, 4, 2.5, 1.0, 0.0, -0.4, math.nan, "wide"])
 def test_a_window_that_is_no_odd_number_of_cells_is_refused(regularizer, window):
     with pytest.raises(ValueError, match=f"{regularizer} takes an odd window"):
         draw_mask(regularizer, SHAPE, 0.3, grid=(4, 4), window=window)
 
 
-def test_block_has_no_full_window():
-    with pytest.raises(ValueError, match="dropkey_block takes an odd window"):
-        draw_mask("dropkey_block", SHAPE, 0.3, grid=(4, 4), window="full")
+@pytest.mark.parametrize("regularizer", ["dropkey_block", "dropkey_block_column"])
+def test_block_has_no_full_window(regularizer):
+    with pytest.raises(ValueError, match=f"{regularizer} takes an odd window"):
+        draw_mask(regularizer, SHAPE, 0.3, grid=(4, 4), window="full")

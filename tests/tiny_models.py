@@ -64,6 +64,6 @@ def window_of(regularizer: str):
 
 
 REGULARIZERS_AND_NONE = ("none", *REGULARIZERS)
-# VOLO has fused, class and outlook attention; every other family occurs with one regularizer.
+# VOLO has fused, class and outlook attention, so every regularizer occurs with it; every other family occurs with one.
 FAMILY_AND_REGULARIZER = [("volo", regularizer) for regularizer in REGULARIZERS]
-FAMILY_AND_REGULARIZER += [pair for pair in zip(FAMILIES, REGULARIZERS, strict=True) if pair[0] != "volo"]
+FAMILY_AND_REGULARIZER += [pair for pair in zip(FAMILIES, REGULARIZERS, strict=False) if pair[0] != "volo"]

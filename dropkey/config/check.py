@@ -12,7 +12,7 @@ from dropkey.config import schema
 from dropkey.config.schema import EvalConfig, ModelConfig, RegularizerConfig, ScheduleConfig, TrainConfig
 from dropkey.errors import ConfigError
 
-FEW = 8  # choices that a message lists in full
+FEW = 10  # choices that a message lists in full
 RESIZED = "vit_tiny_patch16_224"  # the architecture whose sizes configs/model/vit_<depth>x<width>.yaml set
 SMALL_IMAGE = 96  # pixels; below, a patch of 16 leaves fewer than 6 x 6 tokens
 SOFT_SPLITS = {"t2t_vit_small_image": ((3, 2, 1), (3, 2, 1))}  # kernel, stride, padding; all others:
@@ -186,11 +186,15 @@ def fit_patches(model: ModelConfig, kind: str, base: str, image_size: int) -> No
 def check_regularizer(regularizer: RegularizerConfig, schedule: ScheduleConfig) -> None:
     name, window = regularizer.name, regularizer.window
     require(bool(regularizer.layers), f"regularizer.layers is empty; choices: {', '.join(schema.LAYERS)}")
-    if name in ("dropkey_block", "dropkey_cross"):
-        full = name == "dropkey_cross" and window == "full"
-        allowed = "3, 5, 7 ..." + (" or full" if name == "dropkey_cross" else "")
+    if name.startswith(("dropkey_block", "dropkey_cross")):
+        cross = name.startswith("dropkey_cross")
         odd = isinstance(window, int) and window > 0 and window % 2 == 1
-        require(full or odd, f"regularizer.window={window}: {name} takes an odd number of cells, {allowed}")
+        share = isinstance(window, float) and 0 < window < 1
+        require(
+            odd or share or (cross and window == "full"),
+            f"regularizer.window={window}: {name} takes an odd number of cells (3, 5, 7 ...), "
+            f"a share of the grid (such as 0.4){' or full' if cross else ''}",
+        )
     else:
         require(window is None, f"regularizer.window={window}: only dropkey_block and dropkey_cross have a window")
     require(
@@ -219,6 +223,16 @@ def check_data(data: schema.DataConfig) -> None:
         )
 
 
+def check_warmup(optim: schema.OptimConfig, trainer: schema.TrainerConfig) -> None:
+    """Refuses a warm-up that lasts to the end. How many steps an epoch has is known with the data only, so that
+    `trainer.max_steps` (for debugging) may end a run within its warm-up."""
+    require(
+        optim.warmup_epochs < trainer.epochs,
+        f"optim.warmup_epochs={optim.warmup_epochs:g} must be below trainer.epochs={trainer.epochs}, or the learning "
+        f"rate never falls; take optim.warmup_epochs={trainer.epochs / 10:g}",
+    )
+
+
 def check(cfg: TrainConfig) -> TrainConfig:
     """The config with derived values filled in.
 
@@ -238,6 +252,7 @@ def check(cfg: TrainConfig) -> TrainConfig:
     require(
         augment.crop_padding < size, f"augment.crop_padding={augment.crop_padding} must be below data.image_size={size}"
     )
+    check_warmup(cfg.optim, trainer)
     parts = trainer.grad_accum_steps * int(os.environ.get("WORLD_SIZE", 1))
     require(
         trainer.batch_size % parts == 0,

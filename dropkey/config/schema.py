@@ -7,7 +7,10 @@ torch is imported.
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional, Union
 
-REGULARIZER_NAMES = ("none", "dropout", "dropkey", "dropkey_block", "dropkey_cross", "dropkey_column", "dropattention")
+REGULARIZER_NAMES = (
+    *("none", "dropout", "dropkey", "dropkey_block", "dropkey_cross", "dropkey_column"),
+    *("dropkey_block_column", "dropkey_cross_column", "dropattention"),
+)
 SCHEDULES = ("constant", "decreasing", "increasing")
 LAYERS = ("self", "class", "cross", "outlook", "token")
 IMPLS = ("auto", "reference", "cpu", "triton", "sdpa")
@@ -40,7 +43,7 @@ class ModelConfig:
 class RegularizerConfig:
     name: str = "dropkey"  # one of REGULARIZER_NAMES
     ratio: float = 0.1  # drop probability in [0, 1); the peak when a schedule varies it
-    window: Optional[Union[int, str]] = None  # dropkey_block, dropkey_cross: cells across (odd), cross also "full"
+    window: Optional[Union[int, float, str]] = None  # block, cross: odd cells or a share of the grid; cross: or full
     layers: List[str] = field(default_factory=lambda: ["self", "class"])  # attention layers it acts on, of LAYERS
     impl: str = "auto"  # how regularized attention is computed, one of IMPLS
 

@@ -74,7 +74,7 @@ def attention(
     Args:
         q: B H Q D.
         k, v: B H K D.
-        regularizer: none, dropout, dropkey, dropkey_block, dropkey_cross, dropkey_column or dropattention.
+        regularizer: none, or a key of `dropkey.regularizers.REGULARIZERS`: dropkey, dropkey_block, dropout ...
         ratio: drop probability in [0, 1). 0, `none` and training=False are plain attention, bitwise identical. A tensor
             without dimensions is never read on the host: unlike a number it may change without recompiling, or
             within a CUDA graph.

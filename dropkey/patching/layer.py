@@ -23,6 +23,7 @@ class AttentionRegularizer(nn.Module):
         super().__init__()
         self.regularizer, self.window, self.impl = regularizer, window, impl
         self.kind, self.grid, self.num_prefix = kind, grid, num_prefix
+        self.grid_seen: Optional[Grid] = None  # on which the keys of the latest call lay, for `shown_window`
         self.always = False  # active in evaluation too, for Monte Carlo
         self.schedule = ("decreasing", 0.0)  # and end, for `set_ratio`
         self.replaced: tuple[nn.Module, ...] = ()  # the module's own dropout; in a tuple, so that it is no submodule
@@ -71,7 +72,18 @@ class AttentionRegularizer(nn.Module):
             grid, prefix = key_grid(keys, None, 0)
         else:
             grid, prefix = key_grid(keys, self.grid, self.num_prefix)
+        if not torch.compiler.is_compiling():  # compiled code would be made again for what is only shown
+            self.grid_seen = grid
         return {"grid": grid, "num_prefix": prefix, "window": self.window}
+
+    def shown_window(self) -> str:
+        """The window for people to read: a share in cells too, as soon as a call has shown the grid."""
+        if not isinstance(self.window, float):
+            return str(self.window)
+        if self.grid_seen is None:
+            return f"{self.window:g} of the grid"
+        cells = regularizers.window_cells(self.window, self.grid_seen)
+        return f"{self.window:g} of {self.grid_seen[0]} x {self.grid_seen[1]} = {cells} cells"
 
     def forward(self, weights: Tensor) -> Tensor:
         """weights: ... Q K, each row a distribution over keys."""
@@ -101,5 +113,5 @@ class AttentionRegularizer(nn.Module):
         return self.threshold, self.mask_seed.clone() if self.has_seed else new_seed(device)
 
     def extra_repr(self) -> str:
-        window = "" if self.window is None else f", window={self.window}"
+        window = "" if self.window is None else f", window={self.shown_window()}"
         return f"{self.regularizer}, ratio={self.ratio:.4g}{window}, layer={self.kind}"

@@ -40,11 +40,19 @@ class RegularizedLayer:
     kind: str  # self, class, cross, outlook, token
     ratio: float
     mechanism: str  # fused, weights or softmax
+    module: AttentionRegularizer = field(repr=False, compare=False)
+
+    def __str__(self) -> str:
+        has_window = self.module.window is not None and self.ratio > 0
+        window = f"  window {self.module.shown_window()}" if has_window else ""
+        name = self.name or "(the model)"
+        return f"{name:<36} {self.kind:<8} {self.mechanism:<8} ratio {self.ratio:.4f}{window}"
 
 
 @dataclass
 class Report:
-    """What `apply` did."""
+    """What `apply` did. As text it shows a window relative to the grid in cells after the first forward pass, when each
+    layer knows its grid."""
 
     regularizer: str
     schedule: str
@@ -57,9 +65,7 @@ class Report:
             return "no regularizer: attention is unchanged"
         impl = f", impl {self.impl}" if any(layer.mechanism == "fused" for layer in self.layers) else ""
         lines = [f"{self.regularizer} ({self.schedule}) at {len(self.layers)} attention layers{impl}"]
-        for layer in self.layers:
-            name = layer.name or "(the model)"
-            lines.append(f"  {name:<36} {layer.kind:<8} {layer.mechanism:<8} ratio {layer.ratio:.4f}")
+        lines += [f"  {layer}" for layer in self.layers]
         return "\n".join(lines + [f"  {name:<36} skipped: {reason}" for name, reason in self.skipped])
 
 
@@ -94,7 +100,9 @@ def apply(
     Args:
         ratio: drop probability; the peak when the schedule varies it over depth.
         schedule, end: see `dropkey.schedules.ratios`; counted are the layers taken, in forward order.
-        window: of dropkey_block and dropkey_cross, in cells.
+        window: of dropkey_block, dropkey_cross and their `column` variants: an odd number of cells; or a float in
+            (0, 1), the share of the shorter side of each layer's grid, see `dropkey.regularizers.window_cells`; of a
+            cross also "full".
         layers: attention layers to act on: self; class (a class token or another single query attends to the keys);
             cross (queries and keys of different sequences); outlook (VOLO); token (T2T's token transformers).
         impl: how fused layers compute attention, see `dropkey.attention`.
@@ -119,7 +127,7 @@ def apply(
         layer = AttentionRegularizer(regularizer, window, impl, found.kind, grid or own_grid, num_prefix)
         layer.ratio, layer.schedule = value, (schedule, end)
         install(layer, found)
-        report.layers.append(RegularizedLayer(found.name, found.kind, value, found.mechanism))
+        report.layers.append(RegularizedLayer(found.name, found.kind, value, found.mechanism, layer))
     return report
 
 
