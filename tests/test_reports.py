@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import hashlib
 import io
 import json
 import re
@@ -18,11 +19,10 @@ from dropkey.records import RunDirectory
 from dropkey.reproduction import content, report, results, tables
 from dropkey.reproduction.comparison import Comparison, compare
 from dropkey.reproduction.jobs import Job, composed
-from dropkey.reproduction.statistics import AGREES, DISAGREES, UNDECIDED
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden" / "table"  # regenerate: python tests/golden/make.py table
-PICTURES = ("forest.svg", "curves.svg", "entropy.svg")
+PICTURES = ("forest.svg", "curves.svg", "entropy.svg", "claims.svg", "tuning.svg")
 FORMATS = ("report.md", "report.tex", "report.csv", "report.json", "report.html", *PICTURES)
 DRAWN = dict.fromkeys(PICTURES, "<svg/>")
 RESULTS = sorted((ROOT / "results").glob("*/records.jsonl"))
@@ -31,7 +31,7 @@ RESULTS = sorted((ROOT / "results").glob("*/records.jsonl"))
 def changed(**changes):
     """The golden table, head and records, the records changed by `changes`: a function of a record for each key."""
     table = tables.load(str(GOLDEN / "mini.yaml"), "smoke")
-    head, found = results.read(GOLDEN / "records.jsonl", table)
+    table, head, found = results.read(GOLDEN / "records.jsonl", table)
     return table, head, [{**entry, **{key: change(entry) for key, change in changes.items()}} for entry in found]
 
 
@@ -62,8 +62,7 @@ def test_the_mini_sweep_gives_exactly_the_committed_report(name, written):
 @pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.parent.name)
 def test_the_committed_results_are_what_their_records_say(file, tmp_path):
     name, scale = file.parent.name.rsplit("-", 1)
-    table = tables.load(name, scale)
-    head, found = results.read(file, table)
+    table, head, found = results.read(file, tables.load(name, scale))
     report.write(compare(table, head, found, results.require_one_version(found, mixed=False)), tmp_path)
     for written in sorted(tmp_path.iterdir()):
         assert written.read_bytes() == (file.parent / written.name).read_bytes(), written.name
@@ -72,7 +71,7 @@ def test_the_committed_results_are_what_their_records_say(file, tmp_path):
 def test_records_survive_writing_and_reading(tmp_path):
     table, head, found = changed()
     results.write(tmp_path / "r.jsonl", head, found)
-    assert results.read(tmp_path / "r.jsonl", table) == (head, found)
+    assert results.read(tmp_path / "r.jsonl", table) == (table, head, found)
 
 
 def test_records_of_another_table_are_refused():
@@ -147,7 +146,7 @@ def test_records_of_other_rows_are_refused(old, new, message, tmp_path):
 def test_plan_and_report_import_no_torch():
     program = (
         "import sys; sys.argv = ['x']; import runpy; module = runpy.run_path('scripts/reproduce.py');"
-        "from dropkey.reproduction import comparison, display, jobs, plan, report, results, runner, slurm;"
+        "from dropkey.reproduction import commands, slurm;"
         "print([name for name in ('torch', 'timm', 'torchvision', 'wandb') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
@@ -159,13 +158,13 @@ def test_plan_and_report_import_no_torch():
 
 def test_cells_that_are_not_finished_say_how_many_are(written):
     text = (written / "report.md").read_text()
-    assert re.search(r"\| DropKey, constant \| [\d.]+ ± [\d.]+ \(2/3\) \|", text)
+    assert re.search(r"\| DropKey, constant \| [\d.]+ ± [\d.]+ \(3/4\) \|", text)
     assert "- DropKey, constant, seed 2: diverged: loss nan" in text
 
 
 def test_an_unfinished_cell_is_compared_over_the_seeds_it_has():
     cell = golden_comparison().cells["DropKey, constant", "ViT 2 x 32"]
-    assert cell.to_baseline.n == 2
+    assert cell.to_baseline.n == 3
 
 
 def test_what_the_paper_does_not_tell_is_not_known(written):
@@ -185,57 +184,213 @@ def test_a_row_that_is_trained_in_another_way_is_named_beside_the_baselines_trai
     assert "ViT 2 x 32: digits; 'Dropout': digits, 9 epochs, starting from the runs of 'DropKey'." in text
 
 
-def test_no_p_is_shown_without_the_least_that_its_seeds_can_reach(written):
-    text = (written / "report.md").read_text()
-    assert "(least 0.25)" in text and "(least 0.5)" in text
-    assert "with 3 pairs it cannot be below 0.25, and below 0.05 only from 6 seeds on" in text
-
-
 def test_every_claim_has_a_verdict_with_its_rule(written):
     text = (written / "report.md").read_text()
     for claim in golden_comparison().table.claims:
-        assert re.search(rf"\| {claim} \|.*\| (agrees|disagrees|cannot tell yet) \|", text)
-    assert "Holm's correction over the 3 claims" in text
+        assert re.search(rf"\| {claim} \|.*\| (better|worse|equivalent|not decided)[^|]* \|", text)
+    assert "Holm's correction over the 4 planned claims and for the looks" in text
 
 
-def test_a_clear_difference_agrees_and_noise_does_not():
-    table, head, found = changed(top1=lambda r: {"DropKey, decreasing": 60}.get(r["row"], 50) + r["seed"] / 9)
-    found = [{**entry, "state": "done"} for entry in found]
-    verdicts = {str(f.claim): f.verdict for f in compare(table, head, found, []).findings}
-    assert verdicts["DropKey, decreasing > DropKey, constant"] == AGREES
-    noise = dict(zip(table.rows, [(50, 53, 49), (52, 49, 51), (49, 52, 51), (51, 50, 53)], strict=True))
-    table, head, found = changed(top1=lambda r: noise[r["row"]][r["seed"]])
-    assert {f.verdict for f in compare(table, head, found, []).findings} == {UNDECIDED}
+def verdicts(comparison: Comparison) -> dict[str, str]:
+    return {str(found.claim): content.verdict(comparison, found) for found in comparison.findings}
 
 
-def lower_is_better(**values: tuple[float, ...]) -> Comparison:
-    """The golden table with an error in millimetres as its metric; values of three seeds for each row."""
-    table, head, found = changed(error=lambda entry: values[entry["row"].replace(", ", "_")][entry["seed"]])
+def with_values(values: dict[str, tuple[float, ...]]) -> Comparison:
+    """The golden table with these values of four seeds for each row, all finished."""
+    table, head, found = changed(top1=lambda entry: values[entry["row"]][entry["seed"]])
+    found = [{**found[0], **entry, "state": "done"} for entry in found]
+    return compare(table, head, [{k: v for k, v in entry.items() if k != "correct"} for entry in found], [])
+
+
+SPREAD = (0.0, 0.1, 0.2, 0.15, 0.05)
+LEVELS = {"no regularizer": 50, "DropKey, decreasing": 60, "DropKey, constant": 50, "Dropout": 70, "best DropKey": 50}
+LEVELED = {  # rows at LEVELS, each with another small noise
+    row: tuple(level + SPREAD[(seed + number) % 5] for seed in range(4))
+    for number, (row, level) in enumerate(LEVELS.items())
+}
+
+
+def test_a_clear_difference_is_better_or_worse_and_noise_is_not_decided():
+    found = verdicts(with_values(LEVELED))
+    assert found["DropKey, decreasing > DropKey, constant"] == "better"
+    assert found["DropKey, decreasing > Dropout"] == "worse"
+    noise = [(50, 53, 49, 52), (52, 49, 51, 50), (49, 52, 51, 53), (51, 50, 53, 48), (53, 48, 52, 50)]
+    assert set(verdicts(with_values(dict(zip(LEVELS, noise, strict=True)))).values()) == {"not decided"}
+
+
+def test_rows_that_differ_by_less_than_the_margin_are_equivalent():
+    assert verdicts(with_values(LEVELED))["best DropKey > no regularizer"] == "equivalent, within 2"
+
+
+def test_a_claim_about_several_rows_is_about_their_mean():
+    comparison = with_values(LEVELED)
+    found = next(found for found in comparison.findings if str(found.claim) == "DropKey > no regularizer")
+    means = {row: sum(values) / 4 for row, values in LEVELED.items()}
+    expected = (means["DropKey, decreasing"] + means["DropKey, constant"]) / 2 - means["no regularizer"]
+    assert found.difference.mean == pytest.approx(expected)
+
+
+def test_before_the_first_look_there_is_no_verdict_whatever_the_difference():
+    comparison = with_values(LEVELED)
+    records = [entry for entry in comparison.records if entry["seed"] < 2]
+    early = compare(comparison.table, comparison.head, records, [])
+    assert set(verdicts(early).values()) == {"not yet: 2 of 3 seeds finished"}
+    assert "| better |" not in markdown(early)
+
+
+def test_a_look_waits_for_all_its_runs():
+    comparison = with_values(LEVELED)
+    records = [{**entry, "state": "interrupted"} if entry["seed"] == 1 else entry for entry in comparison.records]
+    found = verdicts(compare(comparison.table, comparison.head, records, []))
+    assert set(found.values()) == {"not yet: 1 of 3 seeds finished"}
+
+
+def test_seeds_beyond_the_plan_do_not_count_for_a_verdict():
+    comparison = with_values(LEVELED)
+    table = dataclasses.replace(comparison.table, design=tables.Design(seeds=(0, 1, 2), looks=(3,)))
+    found = compare(table, comparison.head, comparison.records, []).findings[0]
+    assert (found.decision.estimate.n, found.difference.n) == (3, 4)
+
+
+def test_a_table_of_two_seeds_decides_nothing():
+    comparison = with_values(LEVELED)
+    table = dataclasses.replace(comparison.table, design=tables.Design(seeds=(0, 1), looks=(2,)))
+    records = [entry for entry in comparison.records if entry["seed"] < 2]
+    found = verdicts(compare(table, comparison.head, records, []))
+    assert set(found.values()) == {"not yet: 2 seeds decide nothing"}
+
+
+def test_a_diverged_run_counts_at_its_worst_in_a_line_of_its_own():
+    comparison = with_values(LEVELED)
+    lost = ("DropKey, decreasing", 1)
+    records = [
+        {**entry, "state": "diverged"} if (entry["row"], entry["seed"]) == lost else entry
+        for entry in comparison.records
+    ]
+    found = compare(comparison.table, comparison.head, records, []).findings[0]
+    assert found.difference.n == 3 and found.difference.mean == pytest.approx(10, abs=0.3)
+    assert found.worst.n == 4 and found.worst.mean == pytest.approx(7.5, abs=0.3)  # 50, the worst, stands in for 60
+    assert comparison.findings[0].worst is None
+
+
+def at_paper_scale(published: float) -> set[str]:
+    comparison = with_values(LEVELED)
+    paper = {next(iter(comparison.table.columns)): {"no regularizer": published}}
+    table = dataclasses.replace(comparison.table, scale="paper", paper=paper, published_baseline="no regularizer")
+    return set(verdicts(compare(table, comparison.head, comparison.records, [])).values())
+
+
+def test_at_paper_scale_a_verdict_needs_the_published_baseline():
+    assert "better" in at_paper_scale(50.3)
+    assert at_paper_scale(50.6) == {"not yet: 'no regularizer' in 'ViT 2 x 32' is not within 0.3 of the published 50.6"}
+
+
+def test_at_paper_scale_there_is_no_verdict_where_no_baseline_is_published():
+    comparison = with_values(LEVELED)
+    table = dataclasses.replace(comparison.table, scale="paper")
+    found = verdicts(compare(table, comparison.head, comparison.records, []))
+    assert set(found.values()) == {"not yet: no published baseline is known"}
+
+
+def test_a_plan_that_was_changed_after_results_were_seen_is_told():
+    table, head, found = changed()
+    earlier = {**head["design"], "seeds": [0, 1, 2], "looks": [3]}
+    text = markdown(compare(table, {**head, "earlier_designs": [earlier]}, found, []))
+    assert "The plan was changed after results had been seen: before, it was 3 seeds with looks after 3" in text
+
+
+def test_the_hash_of_the_protocol_is_in_the_report():
+    table, head, found = changed()
+    table = dataclasses.replace(table, protocol="docs/protocol.md")
+    digest = hashlib.sha256((ROOT / "docs" / "protocol.md").read_bytes()).hexdigest()[:10]
+    assert results.protocol_hash(table) == digest
+    text = markdown(compare(table, {**head, "protocol": digest}, found, []))
+    assert f"The study follows `docs/protocol.md` (hash `{digest}`)" in text
+
+
+def two_columns(shift: float) -> Comparison:
+    """The golden table with a second column, where DropKey, decreasing is better by `shift` more."""
+    comparison = with_values(LEVELED)
+    table = dataclasses.replace(comparison.table, columns={"a": (), "b": ()})
+    records = [
+        {**entry, "column": column, "top1": entry["top1"] + more}
+        for column in ("a", "b")
+        for entry in comparison.records
+        for more in [shift * (column == "b" and entry["row"] == "DropKey, decreasing")]
+    ]
+    return compare(table, comparison.head, records, [])
+
+
+def test_a_claim_is_about_the_mean_over_columns():
+    one, both = with_values(LEVELED).findings[0], two_columns(4.0).findings[0]
+    assert both.difference.mean == pytest.approx(one.difference.mean + 2.0)
+    assert both.difference.n == one.difference.n == 4
+
+
+def test_columns_that_differ_show_in_the_summary_over_columns():
+    claim = "DropKey, decreasing > DropKey, constant"
+    alike, unlike = two_columns(0.0), two_columns(4.0)
+    assert alike.summaries[claim][1].tau == 0 and unlike.summaries[claim][1].tau > 2
+    assert "### Over columns" in markdown(unlike) and "### Over columns" not in markdown(with_values(LEVELED))
+
+
+def test_rows_that_are_the_same_training_count_once_in_the_pooled_error():
+    comparison = with_values(LEVELED)
+    same = [
+        {**entry, "run": f"r{entry['seed']}", "top1": LEVELED["Dropout"][entry["seed"]]}
+        if entry["row"] in ("Dropout", "best DropKey")
+        else entry
+        for entry in comparison.records
+    ]
+    (error,) = compare(comparison.table, comparison.head, same, []).errors.values()
+    assert error.df == (4 - 1) * (4 - 1)
+
+
+def test_the_error_over_samples_too_needs_to_know_which_samples_were_right():
+    table, head, found = changed()
+    findings = compare(table, head, found, []).findings
+    assert all(one.sampling.both >= max(one.sampling.seeds, one.sampling.samples) for one in findings)
+    without = [{k: v for k, v in entry.items() if k != "correct"} for entry in found]
+    assert all(one.sampling is None for one in compare(table, head, without, []).findings)
+
+
+def test_the_bits_of_a_record_are_its_top1():
+    for entry in golden_comparison().done:
+        right = results.correct_samples(entry)
+        assert len(right) == entry["samples"] and 100 * right.mean() == pytest.approx(entry["top1"], abs=1e-3)
+
+
+def lower_is_better(values: dict[str, tuple[float, ...]]) -> Comparison:
+    """The golden table with an error in millimetres as its metric; values of four seeds for each row."""
+    table, head, found = changed(error=lambda entry: values[entry["row"]][entry["seed"]])
     found = [{**found[0], **entry, "state": "done", "top1": None} for entry in found]
+    head = {**head, "tuning": [{**entry, "higher_is_better": False} for entry in head["tuning"]]}
     metric = {"key": "error", "label": "vertex error", "unit": "mm", "digits": 3, "higher_is_better": False}
     return compare(dataclasses.replace(table, paper={}), {**head, "metrics": [metric]}, found, [])
 
 
 ERRORS = {
-    "no regularizer": (5.0, 5.1, 5.2),
-    "DropKey_decreasing": (1.0, 1.1, 1.2),
-    "DropKey_constant": (2.0, 2.1, 2.21),
-    "Dropout": (0.5, 0.61, 0.7),
+    "no regularizer": (5.0, 5.1, 5.2, 5.1),
+    "DropKey, decreasing": (1.0, 1.1, 1.2, 1.1),
+    "DropKey, constant": (2.0, 2.1, 2.21, 2.1),
+    "Dropout": (0.5, 0.61, 0.7, 0.6),
+    "best DropKey": (5.1, 5.0, 5.2, 5.1),
 }
 
 
 def test_where_lower_is_better_the_row_with_the_lower_metric_wins_a_claim():
-    verdicts = {str(found.claim): found.verdict for found in lower_is_better(**ERRORS).findings}
-    assert verdicts["DropKey, decreasing > no regularizer"] == AGREES
-    assert verdicts["DropKey, decreasing > DropKey, constant"] == AGREES
-    assert verdicts["DropKey, decreasing > Dropout"] == DISAGREES
+    found = verdicts(lower_is_better(ERRORS))
+    assert found["DropKey > no regularizer"] == "better"
+    assert found["DropKey, decreasing > DropKey, constant"] == "better, but by less than 2"
+    assert found["DropKey, decreasing > Dropout"] == "worse, but by less than 2"
+    assert found["best DropKey > no regularizer"] == "equivalent, within 2"
 
 
 def test_labels_units_digits_and_direction_are_those_of_the_metric(tmp_path):
-    report.write(lower_is_better(**ERRORS), tmp_path)
+    report.write(lower_is_better(ERRORS), tmp_path)
     text = {name: (tmp_path / name).read_text() for name in FORMATS if (tmp_path / name).exists()}
     assert "last epoch: vertex error (mm)" in text["report.md"]
-    assert "| DropKey, decreasing | 1.100 ± 0.100 (3) |" in text["report.md"]
+    assert "| DropKey, decreasing | 1.100 ± 0.082 (4) |" in text["report.md"]
     assert (
         "a lower vertex error is better" in text["report.md"]
         and "Differences in vertex error (mm)" in text["report.md"]
@@ -294,7 +449,7 @@ def test_runs_with_different_metrics_are_refused(job, tmp_path):
 
 def test_runs_of_different_versions_are_not_mixed_unasked():
     _, _, found = changed(code=lambda r: {"engine": "old" if r["seed"] == 0 else "new", "data": "same"})
-    with pytest.raises(ConfigError, match=r"2 versions of the code of engine .new: 7 runs, old: 4 runs.*mixed=true"):
+    with pytest.raises(ConfigError, match=r"2 versions of the code of engine .new: 14 runs, old: 5 runs.*mixed=true"):
         results.require_one_version(found, mixed=False)
     assert len(results.require_one_version(found, mixed=True)) == 1
 
@@ -305,7 +460,7 @@ def test_runs_conflict_only_in_code_that_they_share():
 
 
 @pytest.mark.parametrize(
-    ("key", "message"), [("data", "versions of the data in column 'ViT 2 x 32'"), ("torch", "3 versions of torch")]
+    ("key", "message"), [("data", "versions of the data in column 'ViT 2 x 32'"), ("torch", "4 versions of torch")]
 )
 def test_runs_of_different_data_or_torch_are_not_mixed_unasked(key, message):
     _, _, found = changed(**{key: lambda r: str(r["seed"])})
@@ -316,7 +471,7 @@ def test_runs_of_different_data_or_torch_are_not_mixed_unasked(key, message):
 def test_a_mixed_report_says_so():
     table, head, found = changed(torch=lambda r: str(r["seed"]))
     text = markdown(compare(table, head, found, results.require_one_version(found, mixed=True)))
-    assert "mixed on request" in text and "3 versions of torch" in text
+    assert "mixed on request" in text and "4 versions of torch" in text
 
 
 def test_a_table_of_one_seed_shows_means_without_intervals():
@@ -327,7 +482,7 @@ def test_a_table_of_one_seed_shows_means_without_intervals():
 
 def test_a_table_without_runs_can_be_shown(tmp_path):
     table, head, found = changed(state=lambda r: "missing")
-    assert "– (0/3)" in report.write(compare(table, head, found, []), tmp_path)
+    assert "– (0/4)" in report.write(compare(table, head, found, []), tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------- formats
@@ -349,7 +504,7 @@ def test_csv_and_json_hold_every_seed(written):
 
 def test_the_page_needs_nothing_from_elsewhere(written):
     page = (written / "report.html").read_text()
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == len(PICTURES)
     assert not re.search(r'(src|href)="(?!#)', page.replace("http://www.w3.org", ""))
     assert "<script" not in page
 
@@ -360,7 +515,7 @@ def test_the_page_is_well_formed(written):
     ElementTree.fromstring(re.sub(r"xlink:href", "href", body))
 
 
-@pytest.mark.parametrize("name", ["forest.svg", "curves.svg", "entropy.svg"])
+@pytest.mark.parametrize("name", PICTURES)
 def test_pictures_are_well_formed_and_tell_no_date(name, written):
     text = (written / name).read_text()
     ElementTree.fromstring(text)

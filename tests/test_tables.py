@@ -18,7 +18,7 @@ from dropkey import code_version
 from dropkey.config import check, compose, identity, schema
 from dropkey.errors import Busy, ConfigError
 from dropkey.records import RunDirectory, write_json
-from dropkey.reproduction import jobs, plan, runner, slots, tables
+from dropkey.reproduction import jobs, planning, runner, slots, tables
 from dropkey.reproduction.jobs import DIVERGED, DONE, FAILED, INTERRUPTED, MISSING, RUNNING, Job, distinct, jobs_of
 from dropkey.reproduction.runner import Launcher
 
@@ -231,7 +231,7 @@ def row(found: dict, label: str) -> Job:
 
 def test_a_finished_run_is_outdated_if_code_that_new_runs_use_has_changed(mini_jobs):
     finish(row(mini_jobs, "dropkey"), engine="old")
-    (job, reason), *others = plan.outdated(distinct(mini_jobs)).items()
+    (job, reason), *others = planning.outdated(distinct(mini_jobs), {}).items()
     assert (job, others) == (row(mini_jobs, "dropkey"), [])
     assert reason == "the code of engine has changed"
 
@@ -240,32 +240,32 @@ def test_a_change_that_no_new_run_uses_leaves_finished_runs_comparable(mini_jobs
     finish(row(mini_jobs, "dropkey"), **{"regularizer/dropkey": "old"})
     finish(row(mini_jobs, "tuned"))
     left = [row(mini_jobs, "dropkey"), row(mini_jobs, "tuned"), row(mini_jobs, "none")]  # only `none` is to be run
-    assert plan.outdated(left) == {}
-    assert plan.outdated(distinct(mini_jobs))  # with the evaluation of the DropKey run, it is
+    assert planning.outdated(left, {}) == {}
+    assert planning.outdated(distinct(mini_jobs), {})  # with the evaluation of the DropKey run, it is
 
 
 def test_another_version_of_torch_makes_a_run_outdated(mini_jobs):
     finish(row(mini_jobs, "none"), torch="1.0")
-    (reason,) = plan.outdated(distinct(mini_jobs)).values()
+    (reason,) = planning.outdated(distinct(mini_jobs), {}).values()
     assert "it used torch 1.0, now it is" in reason
 
 
 def test_where_nothing_is_left_to_run_nothing_is_outdated(mini_jobs):
     finish(row(mini_jobs, "none"), engine="old")
     both = [row(mini_jobs, "none"), row(mini_jobs, "dropkey")]
-    assert plan.outdated(both)
+    assert planning.outdated(both, {})
     RunDirectory(both[1].run).set_status("failed", reason="x")  # it runs again on request only
-    assert plan.outdated(both) == {} and plan.outdated(both, retry=True)
+    assert planning.outdated(both, {}) == {} and planning.outdated(both, {}, retry=True)
 
 
 def test_the_time_of_a_table_follows_from_finished_runs(mini_jobs):
-    nothing = plan.estimate(distinct(mini_jobs))
+    nothing = planning.estimate(distinct(mini_jobs))
     assert nothing == (0, 0, 4)  # unknown
     finish(row(mini_jobs, "none"))
     epochs = row(mini_jobs, "dropkey").config.trainer.epochs
-    seconds, size, unknown = plan.estimate(distinct(mini_jobs))
+    seconds, size, unknown = planning.estimate(distinct(mini_jobs))
     # a training as long, one of 5 epochs, and 4 passes over 100 samples at 0.4 x 1/20 s; each after a start
-    assert seconds == pytest.approx(50 + 50 * 5 / epochs + 4 * 100 * 0.4 / 20 + 3 * plan.STARTUP)
+    assert seconds == pytest.approx(50 + 50 * 5 / epochs + 4 * 100 * 0.4 / 20 + 3 * planning.STARTUP)
     assert size > 0 and unknown == 0
 
 
@@ -274,8 +274,8 @@ def test_an_interrupted_run_needs_only_what_is_left(mini_jobs):
     job = row(mini_jobs, "dropkey")
     RunDirectory(job.run).set_status("interrupted")
     RunDirectory(job.run).append({"kind": "epoch", "step": 1, "epoch": job.config.trainer.epochs - 5})
-    seconds, size, _ = plan.estimate([row(mini_jobs, "none"), job])
-    assert seconds == pytest.approx(50 * 5 / job.config.trainer.epochs + plan.STARTUP) and size == 0
+    seconds, size, _ = planning.estimate([row(mini_jobs, "none"), job])
+    assert seconds == pytest.approx(50 * 5 / job.config.trainer.epochs + planning.STARTUP) and size == 0
 
 
 # ---------------------------------------------------------------------------------------------------------- slots

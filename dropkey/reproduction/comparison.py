@@ -1,5 +1,6 @@
 """From records to results: the estimate of every cell, and what the runs say about every claim."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Optional
 
@@ -14,7 +15,7 @@ from dropkey.reproduction.statistics import Difference, Estimate, PooledError, S
 from dropkey.reproduction.tables import FEWEST, Claim, Table
 
 NEAR = 0.3  # how far our baseline may be from the published one, in the metric's unit
-Values = dict[str, dict[int, float]]  # row -> seed -> the compared metric, averaged over the columns of a claim
+Values = dict[str, dict[int, float]]  # row -> seed -> the compared metric, averaged over columns
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,6 @@ class Finding:
     """What the runs say about a claim. Differences are the better rows minus the worse ones."""
 
     claim: Claim
-    columns: tuple[str, ...]  # that it is about
     difference: Optional[Difference]  # over all seeds that have it, tested or not
     decision: Decision  # at the last look that is over
     withheld: str = ""  # why there is no verdict yet
@@ -87,7 +87,7 @@ class Comparison:
 
 def compare(table: Table, head: dict, records: list[dict], mixed: list[str]) -> Comparison:
     """Compares last epochs, never best ones. Pairs share a seed: initialisation, order of the data, and with
-    data.split_seed=run the training images."""
+    data.split_seed=run the training samples."""
     metrics = [Metric(**metric) for metric in head["metrics"]]
     cells = {}
     for column in table.columns:
@@ -125,46 +125,36 @@ def cell(row: str, column: str, records: list[dict], metrics: list[Metric], base
 
 def findings(comparison: Comparison) -> list[Finding]:
     """Every planned claim, with the decision at the last look whose seeds are all over."""
-    table, design = comparison.table, comparison.table.design
-    groups = [tuple(table.columns)] if design.average_columns else [(column,) for column in table.columns]
-    claims = [(claim, columns) for columns in groups for claim in table.claims]
-    if not claims:
-        return []
-    numbers = [contrasts(row_values(comparison, columns), claim) for claim, columns in claims]
-    over = seeds_over(comparison)
-    if design.looks[-1] < FEWEST:
-        decisions = [Decision()] * len(claims)
-    else:
-        decisions = sequential.decide(numbers, design.seeds, over, design.looks, design.margin)
-    return [
-        finding(comparison, claim, columns, values, decision, len(claims))
-        for (claim, columns), values, decision in zip(claims, numbers, decisions, strict=True)
-    ]
+    claims, design = comparison.table.claims, comparison.table.design
+    numbers = [contrasts(row_values(comparison, comparison.table.columns), claim) for claim in claims]
+    decisions = [Decision()] * len(claims)
+    if design.looks[-1] >= FEWEST:
+        decisions = sequential.decide(numbers, design.seeds, seeds_over(comparison), design.looks, design.margin)
+    return [finding(comparison, *one) for one in zip(claims, numbers, decisions, strict=True)]
 
 
-def finding(comparison, claim: Claim, columns, values: dict[int, float], decision: Decision, claims: int) -> Finding:
-    one = statistics.contrast(values)
-    error = statistics.pooled_error(trained_values(comparison, columns))
+def finding(comparison: Comparison, claim: Claim, values: dict[int, float], decision: Decision) -> Finding:
+    one, table = statistics.contrast(values), comparison.table
+    error = statistics.pooled_error(trained_values(comparison, table.columns))
     pooled = detectable = None
     if one and error:
         weights = 1 / len(claim.better) + 1 / len(claim.worse)
         pooled = statistics.pooled_interval(one.mean, weights, one.n, error)
     if one and one.deviation:
-        detectable = power.detectable(one.n, one.deviation, (1 - statistics.LEVEL) / claims)
+        detectable = power.detectable(one.n, one.deviation, (1 - statistics.LEVEL) / len(table.claims))
     return Finding(
         claim,
-        columns,
         one,
         decision,
-        withheld=reason_to_wait(comparison, columns, decision),
+        withheld=reason_to_wait(comparison, decision),
         pooled=pooled,
-        sampling=sampling(comparison, claim, columns),
+        sampling=sampling(comparison, claim),
         detectable=detectable,
-        worst=worst_case(comparison, claim, columns),
+        worst=worst_case(comparison, claim),
     )
 
 
-def row_values(comparison: Comparison, columns: tuple[str, ...]) -> Values:
+def row_values(comparison: Comparison, columns: Iterable[str]) -> Values:
     """Means over the columns, for the seeds that are finished in all of them."""
     found = {}
     for row in comparison.table.rows:
@@ -195,25 +185,25 @@ def seeds_over(comparison: Comparison) -> int:
     return count
 
 
-def reason_to_wait(comparison: Comparison, columns: tuple[str, ...], decision: Decision) -> str:
+def reason_to_wait(comparison: Comparison, decision: Decision) -> str:
     """Why there is no verdict: too few seeds, or a baseline that is not the published one."""
     table, design = comparison.table, comparison.table.design
     if design.looks[-1] < FEWEST:
         return f"{design.looks[-1]} seeds decide nothing"
     if decision.look is None:
         return f"{seeds_over(comparison)} of {design.looks[0]} seeds finished"
-    for column in columns if table.scale == "paper" else ():
-        row = table.published_baseline
-        published = table.paper.get(column, {}).get(row)
-        if published is None:
-            return "no published baseline is known"
+    if table.scale != "paper":
+        return ""
+    row = table.published_baseline
+    known = {column: table.paper[column][row] for column in table.columns if row in table.paper.get(column, {})}
+    for column, published in known.items():
         ours = comparison.cells[row, column].estimate
         if ours is None or abs(ours.mean - published) > NEAR:
-            return f"'{row}' is not within {NEAR} of the published {published}"
-    return ""
+            return f"'{row}' in '{column}' is not within {NEAR} of the published {published}"
+    return "" if known else "no published baseline is known"
 
 
-def trained_values(comparison: Comparison, columns: tuple[str, ...]) -> Values:
+def trained_values(comparison: Comparison, columns: Iterable[str]) -> Values:
     """The rows that are trainings of their own, each training once: rows made from others have less error."""
     table, seen, found = comparison.table, set(), {}
     for row, values in row_values(comparison, columns).items():
@@ -224,11 +214,11 @@ def trained_values(comparison: Comparison, columns: tuple[str, ...]) -> Values:
     return found
 
 
-def sampling(comparison: Comparison, claim: Claim, columns: tuple[str, ...]) -> Optional[SamplingError]:
-    """Standard errors for other seeds and other test images, if it is known which images each run has right."""
-    right: dict[tuple[str, str, int], np.ndarray] = {}
+def sampling(comparison: Comparison, claim: Claim) -> Optional[SamplingError]:
+    """Standard errors for other seeds and other test samples, if it is known which samples each run has right."""
+    right, columns = {}, comparison.table.columns
     for entry in comparison.done:
-        if entry["row"] in claim.rows and entry["column"] in columns and comparison.metric.proportion:
+        if entry["row"] in claim.rows and comparison.metric.proportion:
             one = correct_samples(entry)
             if one is None:
                 return None
@@ -246,16 +236,16 @@ def sampling(comparison: Comparison, claim: Claim, columns: tuple[str, ...]) -> 
         for seed in seeds
     ]
     found = statistics.sampling_error(np.array(parts)) if parts else None
-    return found and SamplingError(100 * found.seeds, 100 * found.images, 100 * found.both)
+    return found and SamplingError(100 * found.seeds, 100 * found.samples, 100 * found.both)
 
 
-def worst_case(comparison: Comparison, claim: Claim, columns: tuple[str, ...]) -> Optional[Difference]:
+def worst_case(comparison: Comparison, claim: Claim) -> Optional[Difference]:
     """The difference where runs that failed or diverged have the value that speaks most against the claim: for a better
     row the worst of its column, for a worse row the best."""
     higher, filled, missing = comparison.metric.higher_is_better, {}, False
     for row in claim.rows:
         parts = []
-        for column in columns:
+        for column in comparison.table.columns:
             one = comparison.cells[row, column]
             known = [value for cell in comparison.column(column) for value in cell.values.values()]
             lost = [seed for seed, (state, _) in one.unfinished.items() if state in (FAILED, DIVERGED)]

@@ -81,22 +81,15 @@ def papers(comparison: Comparison, row: str) -> list[str]:
 
 
 def claims(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    several, digits = several_columns(comparison), comparison.metric.digits
-    head = ["claim", *["column"] * several, "difference", "95 % interval", "seeds", "p", "verdict"]
-    rows = []
+    head, rows, digits = ["claim", "difference", "95 % interval", "seeds", "p", "verdict"], [], comparison.metric.digits
     for found in comparison.findings:
         one = found.decision.estimate or found.difference
         numbers = [NONE] * 4
         if one:
             p = NONE if found.withheld else p_value(found.decision.p)
             numbers = [number(one.mean, digits, "+"), interval(one, digits), str(one.n), p]
-        rows.append([str(found.claim), *found.columns * several, *numbers, verdict(comparison, found)])
+        rows.append([str(found.claim), *numbers, verdict(comparison, found)])
     return head, rows
-
-
-def several_columns(comparison: Comparison) -> bool:
-    """Whether each claim is tested in several columns, not on their mean."""
-    return len(comparison.table.columns) > 1 and not comparison.table.design.average_columns
 
 
 def verdict(comparison: Comparison, found: Finding) -> str:
@@ -115,23 +108,23 @@ def verdict(comparison: Comparison, found: Finding) -> str:
 
 def checks(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """What stands beside the verdicts and does not decide."""
-    several, digits, found = several_columns(comparison), comparison.metric.digits, comparison.findings
+    digits, found = comparison.metric.digits, comparison.findings
     shown = {
         "detectable": lambda one: number(one.detectable, digits),
         "equivalence p": lambda one: p_value(None if one.withheld else one.decision.equivalence_p),
         "pooled error": lambda one: one.pooled and f"{ends(*one.pooled[:2], digits)}, p {p_value(one.pooled[2])}",
         "sign-flip p": lambda one: one.difference and f"{p_value(one.difference.flip_p)}",
-        "new images too": lambda one: one.sampling and f"± {number(one.sampling.both, digits)}",
+        "new samples too": lambda one: one.sampling and f"± {number(one.sampling.both, digits)}",
         "lost runs at their worst": lambda one: (
             one.worst and f"{number(one.worst.mean, digits, '+')} {interval(one.worst, digits)}"
         ),
     }
     hidden = {"equivalence p": comparison.table.design.margin is None}
-    hidden |= {"new images too": all(one.sampling is None for one in found)}
+    hidden |= {"new samples too": all(one.sampling is None for one in found)}
     hidden |= {"lost runs at their worst": all(one.worst is None for one in found)}
     shown = {label: show for label, show in shown.items() if not hidden.get(label)}
-    rows = [[str(one.claim), *one.columns * several, *(show(one) or NONE for show in shown.values())] for one in found]
-    return ["claim", *["column"] * several, *shown], rows
+    rows = [[str(one.claim), *(show(one) or NONE for show in shown.values())] for one in found]
+    return ["claim", *shown], rows
 
 
 def over_columns(comparison: Comparison) -> tuple[list[str], list[list[str]]]:

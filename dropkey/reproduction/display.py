@@ -74,10 +74,9 @@ def decisions(comparison: Comparison) -> str:
     """After a look: what is decided."""
     lines = [f"after {len(comparison.table.seeds)} seeds:"]
     for found in comparison.findings:
-        place = "" if len(found.columns) > 1 or len(comparison.table.columns) == 1 else f" ({found.columns[0]})"
         one = found.decision.estimate
         shown = f"{content.number(one.mean, comparison.metric.digits, '+')}, " if one else ""
-        lines.append(f"  {found.claim}{place}: {shown}{content.verdict(comparison, found)}")
+        lines.append(f"  {found.claim}: {shown}{content.verdict(comparison, found)}")
     return "\n".join(lines)
 
 

@@ -124,12 +124,10 @@ def claims(comparison: Comparison) -> str:
     table, metric = comparison.table, comparison.metric
     lines = []  # label, estimate, seeds' differences, whether it is a claim
     for found in comparison.findings:
-        place = "" if len(found.columns) == len(table.columns) else f", {found.columns[0]}"
-        numbers = contrasts(row_values(comparison, found.columns), found.claim)
-        lines.append((f"{found.claim}{place}", found.decision.estimate or found.difference, numbers, True))
+        numbers = contrasts(row_values(comparison, table.columns), found.claim)
+        lines.append((str(found.claim), found.decision.estimate or found.difference, numbers, True))
         for column, one in comparison.summaries.get(found.claim.label, ({}, None))[0].items():
-            if len(found.columns) > 1:
-                lines.append((column, one, contrasts(row_values(comparison, (column,)), found.claim), False))
+            lines.append((column, one, contrasts(row_values(comparison, (column,)), found.claim), False))
     with style():
         figure, axes = subplots(1, 1, (7.2, 1.0 + 0.32 * len(lines)))
         axis = axes[0][0]

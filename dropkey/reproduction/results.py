@@ -8,6 +8,7 @@ import base64
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Optional
@@ -28,13 +29,16 @@ FILE = "records.jsonl"
 Place = tuple[str, str, int]  # row, column, seed
 
 
-def gather(table: Table, jobs: dict[Place, Job], tuned: list[dict], earlier: "Earlier") -> tuple[dict, list[dict]]:
+def gather(
+    table: Table, jobs: dict[Place, Job], tuned: Sequence[dict] = (), earlier: Optional["Earlier"] = None
+) -> tuple[dict, list[dict]]:
     """(head, a record for each row, column and seed, finished or not), from the run directories, or from `earlier`
-    records where these are gone.
+    records where these are gone. `tuned`: what tuning found, for the head.
 
     Raises:
         ConfigError: the runs do not have the same metrics.
     """
+    earlier = earlier or Earlier({}, {})
     results = {job: RunDirectory(job.run).read_json(job.result) for job in jobs.values() if state(job)[0] == DONE}
     gone = earlier.of(jobs)
     records = [
@@ -58,7 +62,7 @@ def gather(table: Table, jobs: dict[Place, Job], tuned: list[dict], earlier: "Ea
         "design": as_json(design),
         **({"earlier_designs": changed} if changed else {}),
         **({"protocol": protocol_hash(table)} if table.protocol else {}),
-        **({"tuning": tuned} if tuned else {}),
+        **({"tuning": list(tuned)} if tuned else {}),
         "settings": compact(settings(table, jobs)),
     }
     return head, records

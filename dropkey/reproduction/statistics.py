@@ -4,8 +4,8 @@ A claim is tested on one number per seed, its contrast in that seed: DropKey min
 mean of rows. The t-test on these numbers decides, with Holm's correction over the planned claims. The sign-flip test
 stands beside it: it needs no normal distribution.
 
-Seeds vary initialisation, order of the data, augmentation and masks. All runs share the test images; only
-`sampling_error` says something about other images.
+Seeds vary initialisation, order of the data, augmentation and masks. All runs share the test samples; only
+`sampling_error` says something about other samples.
 """
 
 import math
@@ -179,26 +179,26 @@ def mean_squares(values: np.ndarray) -> tuple[float, float, float]:
 
 @dataclass(frozen=True)
 class SamplingError:
-    """Standard errors of one mean: for other seeds on these images, for other images with these seeds, for both."""
+    """Standard errors of one mean: for other seeds on these samples, for other samples with these seeds, for both."""
 
     seeds: float
-    images: float
+    samples: float
     both: float
 
 
 def sampling_error(differences: np.ndarray) -> Optional[SamplingError]:
-    """From per-image differences (seeds, images), such as correct minus correct in -1, 0, 1; in their unit.
+    """From per-sample differences (seeds, samples), such as correct minus correct in -1, 0, 1; in their unit.
 
-    Seeds and images are crossed random effects. Each of the two simple errors holds the residual variance once, so
+    Seeds and samples are crossed random effects. Each of the two simple errors holds the residual variance once, so
     that their sum would hold it twice: `both` takes it out, and is at least the larger of the two. None below 2 seeds
-    or 2 images.
+    or 2 samples.
     """
     values = np.asarray(differences, dtype=np.float64)
     if min(values.shape) < 2:
         return None
-    seeds, images, residual = mean_squares(values)
-    both = max(seeds, images, seeds + images - residual)
-    return SamplingError(*(math.sqrt(square / values.size) for square in (seeds, images, both)))
+    seeds, samples, residual = mean_squares(values)
+    both = max(seeds, samples, seeds + samples - residual)
+    return SamplingError(*(math.sqrt(square / values.size) for square in (seeds, samples, both)))
 
 
 @dataclass(frozen=True)

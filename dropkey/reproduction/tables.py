@@ -23,7 +23,6 @@ KEYS = (
     "baseline",
     "rows",
     "claims",
-    "average_columns",
     "margin",
     "tuning",
     "paper",
@@ -54,7 +53,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Claim:
-    """The mean of some rows is better than the mean of others; usually one row each."""
+    """The mean of some rows is better than the mean of others, on average over the columns; usually one row each."""
 
     label: str
     better: tuple[str, ...]
@@ -76,13 +75,11 @@ class Design:
         seeds: planned, in this order.
         looks: numbers of seeds after which claims are tested; the last is all.
         margin: differences below it, in the metric's unit, do not matter; None: equivalence is not tested.
-        average_columns: a claim is about the mean over columns, not about each column.
     """
 
     seeds: tuple[int, ...]
     looks: tuple[int, ...]
     margin: Optional[float] = None
-    average_columns: bool = False
 
 
 @dataclass(frozen=True)
@@ -274,7 +271,7 @@ def read_design(content: dict, scale: dict, where: str) -> Design:
     require(good or len(looks) == 1, f"{where}looks={list(looks)}: ascending numbers of seeds from {FEWEST}")
     margin = content.get("margin")
     require(margin is None or margin > 0, f"{where}margin={margin} must be above 0")
-    return Design(seeds, looks, margin, bool(content.get("average_columns", False)))
+    return Design(seeds, looks, margin)
 
 
 def read_claim(value, rows: dict, where: str) -> Claim:

@@ -40,7 +40,7 @@ def gather(table: Table, output: str, earlier: list[dict]) -> list[dict]:
     Runs that are gone are taken from `earlier` records of the same settings.
 
     Raises:
-        ConfigError: a run has no validation data, so that tuning would look at the test images.
+        ConfigError: a run has no validation data, so that tuning would look at test data.
     """
     found, known = {}, {key(entry): entry for entry in earlier}
     for place, job in jobs_of(table, output).items():
@@ -52,7 +52,7 @@ def gather(table: Table, output: str, earlier: list[dict]) -> list[dict]:
             metric = summary["metrics"][0]
             require(
                 summary["best_split"] == "val",
-                f"table {table.name}: best_of needs validation images, and {job.name} has none; set data.val_fraction",
+                f"table {table.name}: best_of needs validation data, and {job.name} has none; set data.val_fraction",
             )
             validation[seed] = round(summary["objective"], metric["digits"] + 2)
             test[seed] = summary[metric["key"]]
