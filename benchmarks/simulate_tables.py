@@ -2,9 +2,9 @@
 
     python benchmarks/simulate_tables.py
 
-takes a minute or two on one core and writes benchmarks/results/simulated-tables.{md,json}. A table has rows for a baseline
-and m others, with independent noise per seed; its m claims are the rows minus the baseline, with a deviation of 1.19
-points between seeds, as measured in 76 small runs.
+takes a minute or two on one core and writes benchmarks/results/simulated-tables.{md,json}. A table has rows for a
+baseline and m others, with independent noise per seed; its m claims are the rows minus the baseline, with a deviation
+of 1.19 points between seeds, as measured in 76 small runs.
 """
 
 import datetime
