@@ -35,7 +35,7 @@ VERDICTS = {  # by "higher" and "within the margin"
 
 EDGES = np.linspace(0, 9, 301)  # of |z|
 MIDDLES = (EDGES[1:] + EDGES[:-1]) / 2
-LARGE = 40  # seeds, from where on the chain of z is taken as that of known variances
+LARGE = 60  # seeds, from where on the chain of z is taken as that of known variances
 QUANTILES = np.linspace(0.5, 5.0, 37)  # of alpha / 2 from .6 to 6e-7: boundaries between them are interpolated
 
 
@@ -76,19 +76,15 @@ def transition(n: int, more: int) -> np.ndarray:
     now, edge = chain(MIDDLES, n)[:, None], chain(EDGES, more)
     with np.errstate(invalid="ignore"):  # nan where the edge cannot be reached
         reached, turn = np.arcsin(edge / np.sqrt(1 + now**2)), np.arctan(now)
-    chance = tail(reached - turn, n) - tail(math.pi - reached - turn, n) + tail(reached + turn, n)
-    return np.nan_to_num(chance)
+    # above the edge, below its negative; where reached + turn is beyond pi / 2, u falls again before the angle ends
+    near, far = (math.sqrt(n) * np.tan(angle) for angle in (reached - turn, reached + turn))
+    return np.nan_to_num(stdtr(n, -near) + np.copysign(stdtr(n, -np.abs(far)), far))
 
 
 def chain(z: np.ndarray, n: int) -> np.ndarray:
     """|u_n| where the t-test on n values has the p of z."""
     t = -stdtrit(n - 1, ndtr(-z))
     return math.sqrt(n) * t / np.sqrt(n - 1 + t**2)
-
-
-def tail(angle: np.ndarray, n: int) -> np.ndarray:
-    """The chance that the angle is larger."""
-    return np.where(angle < math.pi / 2, stdtr(n, -math.sqrt(n) * np.tan(angle)), 0.0)
 
 
 @lru_cache
