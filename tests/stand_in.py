@@ -4,25 +4,28 @@ It misbehaves as the environment variable BEHAVIOUR says: a JSON object from a p
 exit, kill, diverge, stop, sleep, wait once (sleeps at the first attempt only).
 """
 
+import importlib.metadata
 import json
 import os
+import random
 import signal
 import sys
 import time
 from pathlib import Path
 
+from dropkey.code_version import part_digest
 from dropkey.errors import Busy
 from dropkey.records import RunDirectory
 
 METRICS = [{"key": "top1", "label": "top-1", "unit": "%"}, {"key": "loss", "label": "loss", "higher_is_better": False}]
-VERSIONS = {"torch": "0", "python": "0"}
+VERSIONS = {"torch": importlib.metadata.version("torch"), "python": "0"}
 RESULT = {
     "loss": 1.0,
     "metrics": METRICS,
     "samples": 10,
     "versions": VERSIONS,
     "hardware": "none",
-    "code": {"engine": "new"},
+    "code": {"engine": part_digest("engine")},
 }
 
 
@@ -60,17 +63,20 @@ def main(script: str, overrides: list[str]) -> None:
         return
     try:
         with run.lock():
-            train(run, top1=50 + 10 * float(given.get("regularizer.ratio", 0)) + int(given["seed"]))
+            ratio, seed = float(given.get("regularizer.ratio", 0)), int(given["seed"])
+            noise = float(os.environ.get("NOISE", "0")) * random.Random(run.path.name).gauss(0, 1)
+            train(run, top1=50 + 10 * ratio + seed % 1000 + noise, validation=50 - 10 * ratio)
     except Busy as error:
         sys.exit(error.exit_code)
 
 
-def train(run: RunDirectory, top1: float) -> None:
+def train(run: RunDirectory, top1: float, validation: float) -> None:
     run.set_status("running")
     act(run)
     time.sleep(float(os.environ.get("PAUSE", "0")))
     run.append({"kind": "epoch", "step": 1, "epoch": 1, "train_loss": 0.5, "eval_top1": 40.0})
     rest = {"epochs": 1, "seconds": 1.0, "samples_per_second": 10.0, "best_split": "val", "data": "d", "commit": "e"}
+    rest["objective"] = validation
     run.write_result("summary.json", {**RESULT, **rest, "top1": top1})
     run.set_status("done")
 

@@ -410,7 +410,7 @@ def test_info_tells_how_the_config_comes_about(what, text, monkeypatch, capsys):
 def test_the_shell_completes_options_and_keys(monkeypatch, capsys):
     assert "complete" in command_line(monkeypatch, capsys, "-sc", "install=bash")[1]
     for typed, offered in {
-        "regularizer=dropkey_b": "regularizer=dropkey_block",
+        "regularizer=dropo": "regularizer=dropout",
         "trainer.ep": "trainer.epochs=",
     }.items():
         monkeypatch.setenv("COMP_LINE", f"python train.py {typed}")

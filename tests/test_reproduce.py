@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -65,7 +66,7 @@ def finished(place):
 WRONG = {
     "paln": "paln does not exist; choices: plan, run, report",
     "table=schedule": "an action is missing; choices: plan, run, report",
-    "run": "table= is missing; choices: alignment, cifar, controls, imagenet, schedule, structured",
+    "run": "table= is missing; choices: alignment, best, cifar, controls, imagenet, schedule, structured",
     "run table=schedule": "scale= is missing",
     "run table=schedul scale=smoke": "table=schedul does not exist; did you mean schedule?",
     "run table=schedule scale=smok": "scale=smok does not exist; did you mean smoke?",
@@ -78,6 +79,11 @@ WRONG = {
     "run table=schedule scale=smoke seeds=0": "seeds=(): a number of seeds from 1",
     "run table=schedule scale=smoke optim.lrr=1": "optim.lrr is no key of the config; did you mean optim.lr?",
     "run table=schedule scale=smoke launcher=sge": "launcher=sge does not exist; choices: local, slurm",
+    "run table=schedule scale=smoke until=forever": "until=forever does not exist; choices: planned, decided",
+    "run table=schedule scale=smoke until=decided max_seeds=2": "max_seeds=2 must be 3 or more",
+    "run table=schedule scale=smoke until=decided seeds=2": "leave out seeds=",
+    "plan table=schedule scale=smoke delta=1": "no 3 seeds are finished; say deviation=, such as 1.2",
+    "report table=best scale=smoke": "table=best is not tuned yet: 60 runs are missing; run it first",
     "report table=schedule scale=smoke": "no run of table=schedule scale=smoke is finished yet",
     "report table=schedule scale=smoke records=nowhere": "nowhere has no records of a table",
 }
@@ -104,7 +110,7 @@ def test_run_trains_evaluates_tunes_and_reports(finished, place):
     assert finished.returncode == 0, finished.stdout + finished.stderr
     names = {path.name for path in (place / "results" / "mini-smoke").iterdir()}
     expected = {"report.md", "report.html", "report.tex", "report.csv", "report.json", "forest.svg", "curves.svg"}
-    assert expected | {"records.jsonl", "entropy.svg"} == names
+    assert expected | {"records.jsonl", "entropy.svg", "claims.svg"} == names
 
 
 def test_the_report_has_the_entropy_of_attention(finished, place):
@@ -128,6 +134,23 @@ def test_the_report_from_its_records_is_the_report_from_the_runs(finished, place
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
 
 
+def test_finished_records_stand_for_runs_that_are_gone(finished, place, tmp_path):
+    shutil.copytree(place / "results", tmp_path / "results")
+    words = ("seeds=1", f"output={tmp_path}/runs", f"results={tmp_path}/results")
+    planned = call(place, "plan", *words)
+    assert "0 trainings, 0 evaluations: ; 3 more are finished in the records" in planned.stdout, planned.stderr
+    again = call(place, "run", *words)
+    assert again.returncode == 0 and "start " not in again.stdout, again.stdout + again.stderr
+    for name in ("report.md", "records.jsonl"):
+        written = tmp_path / "results" / "mini-smoke" / name
+        assert written.read_bytes() == (place / "results" / "mini-smoke" / name).read_bytes()
+
+
+def test_records_of_other_settings_stand_for_nothing(finished, place, tmp_path):
+    words = ("seeds=1", f"output={tmp_path}/runs", f"results={place}/results", "optim.weight_decay=0.1")
+    assert "2 trainings, 1 evaluations: 3 missing\n" in call(place, "plan", *words).stdout
+
+
 def mini_table(place: Path, seeds=(0,), overrides=()) -> tables.Table:
     return tables.load(str(place / "mini.yaml"), "smoke", seeds, overrides)
 
@@ -146,7 +169,7 @@ def test_plan_counts_what_is_done_and_takes_the_time_from_finished_runs(finished
 
 
 def test_plan_says_where_the_time_is_not_known(place):
-    done = call(place, "plan", "seeds=1", f"output={place}/elsewhere")
+    done = call(place, "plan", "seeds=1", f"output={place}/elsewhere", f"results={place}/elsewhere")
     assert "time of 3 jobs: not known until a first run of their model and data is finished" in done.stdout
     assert "about" not in done.stdout and not (place / "elsewhere").exists()
 

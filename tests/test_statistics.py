@@ -276,6 +276,6 @@ def test_the_simple_sampling_errors_are_those_of_means():
     values = np.random.default_rng(10).integers(-1, 2, (5, 40))
     found = sampling_error(values)
     assert found.seeds == pytest.approx(stats.sem(values.mean(axis=1)))
-    assert found.images == pytest.approx(stats.sem(values.mean(axis=0)))
-    assert found.both >= max(found.seeds, found.images)
+    assert found.samples == pytest.approx(stats.sem(values.mean(axis=0)))
+    assert found.both >= max(found.seeds, found.samples)
     assert sampling_error(values[:1]) is None

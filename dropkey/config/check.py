@@ -208,7 +208,7 @@ def check_data(data: schema.DataConfig) -> None:
         one_of("data.name", data.name, schema.DATASETS)
     seed = data.split_seed
     require(
-        seed == "run" or (isinstance(seed, int) and seed >= 0),
+        seed == "run" or (type(seed) is int and seed >= 0),
         f"data.split_seed={seed} must be a number from 0, or run: each run's own seed",
     )
     require(

@@ -67,7 +67,7 @@ class DataConfig:
     val_fraction: float = 0.1  # share of the training images held out when the set has no validation split
     test_fraction: float = 0.2  # share held out for testing when the set has neither test nor validation split
     max_train_samples: Optional[int] = None  # train on this many images only, equally many per class
-    split_seed: Union[int, str] = 0  # draws these and the held-out validation images; "run": the run's own seed
+    split_seed: Any = 0  # an integer that draws these and the held-out validation images; "run": the run's own seed
     in_memory: bool = True  # keep decoded images as one uint8 tensor on the device; false: decode them for each batch
     crop_pct: float = 1.0  # evaluation: centre crop / resized side
     num_workers: int = 2  # decoding processes, with in_memory=false

@@ -47,13 +47,20 @@ class Study:
         self.table = tuning.with_choices(self.table, self.tuned)
 
     def tuning_jobs(self) -> list[Job]:
-        """Those still to be run."""
+        """Without those whose result is in the records and whose run is gone."""
         known = {tuning.key(entry): entry["validation"] for entry in self.tuned}
         return [
             job
             for place, job in tuning.jobs_of(self.table, self.args.output).items()
-            if known.get(tuning.key(tuning.candidate_of(self.table, place, job)), {}).get(str(place[3])) is None
+            if state(job)[0] == DONE
+            or known.get(tuning.key(tuning.candidate_of(self.table, place, job)), {}).get(str(place[3])) is None
         ]
+
+    def save(self) -> None:
+        """What is known so far, as the table's file of records."""
+        head, found = results.gather(self.table, jobs_of(self.table, self.args.output), self.tuned, self.earlier)
+        if self.tuned or any(entry["state"] == DONE for entry in found):
+            results.write(self.directory / results.FILE, head, found)
 
     # ------------------------------------------------------------------------------------------------------- plan
 
@@ -61,7 +68,7 @@ class Study:
         show, table = self.console.print, self.table
         jobs = jobs_of(table, self.args.output)
         recorded = self.earlier.of(jobs)
-        todo = [*self.tuning_jobs(), *(job for job in distinct(jobs) if job not in recorded)]
+        todo = list(dict.fromkeys([*self.tuning_jobs(), *(job for job in jobs.values() if job not in recorded)]))
         show(f"{table.title}: {table.about}")
         show(display.overview(table, jobs, recorded))
         show(display.LEGEND, style="dim")
@@ -91,33 +98,40 @@ class Study:
     def run(self) -> int:
         """Tunes where rows ask for it, then goes from look to look until every claim is decided or all seeds are
         run, then reports."""
-        left, stopped = self.launch(self.tuning_jobs(), {}) if self.tuning_jobs() else ([], 0)
+        jobs = self.tuning_jobs()
+        left, stopped = self.launch(jobs, {}) if jobs else ([], 0)
         self.look_at_tuning()
-        if tuning.missing(self.table, self.tuned):
-            return self.end(left, stopped)
-        design = self.table.design
+        if not stopped and not tuning.missing(self.table, self.tuned):
+            more, stopped = self.run_looks()
+            left += more
+        if stopped or tuning.missing(self.table, self.tuned):
+            self.save()
+        else:
+            if self.args.entropy:
+                self.measure_entropy()
+            self.report()
+        return self.end(left, stopped)
+
+    def run_looks(self) -> tuple[list[runner.JobState], int]:
+        """(jobs that are not done, the signal that stopped the launcher or 0)."""
+        design, left, stopped = self.table.design, [], 0
         planned = self.table.seeds == design.seeds
         waves = [design.seeds[:look] for look in design.looks] if planned else [self.table.seeds]
         for seeds in waves:
             self.table = replace(self.table, seeds=seeds)
             jobs = jobs_of(self.table, self.args.output)
             before = {one.job for one in left}
-            some, stopped = self.launch([job for job in distinct(jobs) if job not in before], self.earlier.of(jobs))
-            left += some
+            more, stopped = self.launch([job for job in distinct(jobs) if job not in before], self.earlier.of(jobs))
+            left += more
             if stopped:
                 break
             comparison = self.compare()
             if len(waves) > 1:
-                results.write(self.directory / results.FILE, comparison.head, comparison.records)
+                self.save()
                 self.console.print(display.decisions(comparison))
             if planned and comparison.decided:
                 break
-        if not stopped:
-            trained = {job.run for job in jobs.values() if state(job)[0] == DONE and not job.evaluation}
-            if self.args.entropy:
-                self.measure_entropy([run for run in sorted(trained) if not (run / "entropy.json").exists()])
-            self.report()
-        return self.end(left, stopped)
+        return left, stopped
 
     def launch(self, jobs: list[Job], recorded: dict[Job, dict]) -> tuple[list[runner.JobState], int]:
         """(jobs that are not done, the signal that stopped the launcher or 0)."""
@@ -162,8 +176,11 @@ class Study:
             self.console.print(f"{failed} failed; the same command with retry=true tries them again")
         return 1 if left else 0
 
-    def measure_entropy(self, runs: list[Path]) -> None:
-        """In a process of its own, because it imports torch."""
+    def measure_entropy(self) -> None:
+        """Of all finished trainings, in a process of its own, because it imports torch."""
+        jobs = distinct(jobs_of(self.table, self.args.output))
+        runs = [job.run for job in jobs if state(job)[0] == DONE and not job.evaluation]
+        runs = [run for run in runs if not (run / "entropy.json").exists()]
         if not runs:
             return
         self.console.print("measuring the entropy of attention (entropy=false skips it)")

@@ -136,7 +136,7 @@ def settings(table: Table, jobs: dict[tuple[str, str, int], Job]) -> dict[tuple[
 
 def compact(found: dict[tuple[str, str], dict]) -> dict:
     """The keys that all cells share once, and for each cell the others."""
-    first, *rest = found.values()
+    first, *rest = found.values() or [{}]
     shared = {key: value for key, value in first.items() if all(key in one and one[key] == value for one in rest)}
     own = [[*place, {k: v for k, v in keys.items() if k not in shared}] for place, keys in found.items()]
     return {"shared": shared, "cells": own}

@@ -141,9 +141,7 @@ def load(table: str, scale: str, seeds: Optional[tuple[int, ...]] = None, overri
     written = {**content["rows"], **chosen.get("rows", {})}
     rows = {str(label): read_row(str(label), value, where) for label, value in written.items() if value is not None}
     check_rows(rows, where)
-    columns = {
-        str(label): read_overrides(value, f"{where}column '{label}'") for label, value in chosen["columns"].items()
-    }
+    columns = {str(name): read_overrides(text, f"{where}column '{name}'") for name, text in chosen["columns"].items()}
     for key in ("baseline", "published_baseline"):
         label = content.get(key)
         require(label is None or label in rows, f"{where}{key} '{label}' is not a row{nearest(label, rows)}")
@@ -153,9 +151,6 @@ def load(table: str, scale: str, seeds: Optional[tuple[int, ...]] = None, overri
         for label in results:
             require(label in written, f"{where}paper '{column}': '{label}' is not a row{nearest(label, written)}")
     design = read_design(content, chosen, where)
-    tuning = content.get("tuning") or {}
-    check_keys(tuning, ("seeds", "column"), f"{where}tuning: ")
-    tuned_in = tuning.get("column")
     return Table(
         name=path.stem,
         scale=scale,
@@ -172,9 +167,8 @@ def load(table: str, scale: str, seeds: Optional[tuple[int, ...]] = None, overri
         paper=paper,
         published_baseline=content.get("published_baseline"),
         protocol=content.get("protocol"),
-        tuning_seeds=tuple(range(TUNING_SEED, TUNING_SEED + tuning.get("seeds", 3))),
-        tuning_column=tuned_in if tuned_in in columns else None,
         overrides=overrides,
+        **read_tuning(content.get("tuning") or {}, columns, where),
     )
 
 
@@ -272,6 +266,15 @@ def read_design(content: dict, scale: dict, where: str) -> Design:
     margin = content.get("margin")
     require(margin is None or margin > 0, f"{where}margin={margin} must be above 0")
     return Design(seeds, looks, margin)
+
+
+def read_tuning(value: dict, columns: dict, where: str) -> dict:
+    check_keys(value, ("seeds", "column"), f"{where}tuning: ")
+    count = value.get("seeds", 3)
+    require(isinstance(count, int) and count > 0, f"{where}tuning: seeds={count} must be a number from 1")
+    column = value.get("column")
+    seeds = tuple(range(TUNING_SEED, TUNING_SEED + count))
+    return {"tuning_seeds": seeds, "tuning_column": column if column in columns else None}
 
 
 def read_claim(value, rows: dict, where: str) -> Claim:

@@ -11,6 +11,7 @@ from typing import Optional
 from dropkey.config import identity
 from dropkey.config.check import require
 from dropkey.errors import ConfigError
+from dropkey.metrics import Metric
 from dropkey.records import RunDirectory
 from dropkey.reproduction.jobs import DIVERGED, DONE, FAILED, Job, composed, named_errors, settings, state, training_job
 from dropkey.reproduction.tables import Table
@@ -49,14 +50,14 @@ def gather(table: Table, output: str, earlier: list[dict]) -> list[dict]:
         over, seed, before = state(job)[0], str(place[3]), known.get(key(entry), {"validation": {}})
         if over == DONE:
             summary = RunDirectory(job.run).summary()
-            metric = summary["metrics"][0]
+            metric = Metric(**summary["metrics"][0])
             require(
                 summary["best_split"] == "val",
                 f"table {table.name}: best_of needs validation data, and {job.name} has none; set data.val_fraction",
             )
-            validation[seed] = round(summary["objective"], metric["digits"] + 2)
-            test[seed] = summary[metric["key"]]
-            entry["higher_is_better"] = metric["higher_is_better"]
+            validation[seed] = round(summary["objective"], metric.digits + 2)
+            test[seed] = summary[metric.key]
+            entry["higher_is_better"] = metric.higher_is_better
         elif before["validation"].get(seed) is not None:
             validation[seed], test[seed] = before["validation"][seed], before["test"][seed]
             entry["higher_is_better"] = before["higher_is_better"]

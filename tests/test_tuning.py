@@ -1,0 +1,309 @@
+"""Rows that are the best of candidates, and tables that go on until their claims are decided. A stand-in trains."""
+
+import collections
+import importlib.util
+import itertools
+import json
+import random
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import stand_in as standing_in
+from dropkey.errors import ConfigError
+from dropkey.records import RunDirectory
+from dropkey.reproduction import jobs, results, tables, tuning
+from dropkey.reproduction.commands import Study
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "reproduce.py"
+spec = importlib.util.spec_from_file_location("reproduce", SCRIPT)
+reproduce = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(reproduce)
+TABLE = """
+title: Best against best
+baseline: none
+tuning: { seeds: 2 }
+rows:
+  none: regularizer=none
+  best: { best_of: "regularizer=dropkey regularizer.ratio=0.1,0.3 schedule=constant,decreasing" }
+  increasing: { like: best, train: schedule=increasing }
+claims: [best > none]
+"""
+COLUMN = "ViT 2 x 32"
+
+
+def arguments(tmp_path: Path, *words: str) -> list[str]:
+    place = (f"table={tmp_path}/best.yaml", "scale=smoke", f"output={tmp_path}/runs", f"results={tmp_path}/results")
+    return ["run", *place, "entropy=false", "jobs=4", *words]
+
+
+@pytest.fixture
+def table(tmp_path):
+    (tmp_path / "best.yaml").write_text(TABLE)
+    return tables.load(str(tmp_path / "best.yaml"), "smoke")
+
+
+def announce(table: tables.Table, output: Path, seeds=tuple(range(8))) -> None:
+    """Every job that the table may come to."""
+    found = list(tuning.jobs_of(table, str(output)).values())
+    for candidate in table.rows["best"].candidates:
+        chosen = replace(table, chosen={("best", COLUMN): candidate}, seeds=seeds)
+        found += jobs.jobs_of(chosen, str(output)).values()
+    standing_in.announce(found, output)
+
+
+def started(tmp_path: Path) -> collections.Counter:
+    return collections.Counter((tmp_path / "runs" / "starts.txt").read_text().split()[::2])
+
+
+@pytest.fixture
+def tuned(table, tmp_path, stand_in):
+    """The exit code of a run."""
+    announce(table, tmp_path / "runs")
+    return reproduce.main(arguments(tmp_path))
+
+
+# -------------------------------------------------------------------------------------------------------- the YAML
+
+
+def test_candidates_are_all_combinations_in_the_order_of_writing(table):
+    expected = [
+        ("regularizer=dropkey", f"regularizer.ratio={ratio}", f"schedule={schedule}")
+        for ratio, schedule in itertools.product(("0.1", "0.3"), ("constant", "decreasing"))
+    ]
+    assert list(table.rows["best"].candidates) == expected
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("ratio=0.1,0.3 schedule=constant,decreasing", "ratio=0.1", "best_of needs values with commas"),
+        ("like: best", "like: worst", "row 'increasing' is like 'worst', which is not a row"),
+        ("like: best", "like: best, of: none", "of is not a key of a table"),
+        ("{ seeds: 2 }", "{ seeds: 0 }", "tuning: seeds=0 must be a number from 1"),
+        ("[best > none]", "[{ claim: c, better: best }]", "a claim needs claim, better and worse"),
+        ("rows:", "scales: { smoke: { looks: [5, 4] } }\nrows:", "looks=[5, 4]: ascending numbers of seeds from 3"),
+        ("rows:", "scales: { smoke: { looks: [2, 4] } }\nrows:", "looks=[2, 4]: ascending numbers of seeds from 3"),
+        ("rows:", "margin: 0\nrows:", "margin=0 must be above 0"),
+        ("ratio=0.1,0.3", "ratio=0.1,3", "candidate regularizer=dropkey regularizer.ratio=3 schedule=constant: "),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(old, new, message, tmp_path):
+    (tmp_path / "best.yaml").write_text(TABLE.replace(old, new))
+    with pytest.raises(ConfigError) as error:
+        tuning.jobs_of(tables.load(str(tmp_path / "best.yaml"), "smoke"), "runs")
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_rows_wait_for_the_choice(table):
+    assert {row for row, _, _ in jobs.jobs_of(table, "runs")} == {"none"}
+
+
+def test_a_row_like_the_best_has_its_overrides_and_its_own(table):
+    chosen = replace(table, chosen={("best", COLUMN): ("regularizer=dropkey", "regularizer.ratio=0.3")})
+    config = jobs.jobs_of(chosen, "runs")["increasing", COLUMN, 0].config
+    assert (config.regularizer.ratio, config.schedule.name) == (0.3, "increasing")
+
+
+# ------------------------------------------------------------------------------------------------------- the choice
+
+
+def candidate(name: str, *validation, test: float = 50.0, higher: bool = True) -> dict:
+    scores = {str(seed): value for seed, value in enumerate(validation)}
+    entry = {"row": "best", "column": COLUMN, "candidate": name, "validation": scores}
+    return {**entry, "test": dict.fromkeys(scores, test), "higher_is_better": higher}
+
+
+def order(*entries: dict) -> list[str]:
+    return [entry["candidate"] for entry in tuning.ranked(list(entries), "best", COLUMN)]
+
+
+def test_the_best_mean_on_validation_wins_whatever_the_test_says():
+    assert order(candidate("a", 50, 52, test=99), candidate("b", 40, 70, test=1))[0] == "b"
+
+
+def test_of_equal_candidates_the_first_wins():
+    assert order(candidate("a", 50, 52), candidate("b", 52, 50))[0] == "a"
+
+
+def test_where_lower_is_better_the_lowest_wins():
+    assert order(candidate("a", 2.0, higher=False), candidate("b", 1.0, higher=False))[0] == "b"
+
+
+def test_a_candidate_with_a_failed_run_cannot_win():
+    assert order(candidate("a", 90, None), candidate("b", 50, 50)) == ["b"]
+
+
+def test_the_budget_curve_is_what_drawing_candidates_gives():
+    generator = random.Random(0)
+    entries = [candidate(str(i), generator.random(), test=generator.random()) for i in range(6)]
+    curve = tuning.budget_curve(entries, "best", COLUMN)
+    for k, expected in enumerate(curve, 1):
+        draws = list(itertools.combinations(entries, k))
+        winners = [max(drawn, key=lambda entry: entry["validation"]["0"]) for drawn in draws]
+        assert expected == pytest.approx(sum(one["test"]["0"] for one in winners) / len(draws))
+
+
+# -------------------------------------------------------------------------------------------------------- the run
+
+
+def test_the_best_on_validation_is_trained_on_fresh_seeds(tuned, tmp_path):
+    assert tuned == 0
+    head, *records = results.parse(tmp_path / "results" / "best-smoke" / results.FILE)
+    assert [sorted(entry["validation"]) for entry in head["tuning"]] == [["1000", "1001"]] * 4
+    # the stand-in's validation prefers a low ratio, its test a high one
+    best = next(entry for entry in records if (entry["row"], entry["seed"]) == ("best", 0))
+    assert best["top1"] == 51 and {entry["seed"] for entry in records} == {0, 1}
+    text = (tmp_path / "results" / "best-smoke" / "report.md").read_text()
+    assert "| best | regularizer=dropkey regularizer.ratio=0.1 schedule=constant |" in text
+
+
+def test_the_same_command_again_starts_nothing(tuned, tmp_path):
+    before = started(tmp_path)
+    assert reproduce.main(arguments(tmp_path)) == 0
+    assert started(tmp_path) == before and set(before.values()) == {1}
+
+
+def test_tuning_in_the_records_is_not_repeated_when_its_runs_are_gone(tuned, tmp_path):
+    directory = tmp_path / "results" / "best-smoke"
+    before = {file.name: file.read_bytes() for file in directory.iterdir()}
+    shutil.rmtree(tmp_path / "runs")
+    (tmp_path / "runs").mkdir()
+    assert reproduce.main(arguments(tmp_path)) == 0
+    assert not (tmp_path / "runs" / "starts.txt").exists()
+    assert {file.name: file.read_bytes() for file in directory.iterdir()} == before
+
+
+def test_the_report_from_records_knows_the_choice(tuned, tmp_path):
+    directory = tmp_path / "results" / "best-smoke"
+    before = (directory / "report.json").read_bytes()
+    words = [word for word in arguments(tmp_path)[1:] if not word.startswith("output")]
+    assert reproduce.main(["report", *words, f"records={directory / results.FILE}"]) == 0
+    assert (directory / "report.json").read_bytes() == before
+
+
+def test_a_tuning_run_that_failed_takes_its_candidate_out(table, tmp_path, stand_in, monkeypatch):
+    announce(table, tmp_path / "runs")
+    first = tuning.jobs_of(table, str(tmp_path / "runs"))["best", COLUMN, 0, 1000]
+    monkeypatch.setenv("BEHAVIOUR", json.dumps({first.run.name: "diverge"}))
+    assert reproduce.main(arguments(tmp_path)) == 1
+    text = (tmp_path / "results" / "best-smoke" / "report.md").read_text()
+    assert "| best | regularizer=dropkey regularizer.ratio=0.1 schedule=decreasing |" in text
+    assert re_failed(text)
+
+
+def re_failed(text: str) -> bool:
+    line = next(line for line in text.splitlines() if "ratio=0.1 schedule=constant" in line)
+    return "(a run failed)" in line
+
+
+def test_an_interrupted_tuning_keeps_what_is_finished_in_the_records(table, tmp_path, stand_in, monkeypatch):
+    announce(table, tmp_path / "runs")
+    last = tuning.jobs_of(table, str(tmp_path / "runs"))["best", COLUMN, 3, 1001]
+    monkeypatch.setenv("BEHAVIOUR", json.dumps({last.run.name: "stop"}))
+    assert reproduce.main(arguments(tmp_path)) == 1
+    (head,) = results.parse(tmp_path / "results" / "best-smoke" / results.FILE)[:1]
+    assert sum(len(entry["validation"]) for entry in head["tuning"]) == 7
+
+
+def test_tuning_on_test_data_is_refused(table, tmp_path, stand_in):
+    announce(table, tmp_path / "runs")
+    job = tuning.jobs_of(table, str(tmp_path / "runs"))["best", COLUMN, 0, 1000]
+    standing_in.main("train.py", list(job.overrides))
+    run = RunDirectory(job.run)
+    run.write_result("summary.json", {**run.summary(), "best_split": "test"})
+    with pytest.raises(ConfigError, match="best_of needs validation data"):
+        tuning.gather(table, str(tmp_path / "runs"), [])
+
+
+# ------------------------------------------------------------------------------------------------------------ looks
+
+
+def study(tmp_path: Path, table: str, *words: str) -> tuple[int, dict]:
+    """(exit code, head of the records) of a run of a table without tuning, with looks at each seed."""
+    (tmp_path / "best.yaml").write_text(table)
+    loaded = tables.load(str(tmp_path / "best.yaml"), "smoke", tuple(range(8)))
+    standing_in.announce(jobs.jobs_of(loaded, str(tmp_path / "runs")).values(), tmp_path / "runs")
+    code = reproduce.main(arguments(tmp_path, *words))
+    return code, results.parse(tmp_path / "results" / "best-smoke" / results.FILE)[0]
+
+
+PLAIN = """
+title: Two rows
+baseline: none
+rows:
+  none: regularizer=none
+  dropkey: regularizer=dropkey regularizer.ratio={ratio}
+claims: [dropkey > none]
+"""
+
+
+def test_seeds_are_added_until_the_claim_is_decided(tmp_path, stand_in, monkeypatch, capsys):
+    monkeypatch.setenv("NOISE", "0.1")
+    code, head = study(tmp_path, PLAIN.format(ratio=0.9), "until=decided", "max_seeds=8")
+    assert code == 0 and head["seeds"] == [0, 1, 2, 3, 4]  # 9 points with a noise of 0.1
+    assert "after 5 seeds:" in capsys.readouterr().out
+    text = (tmp_path / "results" / "best-smoke" / "report.md").read_text()
+    assert "| better |" in text and "with a look at the claims after 5, 6, 7 and 8" in text
+
+
+def test_where_nothing_is_decided_the_budget_is_spent(tmp_path, stand_in, monkeypatch):
+    monkeypatch.setenv("NOISE", "5")
+    code, head = study(tmp_path, PLAIN.format(ratio=0.001), "until=decided", "max_seeds=8")
+    assert code == 0 and head["seeds"] == list(range(8))
+
+
+def test_a_table_with_looks_stops_at_them(tmp_path, stand_in, monkeypatch):
+    monkeypatch.setenv("NOISE", "0.1")
+    text = PLAIN.format(ratio=0.9) + "scales: { smoke: { looks: [4, 8] } }\n"
+    assert study(tmp_path, text)[1]["seeds"] == [0, 1, 2, 3]
+
+
+def test_seeds_on_the_command_line_do_not_change_the_plan(tmp_path, stand_in, monkeypatch):
+    monkeypatch.setenv("NOISE", "0.1")
+    text = PLAIN.format(ratio=0.9) + "scales: { smoke: { seeds: 8 } }\n"
+    _, head = study(tmp_path, text, "seeds=4")
+    assert (head["seeds"], head["design"]["looks"]) == ([0, 1, 2, 3], [8])
+    assert "not yet: 4 of 8 seeds finished" in (tmp_path / "results" / "best-smoke" / "report.md").read_text()
+
+
+def test_a_plan_that_changes_after_results_is_remembered(tmp_path, stand_in, monkeypatch):
+    monkeypatch.setenv("NOISE", "0.1")
+    text = PLAIN.format(ratio=0.9)
+    study(tmp_path, text + "scales: { smoke: { seeds: 3 } }\n")
+    _, head = study(tmp_path, text + "scales: { smoke: { seeds: 4 } }\n")
+    assert [one["looks"] for one in head["earlier_designs"]] == [[3]]
+    _, head = study(tmp_path, text + "scales: { smoke: { seeds: 4 } }\n")
+    assert len(head["earlier_designs"]) == 1
+
+
+def test_plan_tells_the_seeds_and_hours_that_a_claim_needs(tmp_path, stand_in, monkeypatch, capsys):
+    monkeypatch.setenv("NOISE", "1")
+    study(tmp_path, PLAIN.format(ratio=0.1), "seeds=6")
+    capsys.readouterr()
+    words = [word for word in arguments(tmp_path, "seeds=6") if word not in ("run", "entropy=false")]
+    reproduce.main(["plan", *words, "delta=1", "deviation=1.19"])
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("dropkey > none "))
+    assert line.split()[3:] == ["1.19", "(guess)", "14", "14", "14", "0.0"]
+    reproduce.main(["plan", *words, "delta=1"])
+    assert "(6 seeds)" in capsys.readouterr().out
+
+
+def test_a_study_without_claims_runs_all_its_seeds(tmp_path, stand_in):
+    text = PLAIN.format(ratio=0.9).replace("claims: [dropkey > none]\n", "")
+    assert study(tmp_path, text, "until=decided", "max_seeds=5")[1]["seeds"] == [0, 1, 2, 3, 4]
+
+
+def test_a_look_needs_what_is_in_the_records_too(tmp_path, stand_in, monkeypatch):
+    """Runs of the first seeds are gone: their records count at the look all the same."""
+    monkeypatch.setenv("NOISE", "0.1")
+    text = PLAIN.format(ratio=0.9) + "scales: { smoke: { seeds: 4 } }\n"
+    study(tmp_path, text, "seeds=3")
+    shutil.rmtree(tmp_path / "runs")
+    study(tmp_path, text)
+    assert len(started(tmp_path)) == 2  # seed 3 of two rows
+    loaded = tables.load(str(tmp_path / "best.yaml"), "smoke")
+    args = reproduce.read(arguments(tmp_path))[0]
+    assert Study(loaded, args).compare().decided
