@@ -29,6 +29,7 @@ SMALL = (
     "optim.warmup_epochs=1",
     "logger=none",
 )  # 3 steps per epoch
+ONE_EPOCH = ("trainer.epochs=1", "optim.warmup_epochs=0")
 TIMES = ("seconds", "samples_per_second")
 
 

@@ -292,7 +292,7 @@ def test_maps_that_do_not_exist_are_refused_in_a_line(head, layer, said):
 def two(tmp_path_factory):
     """Two tiny runs that differ in the regularizer."""
     place = tmp_path_factory.mktemp("runs")
-    return [str(runs.train(place, f"regularizer={kind}", "trainer.epochs=1").path) for kind in ("none", "dropkey")]
+    return [str(runs.train(place, f"regularizer={kind}", *runs.ONE_EPOCH).path) for kind in ("none", "dropkey")]
 
 
 @pytest.fixture(scope="module")

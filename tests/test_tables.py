@@ -21,6 +21,7 @@ from dropkey.records import RunDirectory, write_json
 from dropkey.reproduction import jobs, planning, runner, slots, tables
 from dropkey.reproduction.jobs import DIVERGED, DONE, FAILED, INTERRUPTED, MISSING, RUNNING, Job, distinct, jobs_of
 from dropkey.reproduction.runner import Launcher
+from dropkey.schedules import ratios
 
 ROOT = Path(__file__).parents[1]
 SCALES = ("smoke", "cpu", "small", "paper")
@@ -82,6 +83,31 @@ def test_every_column_of_every_scale_composes(scale):
         table = tables.load(name, scale)
         for overrides in table.columns.values():
             assert jobs.composed(overrides)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_fine_tuning_and_rows_of_one_scale_compose_with_every_column(scale):
+    """A warm-up of the training before may not fit the epochs of the fine-tuning."""
+    for name in tables.names():
+        table, smoke = tables.load(name, scale, seeds=(0,)), tables.load(name, "smoke")
+        some = [row for row in table.rows.values() if (row.of and not row.evaluate) or row.label not in smoke.rows]
+        rows = {row.label: row for row in [*(table.rows[row.of] for row in some if row.of), *some]}
+        assert len(jobs_of(dataclasses.replace(table, rows=rows), "runs")) == len(rows) * len(table.columns)
+
+
+@pytest.mark.parametrize("kind", ["DropKey", "Dropout"])
+def test_controls_of_the_schedule_have_the_mean_ratio_that_they_are_named_after(kind):
+    cells = jobs_of(tables.load("schedule", "cpu", seeds=(0,)), "runs")
+    configs = {row: job.config for (row, _, _), job in cells.items()}
+
+    def mean(row: str) -> float:
+        cfg = configs[f"{kind}, {row}"]
+        found = ratios(cfg.schedule.name, cfg.regularizer.ratio, cfg.schedule.end, cfg.model.depth)
+        return sum(found) / len(found)
+
+    assert mean("constant at the ramp's mean") == pytest.approx(mean("decreasing"))
+    assert mean("decreasing at the constant's mean") == pytest.approx(mean("constant"))
+    assert mean("decreasing to 0.1") == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize("name", tables.names())

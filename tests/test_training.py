@@ -448,13 +448,13 @@ def test_eval_needs_a_run_or_a_checkpoint(cfg):
 
 def test_fine_tuning_starts_from_the_weights_of_a_run(finished, tmp_path):
     words = (f"init_from={finished.path}", "regularizer=none", "optim.lr=1e-12", "optim.warmup_lr=0", "optim.min_lr=0")
-    run = runs.train(tmp_path, *words, "trainer.epochs=1", "optim.weight_decay=0")
+    run = runs.train(tmp_path, *words, *runs.ONE_EPOCH, "optim.weight_decay=0")
     assert run.summary()["top1"] == finished.summary()["top1"]
     assert run.summary()["loss"] == pytest.approx(finished.summary()["loss"], abs=1e-5)
 
 
 def test_fine_tuning_is_another_run_and_starts_its_counters_anew(finished, tmp_path):
-    run = runs.train(tmp_path, f"init_from={finished.path}", "trainer.epochs=1")
+    run = runs.train(tmp_path, f"init_from={finished.path}", *runs.ONE_EPOCH)
     assert run.summary()["epochs"] == 1
     assert run.path.name != finished.path.name
 
@@ -478,7 +478,7 @@ def test_fine_tuning_to_other_classes_gets_a_new_head_and_says_so(finished, tmp_
         "data.max_train_samples=null",
         "trainer.batch_size=8",
     )
-    run = runs.train(tmp_path / "runs", *words, f"init_from={finished.path}", "trainer.epochs=1")
+    run = runs.train(tmp_path / "runs", *words, f"init_from={finished.path}", *runs.ONE_EPOCH)
     assert "new: head.weight, head.bias" in (run.path / "log.txt").read_text()
     assert runs.state(run)["model"]["head.weight"].shape[0] == 3
 
@@ -533,7 +533,7 @@ def test_offline_tracking_mirrors_the_run_under_its_hash(tmp_path):
 @pytest.mark.parametrize("key", ["", "0" * 40])
 def test_a_server_that_cannot_be_reached_neither_delays_nor_fails(tmp_path, key):
     environment = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": key, "HOME": str(tmp_path)}
-    overrides = ("logger=wandb", "logger.mode=online", "trainer.epochs=1")
+    overrides = ("logger=wandb", "logger.mode=online", *runs.ONE_EPOCH)
     done = processes.run(runs.train, tmp_path / "runs", *overrides, env=environment)
     assert done.returncode == 0, done.stderr
     assert ("W&B is offline: Failed" if key else "W&B is offline: No API key") in done.stdout

@@ -90,7 +90,7 @@ class Study:
         if self.args.delta:
             hours = planning.hours_per_seed(distinct(jobs), len(table.seeds), len(places))
             args = (self.args.delta, self.args.power, self.args.deviation, hours)
-            show(display.power(planning.power(self.compare().findings, *args), *args[:2]))
+            show(display.power(planning.power(self.compare(), *args), *args[:2]))
         return 0
 
     # -------------------------------------------------------------------------------------------------------- run

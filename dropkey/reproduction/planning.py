@@ -8,7 +8,7 @@ from dropkey.code_version import changed_parts, code_of
 from dropkey.config import identity
 from dropkey.config.check import require
 from dropkey.records import RunDirectory
-from dropkey.reproduction.comparison import Finding
+from dropkey.reproduction.comparison import Comparison
 from dropkey.reproduction.jobs import DIVERGED, DONE, FAILED, INTERRUPTED, RUNNING, Job, state
 from dropkey.reproduction.power import equivalence_seeds, seeds_needed
 from dropkey.reproduction.tables import FEWEST
@@ -79,7 +79,7 @@ def outdated(jobs: Sequence[Job], recorded: dict[Job, dict], retry: bool = False
 
 
 def power(
-    findings: Sequence[Finding], delta: float, chance: float, guess: Optional[float], hours: Optional[float]
+    comparison: Comparison, delta: float, chance: float, guess: Optional[float], hours: Optional[float]
 ) -> list[list[str]]:
     """For each claim: its deviation between seeds, and the seeds and hours that find a true difference of `delta` with
     this chance. Alone, and where it is the first of all claims in Holm's correction.
@@ -90,17 +90,18 @@ def power(
     Raises:
         ConfigError: a claim without 3 finished seeds, and no guess.
     """
-    lines = []
-    for found in findings:
-        known = found.difference.deviation if found.difference and found.difference.n >= FEWEST else None
-        deviation = guess or known
-        require(bool(deviation), f"claim '{found.claim}': no 3 seeds are finished; say deviation=, such as 1.2")
-        source = "guess" if guess else f"{found.difference.n} seeds"
-        counts = [seeds_needed(delta, deviation, alpha, chance) for alpha in (0.05, 0.05 / len(findings))]
+    claims, lines = comparison.table.claims, []
+    seen = {found.claim: found.difference for found in comparison.findings}
+    for claim in claims:
+        one = seen.get(claim)
+        deviation = guess or (one.deviation if one and one.n >= FEWEST else None)
+        require(bool(deviation), f"claim '{claim}': no 3 seeds are finished; say deviation=, such as 1.2")
+        source = "guess" if guess else f"{one.n} seeds"
+        counts = [seeds_needed(delta, deviation, alpha, chance) for alpha in (0.05, 0.05 / len(claims))]
         shown = [str(count) if count else "> 10,000" for count in counts]
         time = [f"{count * hours:,.1f}" if count and hours else "not known" for count in counts]
-        equal = equivalence_seeds(delta, deviation, 0.05 / len(findings), chance)
-        lines.append([str(found.claim), f"{deviation:.2f} ({source})", *shown, str(equal or "> 10,000"), time[1]])
+        equal = equivalence_seeds(delta, deviation, 0.05 / len(claims), chance)
+        lines.append([str(claim), f"{deviation:.2f} ({source})", *shown, str(equal or "> 10,000"), time[1]])
     return lines
 
 

@@ -41,14 +41,14 @@ def gather(
     earlier = earlier or Earlier({}, {})
     results = {job: RunDirectory(job.run).read_json(job.result) for job in jobs.values() if state(job)[0] == DONE}
     gone = earlier.of(jobs)
-    records = [
-        {**gone[job], "row": place[0]} if job in gone else record(place, job, results.get(job))
-        for place, job in jobs.items()
-    ]
     metrics = {json.dumps(result["metrics"]): job.name for job, result in results.items()}
     if gone:
         metrics[json.dumps(earlier.head["metrics"])] = "earlier records"
     require(len(metrics) < 2, f"the runs of this table have different metrics: {' and '.join(metrics.values())}")
+    records = [
+        {**gone[job], "row": place[0]} if job in gone else record(place, job, results.get(job))
+        for place, job in jobs.items()
+    ]
     design = asdict(table.design)
     changed = [*earlier.head.get("earlier_designs", [])]
     if earlier.head and earlier.done and earlier.head["design"] != as_json(design):
