@@ -52,6 +52,7 @@ def test_two_processes_give_the_result_of_one_with_the_same_global_batch(tmp_pat
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)
     assert two.summary()["top1"] == one.summary()["top1"]
     assert two.summary()["samples"] == one.summary()["samples"]
+    assert two.correct("summary.json") == one.correct("summary.json")
     assert two.path.name == one.path.name
 
 

@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -356,6 +357,23 @@ def test_eval_repeats_the_figures_of_training_at_any_batch_size(finished, batch_
 def test_eval_with_the_batch_size_of_training_repeats_it_to_the_last_digit(finished):
     result, summary = evaluated(finished), finished.summary()
     assert [round(result["loss"], 6), round(result["ece"], 4)] == [summary["loss"], summary["ece"]]
+
+
+def right(run: RunDirectory, result: str) -> np.ndarray:
+    """Which test samples are right, from the bits beside a result."""
+    bits = np.frombuffer(run.correct(result), dtype=np.uint8)
+    return np.unpackbits(bits, count=run.read_json(result)["samples"])
+
+
+def test_a_run_keeps_a_bit_for_each_test_sample_that_says_whether_it_was_right(finished):
+    assert 100 * right(finished, "summary.json").mean() == pytest.approx(finished.summary()["top1"], abs=1e-4)
+    assert len(finished.correct("summary.json")) == -(-finished.summary()["samples"] // 8)
+
+
+@pytest.mark.parametrize("batch_size", [7, 256])
+def test_the_bits_of_an_evaluation_are_in_the_order_of_the_split(finished, batch_size):
+    evaluated(finished, batch_size=batch_size)
+    assert (right(finished, "eval-test.json") == right(finished, "summary.json")).all()
 
 
 def test_figures_are_those_of_a_plain_computation():

@@ -15,7 +15,7 @@ from dropkey.reproduction.statistics import Difference, Estimate, PooledError, S
 from dropkey.reproduction.tables import FEWEST, Claim, Table
 
 NEAR = 0.3  # how far our baseline may be from the published one, in the metric's unit
-Values = dict[str, dict[int, float]]  # row -> seed -> the compared metric, averaged over columns
+Values = dict[str, dict[int, float]]  # row -> seed -> a metric, averaged over columns
 
 
 @dataclass(frozen=True)
@@ -154,11 +154,12 @@ def finding(comparison: Comparison, claim: Claim, values: dict[int, float], deci
     )
 
 
-def row_values(comparison: Comparison, columns: Iterable[str]) -> Values:
-    """Means over the columns, for the seeds that are finished in all of them."""
-    found = {}
+def row_values(comparison: Comparison, columns: Iterable[str], key: Optional[str] = None) -> Values:
+    """Means over the columns, for the seeds that are finished in all of them; of the metric `key`, or the compared
+    one."""
+    key, found = key or comparison.metric.key, {}
     for row in comparison.table.rows:
-        parts = [comparison.cells[row, column].values for column in columns]
+        parts = [{entry["seed"]: entry[key] for entry in comparison.done_in(row, column)} for column in columns]
         common = set.intersection(*(set(part) for part in parts))
         found[row] = {seed: sum(part[seed] for part in parts) / len(parts) for seed in sorted(common)}
     return found

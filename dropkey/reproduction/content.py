@@ -7,7 +7,7 @@ from typing import Optional
 
 from dropkey.metrics import Metric
 from dropkey.reproduction import sequential, statistics, tuning
-from dropkey.reproduction.comparison import Cell, Comparison, Finding
+from dropkey.reproduction.comparison import Cell, Comparison, Finding, contrasts, row_values
 from dropkey.reproduction.statistics import Estimate
 
 NONE, UNKNOWN = "–", "not known"
@@ -125,6 +125,20 @@ def checks(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     shown = {label: show for label, show in shown.items() if not hidden.get(label)}
     rows = [[str(one.claim), *(show(one) or NONE for show in shown.values())] for one in found]
     return ["claim", *shown], rows
+
+
+def other_metrics(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """The claims' differences in the metrics that are not compared."""
+    others, rows = comparison.metrics[1:], []
+    for claim in comparison.table.claims:
+        values = [row_values(comparison, comparison.table.columns, metric.key) for metric in others]
+        found = [statistics.contrast(contrasts(one, claim)) for one in values]
+        shown = [
+            f"{number(one.mean, metric.digits, '+')} {interval(one, metric.digits)}" if one else NONE
+            for one, metric in zip(found, others, strict=True)
+        ]
+        rows.append([str(claim), *shown])
+    return ["claim", *map(in_units, others)], rows
 
 
 def over_columns(comparison: Comparison) -> tuple[list[str], list[list[str]]]:

@@ -39,7 +39,8 @@ def overview(table: Table, jobs: dict[tuple[str, str, int], Job], recorded: dict
         cells = []
         for column in table.columns:
             marks = [mark(jobs.get((row, column, seed))) for seed in table.seeds]
-            cells.append(Text.assemble(*[(f"{mark} ", style) for mark, style in marks]))
+            space = " " if len(marks) <= 8 else ""
+            cells.append(Text.assemble(*[(f"{mark}{space}", style) for mark, style in marks]))
         grid.add_row(row, *cells)
     return grid
 

@@ -75,6 +75,7 @@ def markdown(comparison: Comparison, drawn: dict[str, str]) -> str:
         overview_caption=content.overview_caption(comparison),
         claims=content.claims(comparison) if findings else None,
         checks=content.checks(comparison) if findings else None,
+        other_metrics=content.other_metrics(comparison) if findings and comparison.metrics[1:] else None,
         over_columns=content.over_columns(comparison) if comparison.summaries else None,
         candidates=content.candidates(comparison) if comparison.head.get("tuning") else None,
         plan=content.plan(comparison),

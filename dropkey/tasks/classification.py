@@ -140,7 +140,7 @@ class ClassificationScores:
         }
 
     def correct(self, dist) -> Tensor:
-        count = int(dist.sum(self.totals[3:].clone()))
+        count = int(dist.sum(torch.tensor(sum(len(ids) for ids, _ in self.hits))))
         right = torch.zeros(count, dtype=torch.uint8)
         for ids, hits in self.hits:
             right[ids] = hits.byte()
