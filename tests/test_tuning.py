@@ -307,3 +307,13 @@ def test_a_look_needs_what_is_in_the_records_too(tmp_path, stand_in, monkeypatch
     loaded = tables.load(str(tmp_path / "best.yaml"), "smoke")
     args = reproduce.read(arguments(tmp_path))[0]
     assert Study(loaded, args).compare().decided
+
+
+def test_a_report_ends_at_the_look_that_decided(tmp_path, stand_in, monkeypatch):
+    monkeypatch.setenv("NOISE", "0.1")
+    text = PLAIN.format(ratio=0.9) + "scales: { smoke: { looks: [4, 8] } }\n"
+    study(tmp_path, text)
+    before = (tmp_path / "results" / "best-smoke" / "report.md").read_bytes()
+    words = [word for word in arguments(tmp_path) if word != "run"]
+    assert reproduce.main(["report", *words]) == 0
+    assert (tmp_path / "results" / "best-smoke" / "report.md").read_bytes() == before

@@ -78,8 +78,9 @@ class Study:
         for job in todo:
             if state(job)[0] in (FAILED, DIVERGED):
                 show(display.describe(job, *state(job)))
-        for line in explain_outdated(planning.outdated(todo, recorded)):
-            show(line)
+        for some in (self.tuning_jobs(), distinct(jobs)):
+            for line in explain_outdated(planning.outdated(some, recorded)):
+                show(line)
         places = slots.slots(self.args.jobs, self.args.gpus, self.args.per_gpu, self.args.gpus_per_run)
         seconds, size, unknown = planning.estimate(todo)
         if seconds:
@@ -114,11 +115,9 @@ class Study:
 
     def run_looks(self) -> tuple[list[runner.JobState], int]:
         """(jobs that are not done, the signal that stopped the launcher or 0)."""
-        design, left, stopped = self.table.design, [], 0
-        planned = self.table.seeds == design.seeds
-        waves = [design.seeds[:look] for look in design.looks] if planned else [self.table.seeds]
-        for seeds in waves:
-            self.table = replace(self.table, seeds=seeds)
+        left, stopped, looks = [], 0, self.looks()
+        for table in looks:
+            self.table = table
             jobs = jobs_of(self.table, self.args.output)
             before = {one.job for one in left}
             more, stopped = self.launch([job for job in distinct(jobs) if job not in before], self.earlier.of(jobs))
@@ -126,12 +125,19 @@ class Study:
             if stopped:
                 break
             comparison = self.compare()
-            if len(waves) > 1:
+            if len(looks) > 1:
                 self.save()
                 self.console.print(display.decisions(comparison))
-            if planned and comparison.decided:
-                break
+                if comparison.decided:
+                    break
         return left, stopped
+
+    def looks(self) -> list[Table]:
+        """The table with the seeds of each look; with other seeds than planned, the table as it is."""
+        design = self.table.design
+        if self.table.seeds != design.seeds:
+            return [self.table]
+        return [replace(self.table, seeds=design.seeds[:look]) for look in design.looks]
 
     def launch(self, jobs: list[Job], recorded: dict[Job, dict]) -> tuple[list[runner.JobState], int]:
         """(jobs that are not done, the signal that stopped the launcher or 0)."""
@@ -205,7 +211,12 @@ class Study:
             table, head, found = results.read(Path(self.args.records), self.table)
             comparison = compare(table, head, found, results.require_one_version(found, self.args.mixed))
         else:
-            comparison, directory = self.compare(), self.directory
+            directory = self.directory
+            for table in self.looks():  # seeds after the look that decides everything are not part of the study
+                self.table = table
+                comparison = self.compare()
+                if comparison.decided:
+                    break
         name, scale = self.table.name, self.table.scale
         require(bool(comparison.done), f"no run of table={name} scale={scale} is finished yet")
         if not self.args.records:

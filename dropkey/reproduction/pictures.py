@@ -4,7 +4,7 @@ import math
 
 from dropkey.metrics import Metric
 from dropkey.plotting import COLORS, GREY, INK, PALE, save, style, subplots
-from dropkey.reproduction import tuning
+from dropkey.reproduction import content, tuning
 from dropkey.reproduction.comparison import Comparison, contrasts, row_values
 from dropkey.reproduction.statistics import estimate
 
@@ -164,7 +164,7 @@ def tuning_budget(comparison: Comparison) -> str:
             curve = tuning.budget_curve(records, row, column)
             label, color = f"{row}, {column}" if several else row, COLORS[number % len(COLORS)]
             axes[0][0].plot(range(1, len(curve) + 1), curve, marker="o", markersize=4, color=color, label=label)
-        axes[0][0].set(xlabel="candidates tried", ylabel=f"expected test {metric.label}{unit_of(metric)}")
+        axes[0][0].set(xlabel="candidates tried", ylabel=f"expected test {content.named(metric)}")
         axes[0][0].xaxis.get_major_locator().set_params(integer=True)
         axes[0][0].grid()
         legend(figure, axes, 2)
