@@ -83,6 +83,7 @@ def test_candidates_are_all_combinations_in_the_order_of_writing(table):
         ("like: best", "like: worst", "row 'increasing' is like 'worst', which is not a row"),
         ("like: best", "like: best, of: none", "of is not a key of a table"),
         ("{ seeds: 2 }", "{ seeds: 0 }", "tuning: seeds=0 must be a number from 1"),
+        ("{ seeds: 2 }", "{ column: A }", "tuning: column 'A' does not exist; choices: ViT 2 x 32"),
         ("[best > none]", "[{ claim: c, better: best }]", "a claim needs claim, better and worse"),
         ("rows:", "scales: { smoke: { looks: [5, 4] } }\nrows:", "looks=[5, 4]: ascending numbers of seeds from 3"),
         ("rows:", "scales: { smoke: { looks: [2, 4] } }\nrows:", "looks=[2, 4]: ascending numbers of seeds from 3"),

@@ -63,8 +63,8 @@ class DistContext:
         return self.rank == 0
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over processes, on the host."""
-        tensor = tensor.cpu()
+        """The sum over processes, on the host; `tensor` stays as it is."""
+        tensor = tensor.cpu().clone()
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor

@@ -99,9 +99,11 @@ def verdict(comparison: Comparison, found: Finding) -> str:
     words, margin = found.decision.verdict, comparison.table.design.margin
     if not comparison.metric.higher_is_better:
         words = {"higher": "lower", "lower": "higher"}.get(words.split(",")[0], words) + words.partition(",")[1:][-1]
-    named = {sequential.UNDECIDED: "not decided", sequential.EQUIVALENT: f"equivalent, within {margin}"}
-    if words in named:
-        return named[words]
+    if words == sequential.EQUIVALENT:
+        return f"equivalent, within {margin}"
+    if words == sequential.UNDECIDED:
+        found_too = number(found.detectable, comparison.metric.digits)
+        return "not decided" if found.detectable is None else f"not decided ({found_too} would have been found)"
     text = "better" if words.startswith("higher") else "worse"
     return f"{text}, but by less than {margin}" if found.decision.verdict in sequential.WITHIN else text
 

@@ -273,8 +273,9 @@ def read_tuning(value: dict, columns: dict, where: str) -> dict:
     count = value.get("seeds", 3)
     require(isinstance(count, int) and count > 0, f"{where}tuning: seeds={count} must be a number from 1")
     column = value.get("column")
-    seeds = tuple(range(TUNING_SEED, TUNING_SEED + count))
-    return {"tuning_seeds": seeds, "tuning_column": column if column in columns else None}
+    hint = nearest(str(column), columns)
+    require(column is None or column in columns, f"{where}tuning: column '{column}' does not exist{hint}")
+    return {"tuning_seeds": tuple(range(TUNING_SEED, TUNING_SEED + count)), "tuning_column": column}
 
 
 def read_claim(value, rows: dict, where: str) -> Claim:
