@@ -24,12 +24,13 @@ MARKS = {
     DIVERGED: ("∞", "red"),
     MISSING: ("·", "dim"),
 }
+SHOWN = 8  # seeds with a mark each
 LEGEND = "  ".join(f"{mark} {name}" for name, (mark, _) in MARKS.items())
 
 
 def overview(table: Table, jobs: dict[tuple[str, str, int], Job], recorded: dict[Job, dict]) -> Grid:
-    """A mark for every row, column and seed; a question mark where tuning has not chosen yet. `recorded`: jobs that
-    are finished although their runs are gone."""
+    """A mark for every row, column and seed, or their counts where seeds are many; a question mark where tuning has not
+    chosen yet. `recorded`: jobs that are finished although their runs are gone."""
 
     def mark(job: Optional[Job]) -> tuple[str, str]:
         return MARKS[DONE if job in recorded else state(job)[0]] if job else ("?", "dim")
@@ -39,8 +40,9 @@ def overview(table: Table, jobs: dict[tuple[str, str, int], Job], recorded: dict
         cells = []
         for column in table.columns:
             marks = [mark(jobs.get((row, column, seed))) for seed in table.seeds]
-            space = " " if len(marks) <= 8 else ""
-            cells.append(Text.assemble(*[(f"{mark}{space}", style) for mark, style in marks]))
+            if len(marks) > SHOWN:
+                marks = [(f"{count}{mark}", style) for (mark, style), count in Counter(marks).items()]
+            cells.append(Text.assemble(*[(f"{mark} ", style) for mark, style in marks]))
         grid.add_row(row, *cells)
     return grid
 
