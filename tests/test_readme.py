@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import eval as evaluating
 import runs
-import train
 from dropkey import cli
+from dropkey.commands import eval as evaluating
+from dropkey.commands import search, train, visualize
 from dropkey.config.check import check
 from dropkey.config.compose import CONFIGS, compose
 from dropkey.config.identity import run_directory
@@ -67,7 +67,7 @@ def test_training_commands_compose_and_pass_the_checks(words, run):
 def run_here(monkeypatch, capsys, script, words: list[str]) -> str:
     """The output of train.py or eval.py, run in this process: importing torch takes seconds each time."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", [script.__file__, *words])
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
     with cli.command():
         script.main()
     return capsys.readouterr().out
@@ -134,17 +134,15 @@ def test_coverage_takes_what_it_is_told(words, monkeypatch, capsys):
 @pytest.mark.parametrize("words", of("search"), ids=" ".join)
 def test_search_takes_what_it_is_told(words, monkeypatch, tmp_path):
     """What it then does: test_sweeps.py."""
-    script = load_script("scripts/search.py", monkeypatch)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "train", lambda cfg: cfg.regularizer.ratio)
-    script.search([*(word for word in words if not word.startswith("trials=")), "trials=1"])
+    search.search([*(word for word in words if not word.startswith("trials=")), "trials=1"])
 
 
 @pytest.mark.parametrize("words", of("visualize"), ids=" ".join)
 def test_pictures_are_drawn(words, run, monkeypatch, capsys, tmp_path):
-    script = load_script("scripts/visualize.py", monkeypatch)
     words = [word.replace("runs/*-digits-*", str(run.path)) for word in named(words, run)]
-    script.main([*words, f"output={tmp_path}/picture.png"])
+    visualize.main([*words, f"output={tmp_path}/picture.png"])
     assert "picture " in capsys.readouterr().out
     assert (tmp_path / "picture.png").stat().st_size > 5000
 
