@@ -36,7 +36,7 @@ def invocation(command: str = "", processes: int = 1) -> str:
     if typed.startswith(("dropkey ", "python ")):  # dropkey/__main__.py has left it there
         words = shlex.split(typed)
         if command:
-            words = [*("python -m dropkey".split() if words[1] == "-m" else words[:-1]), command]
+            words = [*(["python", "-m", "dropkey"] if words[1] == "-m" else words[:-1]), command]
     elif not command:
         words = ["python", typed]
     elif Path(typed).resolve() not in {CHECKOUT / (known.script or "") for known in COMMANDS.values()}:

@@ -1,4 +1,4 @@
-"""Searches for settings with Optuna; `python scripts/search.py --help` says how. The code: dropkey/commands/search.py"""
+"""Searches for settings with Optuna; --help says how. The code is in dropkey/commands/search.py."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Draws what a regularizer does; `python scripts/visualize.py --help` says how. The code: dropkey/commands/visualize.py"""
+"""Draws what a regularizer does; --help says how. The code is in dropkey/commands/visualize.py."""
 
 import sys
 from pathlib import Path

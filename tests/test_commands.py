@@ -70,7 +70,7 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(name, package,
 
 
 def test_dropkey_train_cannot_be_imported_and_so_hides_no_function_of_that_name():
-    with pytest.raises(ImportError, match="its code is in dropkey.commands.train"):
+    with pytest.raises(ImportError, match=r"its code is in dropkey\.commands\.train"):
         importlib.import_module("dropkey.train")
 
 

@@ -82,7 +82,7 @@ def split(schema: type, words: list[str]) -> tuple[list[str], list[str]]:
 
 
 def help_text(fields: list[dataclasses.Field], doc: str) -> str:
-    """The docstring, with commands as the user starts them, then every key with its default, its meaning and its choices."""
+    """The docstring, commands named as the user starts them; then every key with default, meaning and choices."""
     lines = [as_started(doc.strip()), "", "Arguments:"]
     for field in fields:
         default = field.default if field.default is not dataclasses.MISSING else field.default_factory()

@@ -49,7 +49,7 @@ def python(script: str, launch: list[str] = ()) -> list[str]:
             "-m",
             "dropkey",
             Path(script).stem,
-        ]  # -P: not the directory's own dropkey
+        ]  # -P: no other from where we are
     return [sys.executable, *launch, str(SCRIPTS / script)]
 
 
