@@ -78,8 +78,14 @@ def load(args: Args, overrides: tuple[str, ...]):
 
     require(bool(args.table), f"table= is missing; choices: {', '.join(tables.names())}")
     require(bool(args.scale), "scale= is missing, such as scale=smoke")
+    require(args.delta >= 0, f"delta={args.delta} must be above 0")
+    require(0 < args.power < 1, f"power={args.power} must be between 0 and 1")
+    require(args.deviation is None or args.deviation > 0, f"deviation={args.deviation} must be above 0")
     parts = [part for part in args.seeds.split(",") if part]
-    require(all(part.isdigit() for part in parts), f"seeds={args.seeds}: a number, or numbers with commas")
+    require(
+        all(part.isascii() and part.isdigit() for part in parts),
+        f"seeds={args.seeds}: a number, or numbers with commas",
+    )
     seeds = tuple(map(int, parts)) if "," in args.seeds else tuple(range(int(args.seeds or 0)))
     table = tables.load(args.table, args.scale, seeds if parts else None, overrides)
     if args.until == "planned":

@@ -16,7 +16,7 @@ import pytest
 
 from dropkey.errors import ConfigError
 from dropkey.records import RunDirectory
-from dropkey.reproduction import content, report, results, tables
+from dropkey.reproduction import content, report, results, sentences, tables
 from dropkey.reproduction.comparison import Comparison, compare
 from dropkey.reproduction.jobs import Job, composed
 
@@ -180,7 +180,7 @@ def test_ours_is_named_for_what_it_is(written):
 def test_a_row_that_is_trained_in_another_way_is_named_beside_the_baselines_training():
     table, head, found = changed(facts=lambda entry: "digits, 9 epochs" if entry["row"] == "Dropout" else "digits")
     rows = {**table.rows, "Dropout": tables.Row("Dropout", of="DropKey")}
-    text = content.about(compare(dataclasses.replace(table, rows=rows), head, found, []))
+    text = sentences.about(compare(dataclasses.replace(table, rows=rows), head, found, []))
     assert "ViT 2 x 32: digits; 'Dropout': digits, 9 epochs, starting from the runs of 'DropKey'." in text
 
 
@@ -188,7 +188,7 @@ def test_every_claim_has_a_verdict_with_its_rule(written):
     text = (written / "report.md").read_text()
     for claim in golden_comparison().table.claims:
         assert re.search(rf"\| {claim} \|.*\| (better|worse|equivalent|not decided)[^|]* \|", text)
-    assert "Holm's correction over the 4 planned claims and for the looks" in text
+    assert "Holm's correction over all 4 planned claims and after one for the looks" in text
 
 
 def verdicts(comparison: Comparison) -> dict[str, str]:
@@ -216,7 +216,9 @@ def test_a_clear_difference_is_better_or_worse_and_noise_is_not_decided():
     assert found["DropKey, decreasing > Dropout"] == "worse"
     noise = [(50, 53, 49, 52), (52, 49, 51, 50), (49, 52, 51, 53), (51, 50, 53, 48), (53, 48, 52, 50)]
     found = verdicts(with_values(dict(zip(LEVELS, noise, strict=True))))
-    assert all(re.fullmatch(r"not decided \([\d.]+ would have been found\)", text) for text in found.values())
+    assert all(
+        re.fullmatch(r"not decided \(a true [\d.]+ would be found in 4 of 5 studies\)", text) for text in found.values()
+    )
 
 
 def test_rows_that_differ_by_less_than_the_margin_are_equivalent():
@@ -235,7 +237,7 @@ def test_before_the_first_look_there_is_no_verdict_whatever_the_difference():
     comparison = with_values(LEVELED)
     records = [entry for entry in comparison.records if entry["seed"] < 2]
     early = compare(comparison.table, comparison.head, records, [])
-    assert set(verdicts(early).values()) == {"not yet: 2 of 3 seeds finished"}
+    assert set(verdicts(early).values()) == {"not yet: 2 of the 3 planned seeds finished"}
     assert "| better |" not in markdown(early)
 
 
@@ -243,7 +245,7 @@ def test_a_look_waits_for_all_its_runs():
     comparison = with_values(LEVELED)
     records = [{**entry, "state": "interrupted"} if entry["seed"] == 1 else entry for entry in comparison.records]
     found = verdicts(compare(comparison.table, comparison.head, records, []))
-    assert set(found.values()) == {"not yet: 1 of 3 seeds finished"}
+    assert set(found.values()) == {"not yet: 1 of the 3 planned seeds finished"}
 
 
 def test_seeds_beyond_the_plan_do_not_count_for_a_verdict():
@@ -290,14 +292,14 @@ def test_at_paper_scale_there_is_no_verdict_where_no_baseline_is_published():
     comparison = with_values(LEVELED)
     table = dataclasses.replace(comparison.table, scale="paper")
     found = verdicts(compare(table, comparison.head, comparison.records, []))
-    assert set(found.values()) == {"not yet: no published baseline is known"}
+    assert set(found.values()) == {"not yet: no published baseline is known for 'ViT 2 x 32'"}
 
 
 def test_a_plan_that_was_changed_after_results_were_seen_is_told():
     table, head, found = changed()
     earlier = {**head["design"], "seeds": [0, 1, 2], "looks": [3]}
     text = markdown(compare(table, {**head, "earlier_designs": [earlier]}, found, []))
-    assert "The plan was changed after results had been seen: before, it was 3 seeds with looks after 3" in text
+    assert "The plan was changed after results had been seen: before, seeds was 0, 1 and 2; looks was 3.**" in text
 
 
 def test_the_hash_of_the_protocol_is_in_the_report():
@@ -306,7 +308,9 @@ def test_the_hash_of_the_protocol_is_in_the_report():
     digest = hashlib.sha256((ROOT / "docs" / "protocol.md").read_bytes()).hexdigest()[:10]
     assert results.protocol_hash(table) == digest
     text = markdown(compare(table, {**head, "protocol": digest}, found, []))
-    assert f"The study follows `docs/protocol.md` (hash `{digest}`)" in text
+    assert f"The study follows `docs/protocol.md` (hash `{digest}`)" in text and "changed since" not in text
+    text = markdown(compare(table, {**head, "protocol": "0123456789"}, found, []))
+    assert "hash `0123456789`" in text and f"The protocol was changed since, to hash `{digest}`" in text
 
 
 def two_columns(shift: float) -> Comparison:
@@ -343,8 +347,24 @@ def test_rows_that_are_the_same_training_count_once_in_the_pooled_error():
         else entry
         for entry in comparison.records
     ]
-    (error,) = compare(comparison.table, comparison.head, same, []).errors.values()
+    error = compare(comparison.table, comparison.head, same, []).error
     assert error.df == (4 - 1) * (4 - 1)
+
+
+def test_no_p_is_shown_before_the_plan_is_finished():
+    comparison = with_values(LEVELED)
+    records = [entry for entry in comparison.records if entry["seed"] < 2]
+    text = markdown(compare(comparison.table, comparison.head, records, [])).split("### How sure")[1].split("##")[0]
+    assert "sign-flip" not in text and ", p " not in text and "detectable" in text
+
+
+def test_the_pooled_error_is_not_that_of_rows_that_start_from_others():
+    comparison = with_values(LEVELED)
+    rows = {**comparison.table.rows, "Dropout": tables.Row("Dropout", of="DropKey, constant")}
+    table = dataclasses.replace(comparison.table, rows=rows)
+    found = {str(one.claim): one.pooled for one in compare(table, comparison.head, comparison.records, []).findings}
+    assert found["DropKey, decreasing > Dropout"] is None
+    assert found["DropKey, decreasing > DropKey, constant"] is not None
 
 
 def test_the_error_over_samples_too_needs_to_know_which_samples_were_right():
@@ -427,13 +447,17 @@ def job(tmp_path):
 
 
 def test_the_last_epoch_counts_not_the_best(job):
-    entry = results.record(("row", "column", 0), job, RunDirectory(job.run).summary())
+    entry = results.record(
+        tables.load("schedule", "smoke"), ("no regularizer", "column", 0), job, RunDirectory(job.run).summary()
+    )
     assert (entry["top1"], entry["loss"], entry["train_loss"]) == (41.0, 1.5, 0.5)
     assert 99.0 not in [value for value in entry.values() if isinstance(value, float)]
 
 
 def test_the_curve_of_a_run_is_its_training_loss_and_the_watched_metric(job):
-    entry = results.record(("row", "column", 0), job, RunDirectory(job.run).summary())
+    entry = results.record(
+        tables.load("schedule", "smoke"), ("no regularizer", "column", 0), job, RunDirectory(job.run).summary()
+    )
     assert entry["curve"] == [[1, 1.0, 99.0], [2, 0.5, 40.0]]
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import importlib.metadata
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from dropkey import code_version
 from dropkey.config import check, compose, identity, schema
 from dropkey.errors import Busy, ConfigError
 from dropkey.records import RunDirectory, write_json
-from dropkey.reproduction import jobs, planning, runner, slots, tables
+from dropkey.reproduction import jobs, planning, runner, slots, tables, tuning
 from dropkey.reproduction.jobs import DIVERGED, DONE, FAILED, INTERRUPTED, MISSING, RUNNING, Job, distinct, jobs_of
 from dropkey.reproduction.runner import Launcher
 from dropkey.schedules import ratios
@@ -114,6 +115,20 @@ def test_controls_of_the_schedule_have_the_mean_ratio_that_they_are_named_after(
 def test_every_table_says_in_its_header_what_it_claims_and_how_to_run_it(name):
     text = (tables.TABLES / f"{name}.yaml").read_text()
     assert "# Claim:" in text and f"# Command: make table TABLE={name} SCALE=" in text
+
+
+def test_the_example_of_the_documentation_is_a_table(tmp_path):
+    text = (ROOT / "docs" / "tables.md").read_text()
+    (tmp_path / "example.yaml").write_text(re.search(r"```yaml\n(.*?)```", text, re.S)[1])
+    table = tables.load(str(tmp_path / "example.yaml"), "mine")
+    assert len(tuning.jobs_of(table, "runs")) == 2 * 4 * 3 and len(jobs_of(table, "runs")) == 2 * 15
+    assert table.design.looks == (5, 10, 15)
+
+
+@pytest.mark.parametrize("keys", [tables.TABLE_KEYS, tables.SCALE_KEYS], ids=len)
+def test_every_key_of_a_table_is_documented(keys):
+    text = (ROOT / "docs" / "tables.md").read_text()
+    assert not [key for key in keys if f"{key}:" not in text and f"`{key}`" not in text]
 
 
 WRONG = {

@@ -5,18 +5,19 @@ import sys
 import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Optional
 
 from rich.console import Console
 
 from dropkey.config.check import require
 from dropkey.errors import ConfigError
 from dropkey.records import clock
-from dropkey.reproduction import display, planning, results, runner, slots, tuning
+from dropkey.reproduction import content, display, planning, results, runner, slots, tuning
 from dropkey.reproduction.comparison import Comparison, compare
 from dropkey.reproduction.jobs import DIVERGED, DONE, FAILED, Job, distinct, jobs_of, state
 from dropkey.reproduction.report import write
 from dropkey.reproduction.results import Earlier
-from dropkey.reproduction.tables import Table
+from dropkey.reproduction.tables import Row, Table
 
 VISUALIZE = slots.SCRIPTS / "scripts" / "visualize.py"
 
@@ -36,6 +37,8 @@ class Study:
 
     def __post_init__(self):
         self.earlier = Earlier.read(self.directory / results.FILE, self.table)
+        if self.args.action != "run":
+            self.table = results.as_planned(self.table, self.earlier.head)
         self.look_at_tuning()
 
     @property
@@ -48,26 +51,34 @@ class Study:
 
     def tuning_jobs(self) -> list[Job]:
         """Without those whose result is in the records and whose run is gone."""
-        known = {tuning.key(entry): entry["validation"] for entry in self.tuned}
+        known = {tuning.key(entry): entry["runs"] for entry in self.tuned}
+        jobs = tuning.jobs_of(self.table, self.args.output)
         return [
             job
-            for place, job in tuning.jobs_of(self.table, self.args.output).items()
-            if state(job)[0] == DONE
-            or known.get(tuning.key(tuning.candidate_of(self.table, place, job)), {}).get(str(place[3])) is None
+            for place, job in jobs.items()
+            if state(job)[0] in (DONE, DIVERGED)
+            or str(place[3]) not in known.get(tuning.key(tuning.candidate_of(self.table, place, job)), {})
         ]
 
-    def save(self) -> None:
-        """What is known so far, as the table's file of records."""
-        head, found = results.gather(self.table, jobs_of(self.table, self.args.output), self.tuned, self.earlier)
-        if self.tuned or any(entry["state"] == DONE for entry in found):
-            results.write(self.directory / results.FILE, head, found)
+    def jobs(self) -> dict[results.Place, Job]:
+        return jobs_of(self.table, self.args.output)
+
+    def save(self, comparison: Optional[Comparison] = None) -> None:
+        """The table's file of records. At a look it also keeps what the claims looked like then."""
+        jobs = self.jobs()
+        head, found = results.gather(self.table, jobs, self.tuned, self.earlier)
+        if comparison is not None and comparison.look is not None:
+            looked = {str(comparison.look): [content.verdict(comparison, one) for one in comparison.findings]}
+            head["looks"] = looked | head["looks"]  # what was seen first stays
+        results.write(self.directory / results.FILE, head, [*found, *self.earlier.unused(self.table, jobs)])
+        self.earlier = Earlier.read(self.directory / results.FILE, self.table)
 
     # ------------------------------------------------------------------------------------------------------- plan
 
     def plan(self) -> int:
         show, table = self.console.print, self.table
-        jobs = jobs_of(table, self.args.output)
-        recorded = self.earlier.of(jobs)
+        jobs = self.jobs()
+        recorded = self.earlier.of(table, jobs)
         todo = list(dict.fromkeys([*self.tuning_jobs(), *(job for job in jobs.values() if job not in recorded)]))
         show(f"{table.title}: {table.about}")
         show(display.overview(table, jobs, recorded))
@@ -89,9 +100,10 @@ class Study:
         if unknown:
             show(f"time of {unknown} jobs: not known until a first run of their model and data is finished")
         if self.args.delta:
+            known = {} if self.args.deviation else {one.claim: one.difference for one in self.compare().findings}
             hours = planning.hours_per_seed(distinct(jobs), len(table.seeds), len(places))
-            args = (self.args.delta, self.args.power, self.args.deviation, hours)
-            show(display.power(planning.power(self.compare(), *args), *args[:2]))
+            lines = planning.power(table, known, self.args.delta, self.args.power, self.args.deviation, hours)
+            show(display.power(lines, self.args.delta, self.args.power))
         return 0
 
     # -------------------------------------------------------------------------------------------------------- run
@@ -99,34 +111,40 @@ class Study:
     def run(self) -> int:
         """Tunes where rows ask for it, then goes from look to look until every claim is decided or all seeds are
         run, then reports."""
+        self.save()  # the plan, before its first run
         jobs = self.tuning_jobs()
         left, stopped = self.launch(jobs, {}) if jobs else ([], 0)
         self.look_at_tuning()
-        if not stopped and not tuning.missing(self.table, self.tuned):
-            more, stopped = self.run_looks()
-            left += more
+        self.save()
+        open_rows = [row.label for row in self.table.rows.values() if row.candidates and not self.is_chosen(row)]
         if stopped or tuning.missing(self.table, self.tuned):
-            self.save()
-        else:
+            return self.end(left, stopped)
+        require(not open_rows, f"every candidate of {' and '.join(open_rows)} has a run that diverged")
+        more, stopped = self.run_looks()
+        if not stopped:
             if self.args.entropy:
                 self.measure_entropy()
             self.report()
-        return self.end(left, stopped)
+        return self.end([*left, *more], stopped)
+
+    def is_chosen(self, row: Row) -> bool:
+        return all((row.label, column) in self.table.chosen for column in self.table.columns)
 
     def run_looks(self) -> tuple[list[runner.JobState], int]:
         """(jobs that are not done, the signal that stopped the launcher or 0)."""
         left, stopped, looks = [], 0, self.looks()
         for table in looks:
             self.table = table
-            jobs = jobs_of(self.table, self.args.output)
-            before = {one.job for one in left}
-            more, stopped = self.launch([job for job in distinct(jobs) if job not in before], self.earlier.of(jobs))
+            jobs, before = self.jobs(), {one.job for one in left}
+            missing = [job for job in distinct(jobs) if job not in before]
+            more, stopped = self.launch(missing, self.earlier.of(table, jobs))
             left += more
-            if stopped:
+            self.save()
+            if stopped or any(one.state not in (FAILED, DIVERGED) for one in more):
                 break
             comparison = self.compare()
+            self.save(comparison)
             if len(looks) > 1:
-                self.save()
                 self.console.print(display.decisions(comparison))
                 if comparison.decided:
                     break
@@ -159,7 +177,7 @@ class Study:
             )
         for job in outdated:
             if job in recorded:
-                self.earlier.forget(recorded[job])
+                self.earlier.forget(recorded[job]["run"])
             else:
                 runner.discard(job)
         needed = {job.needs for job in jobs if job not in recorded or job in outdated}
@@ -184,8 +202,7 @@ class Study:
 
     def measure_entropy(self) -> None:
         """Of all finished trainings, in a process of its own, because it imports torch."""
-        jobs = distinct(jobs_of(self.table, self.args.output))
-        runs = [job.run for job in jobs if state(job)[0] == DONE and not job.evaluation]
+        runs = [job.run for job in distinct(self.jobs()) if state(job)[0] == DONE and not job.evaluation]
         runs = [run for run in runs if not (run / "entropy.json").exists()]
         if not runs:
             return
@@ -202,14 +219,16 @@ class Study:
         """What is finished so far."""
         missing = tuning.missing(self.table, self.tuned)
         require(not missing, f"table={self.table.name} is not tuned yet: {missing} runs are missing; run it first")
-        head, found = results.gather(self.table, jobs_of(self.table, self.args.output), self.tuned, self.earlier)
-        return compare(self.table, head, found, results.require_one_version(found, self.args.mixed))
+        head, found = results.gather(self.table, self.jobs(), self.tuned, self.earlier)
+        return compare(self.table, head, found, results.require_one_version(found, self.args.mixed, self.tuned))
 
     def report(self) -> int:
         if self.args.records:
             directory = Path(self.args.records).parent
             table, head, found = results.read(Path(self.args.records), self.table)
-            comparison = compare(table, head, found, results.require_one_version(found, self.args.mixed))
+            comparison = compare(
+                table, head, found, results.require_one_version(found, self.args.mixed, head["tuning"])
+            )
         else:
             directory = self.directory
             for table in self.looks():  # seeds after the look that decides everything are not part of the study
@@ -220,7 +239,7 @@ class Study:
         name, scale = self.table.name, self.table.scale
         require(bool(comparison.done), f"no run of table={name} scale={scale} is finished yet")
         if not self.args.records:
-            results.write(directory / results.FILE, comparison.head, comparison.records)
+            self.save()
         text = write(comparison, directory)
         print(text.split("\n## Differences")[0])
         print(f"report {directory}/report.html (also .md, .tex, .csv, .json, {results.FILE} and the pictures)")

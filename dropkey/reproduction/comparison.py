@@ -1,7 +1,7 @@
 """From records to results: the estimate of every cell, and what the runs say about every claim."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Optional
 
 import numpy as np
@@ -42,11 +42,11 @@ class Finding:
     pooled: Optional[tuple[float, float, float]] = None  # low, high and p with the error of all rows
     sampling: Optional[SamplingError] = None  # in the metric's unit
     detectable: Optional[float] = None  # the smallest difference that would have been found with 80 % power
-    worst: Optional[Difference] = None  # with runs that failed or diverged at their worst; None without such runs
+    worst: Optional[Difference] = None  # with runs that failed or diverged at the worst finished value; None without
 
     @property
     def is_decided(self) -> bool:
-        return not self.withheld and self.decision.verdict != sequential.UNDECIDED
+        return not self.withheld and (self.decision.sign != 0 or self.decision.within)
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Comparison:
     cells: dict[tuple[str, str], Cell]  # (row, column)
     findings: list[Finding] = field(default_factory=list)
     summaries: dict[str, tuple[dict[str, Difference], Optional[Summary]]] = field(default_factory=dict)  # by claim
-    errors: dict[str, Optional[PooledError]] = field(default_factory=dict)  # by column
+    error: Optional[PooledError] = None  # of a run's mean over columns
 
     @property
     def metrics(self) -> list[Metric]:
@@ -73,6 +73,11 @@ class Comparison:
     @property
     def done(self) -> list[dict]:
         return [entry for entry in self.records if entry["state"] == DONE]
+
+    @property
+    def look(self) -> Optional[int]:
+        """The last look that is over; None before the first."""
+        return next((found.decision.look for found in self.findings), None)
 
     @property
     def decided(self) -> bool:
@@ -103,9 +108,7 @@ def compare(table: Table, head: dict, records: list[dict], mixed: list[str]) -> 
     found.findings.extend(findings(found))
     for claim in table.claims if len(table.columns) > 1 else ():
         found.summaries[claim.label] = over_columns(found, claim)
-    for column in table.columns:
-        found.errors[column] = statistics.pooled_error(trained_values(found, (column,)))
-    return found
+    return replace(found, error=statistics.pooled_error(trained_values(found, table.columns)))
 
 
 def cell(row: str, column: str, records: list[dict], metrics: list[Metric], base: Optional[Cell]) -> Cell:
@@ -130,14 +133,16 @@ def findings(comparison: Comparison) -> list[Finding]:
     decisions = [Decision()] * len(claims)
     if design.looks[-1] >= FEWEST:
         decisions = sequential.decide(numbers, design.seeds, seeds_over(comparison), design.looks, design.margin)
-    return [finding(comparison, *one) for one in zip(claims, numbers, decisions, strict=True)]
+    trained = trained_values(comparison, comparison.table.columns)
+    return [finding(comparison, trained, *one) for one in zip(claims, numbers, decisions, strict=True)]
 
 
-def finding(comparison: Comparison, claim: Claim, values: dict[int, float], decision: Decision) -> Finding:
+def finding(
+    comparison: Comparison, trained: Values, claim: Claim, values: dict[int, float], decision: Decision
+) -> Finding:
     one, table = statistics.contrast(values), comparison.table
-    error = statistics.pooled_error(trained_values(comparison, table.columns))
-    pooled = detectable = None
-    if one and error:
+    error, pooled, detectable = statistics.pooled_error(trained), None, None
+    if one and error and all(table.rows[row].of is None for row in claim.rows):
         weights = 1 / len(claim.better) + 1 / len(claim.worse)
         pooled = statistics.pooled_interval(one.mean, weights, one.n, error)
     if one and one.deviation:
@@ -192,16 +197,19 @@ def reason_to_wait(comparison: Comparison, decision: Decision) -> str:
     if design.looks[-1] < FEWEST:
         return f"{design.looks[-1]} seeds decide nothing"
     if decision.look is None:
-        return f"{seeds_over(comparison)} of {design.looks[0]} seeds finished"
+        over = f"{seeds_over(comparison)} of the {design.looks[0]} planned seeds finished"
+        return over if set(table.seeds) & set(design.seeds) else f"{over}, others are not planned"
     if table.scale != "paper":
         return ""
     row = table.published_baseline
-    known = {column: table.paper[column][row] for column in table.columns if row in table.paper.get(column, {})}
-    for column, published in known.items():
+    for column in table.columns:
+        published = table.paper.get(column, {}).get(row)
+        if published is None:
+            return f"no published baseline is known for '{column}'"
         ours = comparison.cells[row, column].estimate
         if ours is None or abs(ours.mean - published) > NEAR:
             return f"'{row}' in '{column}' is not within {NEAR} of the published {published}"
-    return "" if known else "no published baseline is known"
+    return ""
 
 
 def trained_values(comparison: Comparison, columns: Iterable[str]) -> Values:
@@ -241,8 +249,8 @@ def sampling(comparison: Comparison, claim: Claim) -> Optional[SamplingError]:
 
 
 def worst_case(comparison: Comparison, claim: Claim) -> Optional[Difference]:
-    """The difference where runs that failed or diverged have the value that speaks most against the claim: for a better
-    row the worst of its column, for a worse row the best."""
+    """The difference where runs that failed or diverged have that finished value of their column that speaks most
+    against the claim: for a better row the worst, for a worse row the best."""
     higher, filled, missing = comparison.metric.higher_is_better, {}, False
     for row in claim.rows:
         parts = []
@@ -262,12 +270,9 @@ def worst_case(comparison: Comparison, claim: Claim) -> Optional[Difference]:
 
 
 def over_columns(comparison: Comparison, claim: Claim) -> tuple[dict[str, Difference], Optional[Summary]]:
-    """The difference in each column, and a summary where the columns' true differences may differ."""
-    table = comparison.table
-    found = {}
-    for column in table.columns:
-        one = statistics.contrast(contrasts(row_values(comparison, (column,)), claim))
-        if one is not None:
-            found[column] = one
-    usable = [(one.mean, one.deviation / one.n**0.5, one.n - 1) for one in found.values() if one.p is not None]
-    return found, statistics.random_effects(usable) if len(usable) == len(table.columns) else None
+    """The difference in each column, and a summary over such columns from the seeds that all of them have."""
+    numbers = {column: contrasts(row_values(comparison, (column,)), claim) for column in comparison.table.columns}
+    found = {column: statistics.contrast(values) for column, values in numbers.items() if values}
+    common = sorted(set.intersection(*(set(values) for values in numbers.values())))
+    matrix = np.array([[values[seed] for values in numbers.values()] for seed in common])
+    return found, statistics.over_columns(matrix) if len(common) > 1 else None

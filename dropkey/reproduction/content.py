@@ -1,12 +1,9 @@
 """The content of a report: its numbers as text, the rows of its tables, and its sentences."""
 
-import itertools
-import math
-from collections import Counter
 from typing import Optional
 
 from dropkey.metrics import Metric
-from dropkey.reproduction import sequential, statistics, tuning
+from dropkey.reproduction import statistics, tuning
 from dropkey.reproduction.comparison import Cell, Comparison, Finding, contrasts, row_values
 from dropkey.reproduction.statistics import Estimate
 
@@ -94,18 +91,17 @@ def claims(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
 
 def verdict(comparison: Comparison, found: Finding) -> str:
     """On the claim that its first rows are the better ones."""
+    decision, margin = found.decision, comparison.table.design.margin
     if found.withheld:
         return f"not yet: {found.withheld}"
-    words, margin = found.decision.verdict, comparison.table.design.margin
-    if not comparison.metric.higher_is_better:
-        words = {"higher": "lower", "lower": "higher"}.get(words.split(",")[0], words) + words.partition(",")[1:][-1]
-    if words == sequential.EQUIVALENT:
+    if decision.sign:
+        text = "better" if (decision.sign > 0) == comparison.metric.higher_is_better else "worse"
+        return f"{text}, but by less than {margin}" if decision.within else text
+    if decision.within:
         return f"equivalent, within {margin}"
-    if words == sequential.UNDECIDED:
-        found_too = number(found.detectable, comparison.metric.digits)
-        return "not decided" if found.detectable is None else f"not decided ({found_too} would have been found)"
-    text = "better" if words.startswith("higher") else "worse"
-    return f"{text}, but by less than {margin}" if found.decision.verdict in sequential.WITHIN else text
+    if found.detectable is None:
+        return "not decided"
+    return f"not decided (a true {number(found.detectable, comparison.metric.digits)} would be found in 4 of 5 studies)"
 
 
 def checks(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
@@ -113,17 +109,21 @@ def checks(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     digits, found = comparison.metric.digits, comparison.findings
     shown = {
         "detectable": lambda one: number(one.detectable, digits),
-        "equivalence p": lambda one: p_value(None if one.withheld else one.decision.equivalence_p),
+        "equivalence p": lambda one: p_value(one.decision.equivalence_p),
         "pooled error": lambda one: one.pooled and f"{ends(*one.pooled[:2], digits)}, p {p_value(one.pooled[2])}",
-        "sign-flip p": lambda one: one.difference and f"{p_value(one.difference.flip_p)}",
+        "sign-flip p": lambda one: (
+            one.difference and f"{p_value(one.difference.flip_p)} (least {p_value(one.difference.least_flip_p)})"
+        ),
         "new samples too": lambda one: one.sampling and f"± {number(one.sampling.both, digits)}",
-        "lost runs at their worst": lambda one: (
+        "lost runs at the worst": lambda one: (
             one.worst and f"{number(one.worst.mean, digits, '+')} {interval(one.worst, digits)}"
         ),
     }
-    hidden = {"equivalence p": comparison.table.design.margin is None}
+    waiting = any(one.withheld for one in found)  # no p before the plan is finished
+    hidden = {"equivalence p": waiting or comparison.table.design.margin is None}
+    hidden |= {"pooled error": waiting, "sign-flip p": waiting}
     hidden |= {"new samples too": all(one.sampling is None for one in found)}
-    hidden |= {"lost runs at their worst": all(one.worst is None for one in found)}
+    hidden |= {"lost runs at the worst": all(one.worst is None for one in found)}
     shown = {label: show for label, show in shown.items() if not hidden.get(label)}
     rows = [[str(one.claim), *(show(one) or NONE for show in shown.values())] for one in found]
     return ["claim", *shown], rows
@@ -151,15 +151,12 @@ def over_columns(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
             f"{number(found[column].mean, digits, '+')} {interval(found[column], digits)}" if column in found else NONE
             for column in comparison.table.columns
         ]
-        last = [NONE] * 4
+        last = [NONE] * 3
         if summary:
             mean = f"{number(summary.mean, digits, '+')} {ends(summary.low, summary.high, digits)}"
-            other = (
-                NONE if summary.predicted_low is None else ends(summary.predicted_low, summary.predicted_high, digits)
-            )
-            last = [mean, number(summary.tau, digits), f"{100 * summary.i_squared:.0f} %", other]
+            last = [mean, number(summary.tau, digits), p_value(summary.equal_p)]
         rows.append([claim, *columns, *last])
-    return ["claim", *comparison.table.columns, "mean over such columns", "tau", "I²", "another column"], rows
+    return ["claim", *comparison.table.columns, "mean over such columns", "tau", "p, equal columns"], rows
 
 
 def candidates(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
@@ -168,18 +165,18 @@ def candidates(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     digits, rows = comparison.metric.digits, []
     for row, column in tuned(comparison):
         entries = tuning.ranked(comparison.head["tuning"], row, column)
-        lost = [entry for entry in comparison.head["tuning"] if tuning.score(entry) is None]
-        for entry in [*entries, *(one for one in lost if (one["row"], one["column"]) == (row, column))]:
-            values = [statistics.estimate([v for v in entry[key].values() if v is not None]) for key in PHASES]
-            shown = [NONE if one is None else spread(one, digits) for one in values]
-            shown[0] += "" if entry in entries else " (a run failed)"
+        own = [entry for entry in comparison.head["tuning"] if (entry["row"], entry["column"]) == (row, column)]
+        for entry in [*entries, *(entry for entry in own if entry not in entries)]:
+            means = [statistics.estimate(tuning.values(entry, phase)) for phase in PHASES]
+            shown = [NONE if one is None else spread(one, digits) for one in means]
+            shown[0] += "" if entry in entries else " (a run diverged)"
             rows.append([row, *[column] * several, entry["candidate"], *shown])
     return ["row", *["column"] * several, "candidate", *PHASES], rows
 
 
 def tuned(comparison: Comparison) -> list[tuple[str, str]]:
     """(row, column) of everything that was tuned."""
-    return list(dict.fromkeys((entry["row"], entry["column"]) for entry in comparison.head.get("tuning", [])))
+    return list(dict.fromkeys((entry["row"], entry["column"]) for entry in comparison.head["tuning"]))
 
 
 def differences(comparison: Comparison, column: str) -> tuple[list[str], list[list[str]]]:
@@ -199,110 +196,3 @@ def differences(comparison: Comparison, column: str) -> tuple[list[str], list[li
         found = [(cell.others[key], digits) for key, (_, digits) in others.items()]
         rows.append([cell.row, *numbers, *(number(one and one.mean, digits) for one, digits in found)])
     return head, rows
-
-
-# --------------------------------------------------------------------------------------------------------- sentences
-
-
-def about(comparison: Comparison) -> str:
-    table = comparison.table
-    runs = "; ".join(f"{column}: {trainings(comparison, column)}" for column in table.columns)
-    overrides = (
-        f" Overrides of every run: `{' '.join(comparison.head['overrides'])}`." if comparison.head["overrides"] else ""
-    )
-    return f"Scale `{table.scale}`: {table.about}. Ours is {runs}.{overrides}"
-
-
-def plan(comparison: Comparison) -> list[str]:
-    """How many seeds were planned, by which protocol, and whether the plan was changed on the way."""
-    table, head = comparison.table, comparison.head
-    looks, found = table.design.looks, []
-    count = f"{looks[-1]} seeds" if len(looks) == 1 else f"at most {looks[-1]} seeds"
-    text = f"Planned: {count}"
-    if len(looks) > 1:
-        text += f", with a look at the claims after {listed(looks)}; the runs end when all are decided"
-    found.append(f"{text}. Run: {len(head['seeds'])}.")
-    if table.protocol:
-        found.append(f"The study follows `{table.protocol}` (hash `{head['protocol']}`).")
-    for earlier in head.get("earlier_designs", []):
-        found.append(
-            f"**The plan was changed after results had been seen: before, it was {len(earlier['seeds'])} seeds with "
-            f"looks after {listed(earlier['looks'])}. The p below do not know of that.**"
-        )
-    return found
-
-
-def listed(numbers) -> str:
-    numbers = list(map(str, numbers))
-    steady = len(numbers) > 4 and all(int(b) - int(a) == 1 for a, b in itertools.pairwise(numbers))
-    if steady:
-        return f"each of {numbers[0]} to {numbers[-1]}"
-    return f"{', '.join(numbers[:-1])} and {numbers[-1]}" if len(numbers) > 1 else numbers[0]
-
-
-def errors(comparison: Comparison) -> list[str]:
-    """One error estimate per column, pooled over rows, beside what pairing by seed removes."""
-    digits, found = comparison.metric.digits, []
-    for column, one in comparison.errors.items():
-        if one is not None:
-            place = f"{column}: a" if len(comparison.errors) > 1 else "A"
-            found.append(
-                f"{place} run varies by {number(one.deviation, digits)} within its row and seed (pooled over rows, "
-                f"{one.df} degrees of freedom); pairing by seed removes {100 * one.seed_share:.0f} % of the variance."
-            )
-    return found
-
-
-def trainings(comparison: Comparison, column: str) -> str:
-    """Data, resolution and length of the baseline's training, and the rows that were trained in another way."""
-    facts = {entry["row"]: entry["facts"] for entry in comparison.records if entry["column"] == column}
-    usual = facts[comparison.table.baseline]
-    others: dict[str, list[str]] = {}
-    for label, row in comparison.table.rows.items():
-        if facts[label] != usual:
-            start = f", starting from the runs of '{row.of}'" if row.of else ""
-            others.setdefault(facts[label] + start, []).append(f"'{label}'")
-    return "; ".join([usual, *(f"{' and '.join(labels)}: {how}" for how, labels in others.items())])
-
-
-def overview_caption(comparison: Comparison) -> str:
-    text = "Mean ± sample standard deviation over seeds (number of seeds)."
-    means = [cell.estimate.mean for cell in comparison.cells.values() if cell.estimate]
-    if comparison.metric.proportion and means:
-        share, count = sum(means) / len(means) / 100, min(entry["samples"] for entry in comparison.done)
-        error = number(100 * math.sqrt(share * (1 - share) / count), 2)
-        text += f" The choice of the {count:,} test samples adds ± {error} (binomial standard error), which is the same"
-        text += " for all rows and not in the deviations."
-    if comparison.table.paper:
-        text += " The paper's numbers are from other models, resolutions and trainings: compare orders, not values."
-    return text
-
-
-def unfinished(comparison: Comparison) -> list[str]:
-    found = []
-    for (row, column), cell in comparison.cells.items():
-        for state, reason in dict.fromkeys(cell.unfinished.values()):
-            seeds = ", ".join(str(seed) for seed, how in cell.unfinished.items() if how == (state, reason))
-            place = f"{row}, {column}" if len(comparison.table.columns) > 1 else row
-            found.append(f"{place}, seed {seeds}: {state}{': ' + reason if reason else ''}")
-    return found
-
-
-def provenance(comparison: Comparison) -> list[str]:
-    done = comparison.done
-    if not done:
-        return ["no run is finished yet"]
-
-    def counted(values: list[str]) -> str:
-        counts = Counter(values)
-        return values[0] if len(counts) == 1 else ", ".join(f"{value} ({n} cells)" for value, n in counts.items())
-
-    parts = sorted({part for entry in done for part in entry["code"]})
-    code = [f"{part} {counted([e['code'][part] for e in done if part in e['code']])}" for part in parts]
-    trained = {entry["run"]: entry["seconds"] for entry in done}
-    return [
-        f"code: {', '.join(code)}",
-        *(f"{key}: {counted([str(entry[key]) for entry in done])}" for key in ("commit", "torch", "hardware", "data")),
-        f"{len(trained)} runs, {sum(trained.values()) / 3600:.1f} hours of training in total",
-        f"{len(done)} of {len(comparison.records)} cells and seeds finished",
-    ]

@@ -64,7 +64,7 @@ def tuned(table: Table, records: list[dict]) -> list[str]:
 def power(lines: list[list[str]], delta: float, chance: float) -> Grid:
     """What `planning.power` has found."""
     head = ("claim", "deviation", "seeds", f"first of {len(lines)}", "equivalence", "hours")
-    title = f"to find a difference of {delta} with a chance of {100 * chance:.0f} %"
+    title = f"to find a difference of {delta} with a chance of {100 * chance:.0f} %, or equivalence within the margin"
     grid = Grid(*head, title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2))
     for line in lines:
         grid.add_row(*line)

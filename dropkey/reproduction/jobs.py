@@ -131,7 +131,17 @@ def distinct(jobs: dict[tuple[str, str, int], Job]) -> list[Job]:
 
 
 def state(job: Job) -> tuple[str, str]:
-    """(state, reason); the reason is empty unless the job failed or diverged."""
+    """(state, reason); the reason is empty unless the job failed or diverged. A job whose start has failed or diverged
+    has failed too."""
+    found, reason = own_state(job)
+    if found == MISSING and job.needs is not None:
+        start, _ = own_state(job.needs)
+        if start in (FAILED, DIVERGED):
+            return FAILED, f"it needs {job.needs.name}, which is {start}"
+    return found, reason
+
+
+def own_state(job: Job) -> tuple[str, str]:
     run = RunDirectory(job.run)
     if job.evaluation:
         if run.read_json(job.result).get("settings") == identity.evaluation_settings(job.evaluation):

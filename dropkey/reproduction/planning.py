@@ -8,10 +8,11 @@ from dropkey.code_version import changed_parts, code_of
 from dropkey.config import identity
 from dropkey.config.check import require
 from dropkey.records import RunDirectory
-from dropkey.reproduction.comparison import Comparison
+from dropkey.reproduction.content import NONE
 from dropkey.reproduction.jobs import DIVERGED, DONE, FAILED, INTERRUPTED, RUNNING, Job, state
 from dropkey.reproduction.power import equivalence_seeds, seeds_needed
-from dropkey.reproduction.tables import FEWEST
+from dropkey.reproduction.statistics import Difference
+from dropkey.reproduction.tables import FEWEST, Claim, Table
 
 STARTUP = 10.0  # seconds until the first step: imports, reading data
 COST = ("task.", "model.", "data.", "augment.", "trainer.")  # the keys that decide the time of an epoch
@@ -79,28 +80,33 @@ def outdated(jobs: Sequence[Job], recorded: dict[Job, dict], retry: bool = False
 
 
 def power(
-    comparison: Comparison, delta: float, chance: float, guess: Optional[float], hours: Optional[float]
+    table: Table,
+    known: dict[Claim, Optional[Difference]],
+    delta: float,
+    chance: float,
+    guess: Optional[float],
+    hours: Optional[float],
 ) -> list[list[str]]:
     """For each claim: its deviation between seeds, and the seeds and hours that find a true difference of `delta` with
-    this chance. Alone, and where it is the first of all claims in Holm's correction.
+    this chance. Alone, and where it is the first of all claims in Holm's correction; for a single look at the end.
 
     Args:
+        known: the claims' differences in the runs.
         guess: of the deviation, in place of that of the runs.
         hours: of one seed, all rows and columns; None if not known.
     Raises:
         ConfigError: a claim without 3 finished seeds, and no guess.
     """
-    claims, lines = comparison.table.claims, []
-    seen = {found.claim: found.difference for found in comparison.findings}
+    claims, margin, lines = table.claims, table.design.margin, []
     for claim in claims:
-        one = seen.get(claim)
+        one = known.get(claim)
         deviation = guess or (one.deviation if one and one.n >= FEWEST else None)
         require(bool(deviation), f"claim '{claim}': no 3 seeds are finished; say deviation=, such as 1.2")
         source = "guess" if guess else f"{one.n} seeds"
         counts = [seeds_needed(delta, deviation, alpha, chance) for alpha in (0.05, 0.05 / len(claims))]
         shown = [str(count) if count else "> 10,000" for count in counts]
         time = [f"{count * hours:,.1f}" if count and hours else "not known" for count in counts]
-        equal = equivalence_seeds(delta, deviation, 0.05 / len(claims), chance)
+        equal = NONE if margin is None else equivalence_seeds(margin, deviation, 0.05 / len(claims), chance)
         lines.append([str(claim), f"{deviation:.2f} ({source})", *shown, str(equal or "> 10,000"), time[1]])
     return lines
 

@@ -16,7 +16,7 @@ from markdown_it import MarkdownIt
 from markupsafe import Markup
 
 from dropkey.records import replace_file
-from dropkey.reproduction import content, pictures
+from dropkey.reproduction import content, pictures, sentences
 from dropkey.reproduction.comparison import Comparison
 
 TEMPLATES = jinja2.FileSystemLoader(Path(__file__).with_name("templates"))
@@ -41,7 +41,7 @@ def write(comparison: Comparison, directory: Path) -> str:
     drawn = {"forest.svg": pictures.forest(comparison), "curves.svg": pictures.curves(comparison)}
     if comparison.findings:
         drawn["claims.svg"] = pictures.claims(comparison)
-    if comparison.head.get("tuning"):
+    if comparison.head["tuning"]:
         drawn["tuning.svg"] = pictures.tuning_budget(comparison)
     if any(entry.get("heads") for entry in comparison.done):
         drawn["entropy.svg"] = pictures.entropy(comparison)
@@ -70,22 +70,21 @@ def markdown(comparison: Comparison, drawn: dict[str, str]) -> str:
         metric=comparison.metric,
         drawn=drawn,
         mixed=comparison.mixed,
-        about=content.about(comparison),
+        about=sentences.about(comparison),
         overview=content.overview(comparison),
-        overview_caption=content.overview_caption(comparison),
+        overview_caption=sentences.overview_caption(comparison),
         claims=content.claims(comparison) if findings else None,
         checks=content.checks(comparison) if findings else None,
         other_metrics=content.other_metrics(comparison) if findings and comparison.metrics[1:] else None,
         over_columns=content.over_columns(comparison) if comparison.summaries else None,
-        candidates=content.candidates(comparison) if comparison.head.get("tuning") else None,
-        plan=content.plan(comparison),
-        errors=content.errors(comparison),
-        least_flip=content.p_value(min((f.difference.least_flip_p for f in findings if f.difference), default=None)),
+        candidates=content.candidates(comparison) if comparison.head["tuning"] else None,
+        plan=sentences.plan(comparison),
+        error=sentences.error(comparison),
         differences={column: content.differences(comparison, column) for column in table.columns},
         entropy=any(entry.get("entropy") is not None for entry in comparison.done),
         watched=" or ".join(sorted(watched)) or "validation",
-        unfinished=[escape_markdown(line) for line in content.unfinished(comparison)],
-        provenance=content.provenance(comparison),
+        unfinished=[escape_markdown(line) for line in sentences.unfinished(comparison)],
+        provenance=sentences.provenance(comparison),
     )
     return re.sub(r"\n{3,}", "\n\n", text)
 
@@ -108,7 +107,7 @@ def latex(comparison: Comparison) -> str:
         cells = [comparison.cells[row, column] for column in table.columns]
         ours = [show(cell, metric) for cell in cells for show in (content.mean, content.in_brackets)]
         rows.append([row, *ours, *content.papers(comparison, row)])
-    caption = f"{table.title}. {content.about(comparison)} {content.overview_caption(comparison)}".replace("`", "")
+    caption = f"{table.title}. {sentences.about(comparison)} {sentences.overview_caption(comparison)}".replace("`", "")
     marks = {"variable_start_string": "<<", "variable_end_string": ">>", "block_start_string": "<%"}
     environment = jinja2.Environment(**OPTIONS, **marks, block_end_string="%>", finalize=escape_latex)
     environment.filters["named"] = content.named
@@ -151,8 +150,8 @@ def as_json(comparison: Comparison) -> str:
         "baseline": table.baseline,
         "overrides": comparison.head["overrides"],
         "design": comparison.head["design"],
-        "tuning": comparison.head.get("tuning", []),
-        "protocol": comparison.head.get("protocol"),
+        "tuning": comparison.head["tuning"],
+        "protocol": comparison.head["protocol"],
         "metrics": comparison.head["metrics"],
         "paper": table.paper,
         "cells": [dataclasses.asdict(cell) for cell in comparison.cells.values()],

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Optional
 
@@ -38,54 +38,61 @@ def gather(
     Raises:
         ConfigError: the runs do not have the same metrics.
     """
-    earlier = earlier or Earlier({}, {})
+    earlier = earlier or Earlier()
     results = {job: RunDirectory(job.run).read_json(job.result) for job in jobs.values() if state(job)[0] == DONE}
-    gone = earlier.of(jobs)
+    gone = earlier.of(table, jobs)
     metrics = {json.dumps(result["metrics"]): job.name for job, result in results.items()}
     if gone:
         metrics[json.dumps(earlier.head["metrics"])] = "earlier records"
     require(len(metrics) < 2, f"the runs of this table have different metrics: {' and '.join(metrics.values())}")
     records = [
-        {**gone[job], "row": place[0]} if job in gone else record(place, job, results.get(job))
+        {**gone[job], "row": place[0]} if job in gone else record(table, place, job, results.get(job))
         for place, job in jobs.items()
     ]
-    design = asdict(table.design)
-    changed = [*earlier.head.get("earlier_designs", [])]
-    if earlier.head and earlier.done and earlier.head["design"] != as_json(design):
-        changed.append(earlier.head["design"])
+    design, plans = plan_of(table), list(earlier.head.get("earlier_designs", []))
+    if earlier.records and earlier.head["design"] != design and earlier.head["design"] not in plans:
+        plans.append(earlier.head["design"])
     head = {
         "table": table.name,
         "scale": table.scale,
         "seeds": list(table.seeds),
         "overrides": shown_overrides(table),
         "metrics": json.loads(next(iter(metrics), "[]")),
-        "design": as_json(design),
-        **({"earlier_designs": changed} if changed else {}),
-        **({"protocol": protocol_hash(table)} if table.protocol else {}),
-        **({"tuning": list(tuned)} if tuned else {}),
+        "design": design,
+        "earlier_designs": plans,
+        "seen_before": earlier.head.get("seen_before", sum(job in results for job in set(jobs.values()))),
+        "protocol": earlier.head.get("protocol") or protocol_hash(table),
+        "looks": earlier.head.get("looks", {}),
+        "tuning": list(tuned),
         "settings": compact(settings(table, jobs)),
     }
     return head, records
+
+
+def plan_of(table: Table) -> dict:
+    """What was planned before the first run: seeds, looks, margin and claims."""
+    claims = [[claim.label, claim.better, claim.worse] for claim in table.claims]
+    return json.loads(json.dumps({**asdict(table.design), "claims": claims}))
 
 
 def shown_overrides(table: Table) -> list[str]:
     return [one for one in table.overrides if not identity.has_no_effect(one.lstrip("+~").split("=")[0])]
 
 
-def as_json(value):
-    return json.loads(json.dumps(value))
-
-
 def protocol_hash(table: Table) -> Optional[str]:
-    """Ten hexadecimal digits over the file with the plan of the study; None where it is gone."""
-    file = CONFIGS.parent / table.protocol
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:10] if file.exists() else None
+    """Ten hexadecimal digits over the file with the plan of the study."""
+    return table.protocol and hashlib.sha256((CONFIGS.parent / table.protocol).read_bytes()).hexdigest()[:10]
 
 
-def record(place: Place, job: Job, result: Optional[dict]) -> dict:
+def settings_digest(table: Table, place: Place, job: Job) -> str:
+    return identity.digest(cell_settings(table, place[0], job))
+
+
+def record(table: Table, place: Place, job: Job, result: Optional[dict]) -> dict:
     row, column, seed = place
     found, reason = state(job)
     entry = {"row": row, "column": column, "seed": seed, "state": found, "reason": reason, "run": job.run.name}
+    entry["settings"] = settings_digest(table, place, job)
     entry["facts"] = identity.training_facts(job.config)
     if result is None:
         return entry
@@ -130,8 +137,11 @@ def correct_samples(entry: dict) -> Optional[np.ndarray]:
 
 def settings(table: Table, jobs: dict[tuple[str, str, int], Job]) -> dict[tuple[str, str], dict]:
     """(row, column) -> every key of its config that changes the result, flat."""
-    places = {(row, column): job for (row, column, _), job in jobs.items()}
-    return {(row, column): {**job_settings(job), "of": table.rows[row].of} for (row, column), job in places.items()}
+    return {(row, column): cell_settings(table, row, job) for (row, column, _), job in jobs.items()}
+
+
+def cell_settings(table: Table, row: str, job: Job) -> dict[str, object]:
+    return {**job_settings(job), "of": table.rows[row].of}
 
 
 def compact(found: dict[tuple[str, str], dict]) -> dict:
@@ -177,35 +187,59 @@ def require_same_settings(path: Path, head: dict, now: dict[tuple[str, str], dic
 # ----------------------------------------------------------------------------------------------------- files
 
 
+@dataclass
 class Earlier:
-    """The finished records of a file that was written before, where its settings are still those of the table."""
+    """A file of records that was written before: its head, and its finished records, used in the table now or not."""
 
-    def __init__(self, head: dict, done: dict[Place, dict]):
-        self.head, self.done = head, done
-
-    def of(self, jobs: dict[Place, Job]) -> dict[Job, dict]:
-        """The records of jobs whose runs are gone."""
-        return {job: self.done[place] for place, job in jobs.items() if place in self.done and state(job)[0] != DONE}
-
-    def forget(self, entry: dict) -> None:
-        self.done = {place: one for place, one in self.done.items() if one is not entry}
+    head: dict = field(default_factory=dict)
+    records: list[dict] = field(default_factory=list)
 
     @staticmethod
     def read(path: Path, table: Table) -> "Earlier":
-        """Nothing where there is no such file, or where it is of another table or has another form."""
+        """Empty where there is no such file, or where it is of another table or has another form.
+
+        Raises:
+            ConfigError: it has runs with other overrides; they would be lost.
+        """
         try:
             head, *records = parse(path)
-            cells = settings_of(head)
-            known = (head["table"], head["scale"], head["overrides"], bool(head["design"]))
+            same, overrides = (head["table"], head["scale"]) == (table.name, table.scale), head["overrides"]
+            done = [entry for entry in records if entry["state"] == DONE]
+            readable = bool(head["design"]) and all(entry["settings"] for entry in done)
         except (OSError, ValueError, KeyError, TypeError):
-            return Earlier({}, {})
-        if known[:3] != (table.name, table.scale, shown_overrides(table)):
-            return Earlier({}, {})
-        table = tuning.with_choices(table, head.get("tuning", []))
-        now = settings(table, jobs_of(table, "runs"))
-        same = {place for place, keys in cells.items() if place in now and not changes(keys, now[place])}
-        done = [entry for entry in records if entry["state"] == DONE and (entry["row"], entry["column"]) in same]
-        return Earlier(head, {(entry["row"], entry["column"], entry["seed"]): entry for entry in done})
+            return Earlier()
+        if not same or not readable:
+            return Earlier()
+        now = shown_overrides(table)
+        require(
+            overrides == now or not done,
+            f"{path} has runs with the overrides '{' '.join(overrides)}', not '{' '.join(now)}'; "
+            "give another results=, or move it away",
+        )
+        return Earlier(head, done)
+
+    def of(self, table: Table, jobs: dict[Place, Job]) -> dict[Job, dict]:
+        """The records of jobs whose runs are gone: of the same row, column, seed and settings."""
+        known = {(entry["row"], entry["column"], entry["seed"], entry["settings"]): entry for entry in self.records}
+        left = {place: job for place, job in jobs.items() if state(job)[0] != DONE}
+        found = {job: known.get((*place, settings_digest(table, place, job))) for place, job in left.items()}
+        return {job: entry for job, entry in found.items() if entry}
+
+    def unused(self, table: Table, jobs: dict[Place, Job]) -> list[dict]:
+        """The records of other seeds than `jobs` have, with settings that the table still has; and those of rows
+        whose best candidate is not known yet."""
+        digests = {place[:2]: settings_digest(table, place, job) for place, job in jobs.items()}
+        return [
+            entry
+            for entry in self.records
+            if entry["row"] in table.rows
+            and entry["column"] in table.columns
+            and digests.get((entry["row"], entry["column"]), entry["settings"]) == entry["settings"]
+            and (entry["row"], entry["column"], entry["seed"]) not in jobs
+        ]
+
+    def forget(self, run: str) -> None:
+        self.records = [entry for entry in self.records if entry["run"] != run]
 
 
 def write(path: Path, head: dict, records: list[dict]) -> None:
@@ -221,41 +255,44 @@ def read(path: Path, table: Table) -> tuple[Table, dict, list[dict]]:
     """(the table as it was run, head, records) that `write` has written for this table.
 
     Raises:
-        ConfigError: no such file, another table, or other settings or another design than the table has now.
+        ConfigError: no such file, another table, or other settings or another plan than the table has now.
     """
     try:
         head, *records = parse(path)
         known = f"table={head['table']} scale={head['scale']}"
-        overrides, seeds, design = table.overrides or tuple(head["overrides"]), tuple(head["seeds"]), head["design"]
+        overrides, seeds, plan = table.overrides or tuple(head["overrides"]), tuple(head["seeds"]), head["design"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} has no records of a table: {error}") from None
     wanted = f"table={table.name} scale={table.scale}"
     require(known == wanted, f"{path} has records of {known}, not of {wanted}")
-    table = replace(table, overrides=overrides, seeds=seeds)
-    if design != as_json(asdict(table.design)):  # from the command line, perhaps
-        table = replace(until_decided(table, len(design["seeds"])), seeds=seeds)
-        same = design == as_json(asdict(table.design))
-        require(same, f"{path} was planned with {design}, now it is otherwise; run the table again")
-    table = tuning.with_choices(table, head.get("tuning", []))
+    table = replace(as_planned(table, head), overrides=overrides, seeds=seeds)
+    for key, now in plan_of(table).items():
+        same = plan.get(key) == now
+        require(same, f"{path} was planned with {key}={plan.get(key)}, now it is {now}; run the table again")
+    table = tuning.with_choices(table, head["tuning"])
     require_same_settings(path, head, settings(table, jobs_of(table, "runs")))
-    return table, head, records
+    return table, head, [entry for entry in records if entry["seed"] in seeds]
+
+
+def as_planned(table: Table, head: dict) -> Table:
+    """The table with the looks of until=decided, where the head says so."""
+    design = head.get("design", {})
+    return until_decided(table, len(design["seeds"])) if design.get("until_decided") else table
 
 
 # -------------------------------------------------------------------------------------------------- versions
 
 
-def require_one_version(records: list[dict], mixed: bool) -> list[str]:
-    """Sentences on what differs between runs that are compared. Runs conflict in the parts of the code they share.
+def require_one_version(records: list[dict], mixed: bool, tuned: Sequence[dict] = ()) -> list[str]:
+    """Sentences on what differs between runs that are compared, and between runs of tuning. Runs conflict in the parts
+    of the code they share.
 
     Raises:
         ConfigError: there are any, and `mixed` does not allow it.
     """
     done = [entry for entry in records if entry["state"] == DONE]
-    parts = dict.fromkeys(part for entry in done for part in entry["code"])
-    found = [
-        *(several([entry["code"].get(part) for entry in done], f"versions of the code of {part}") for part in parts),
-        several([entry["torch"] for entry in done], "versions of torch"),
-    ]
+    runs = [run for entry in tuned for run in entry["runs"].values() if run]
+    found = [*different_code(done, ""), *different_code(runs, " in tuning")]
     for column in dict.fromkeys(entry["column"] for entry in done):
         here = [entry["data"] for entry in done if entry["column"] == column]
         found.append(several(here, f"versions of the data in column '{column}'"))
@@ -263,6 +300,14 @@ def require_one_version(records: list[dict], mixed: bool) -> list[str]:
     ways_out = "Train the older ones again with outdated=retrain, or allow it with mixed=true, which the report shows"
     require(mixed or not found, f"these runs are not comparable: {'; '.join(found)}. {ways_out}")
     return found
+
+
+def different_code(entries: list[dict], where: str) -> list[str]:
+    """`where` ends each sentence."""
+    parts = dict.fromkeys(part for entry in entries for part in entry["code"])
+    values = {f"versions of the code of {part}": [one["code"].get(part) for one in entries] for part in parts}
+    values["versions of torch"] = [one["torch"] for one in entries]
+    return [several(found, f"{what}{where}") for what, found in values.items()]
 
 
 def several(values: list, what: str) -> str:

@@ -12,7 +12,7 @@ from typing import Optional
 
 from dropkey.errors import Busy
 from dropkey.records import RunDirectory, write_json
-from dropkey.reproduction.jobs import DIVERGED, DONE, FAILED, INTERRUPTED, RUNNING, Job, state
+from dropkey.reproduction.jobs import DIVERGED, DONE, FAILED, INTERRUPTED, MISSING, RUNNING, Job, own_state, state
 from dropkey.reproduction.slots import Slot
 
 POLL = 0.2  # seconds
@@ -101,7 +101,8 @@ class Launcher:
     def initial(self, job: Job) -> JobState:
         found, reason = state(job)
         if found in (FAILED, DIVERGED) and self.retry:
-            forget_failure(job)
+            if own_state(job)[0] != MISSING:
+                forget_failure(job)
             found = WAITING
         return JobState(job, found if found in (DONE, FAILED, DIVERGED) else WAITING, reason)
 
@@ -124,7 +125,7 @@ class Launcher:
         except Busy:
             one.leave_to_other()
             return False
-        found, reason = state(one.job)
+        found, reason = own_state(one.job)
         settled = found == DONE or (found in (FAILED, DIVERGED) and one.state == ELSEWHERE)
         if settled or found == RUNNING:
             claim.close()

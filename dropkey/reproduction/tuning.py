@@ -6,22 +6,23 @@ found is kept in the head of the table's records.
 
 import math
 from dataclasses import replace
-from typing import Optional
 
 from dropkey.config import identity
 from dropkey.config.check import require
-from dropkey.errors import ConfigError
 from dropkey.metrics import Metric
 from dropkey.records import RunDirectory
-from dropkey.reproduction.jobs import DIVERGED, DONE, FAILED, Job, composed, named_errors, settings, state, training_job
+from dropkey.reproduction.jobs import DIVERGED, DONE, Job, composed, named_errors, settings, state, training_job
 from dropkey.reproduction.tables import Table
 
+WITH_VALIDATION = ("imagenet", "folder")  # data sets that may bring a validation split of their own
+Place = tuple[str, str, int, int]  # row, column, candidate, seed
 
-def jobs_of(table: Table, output: str) -> dict[tuple[str, str, int, int], Job]:
+
+def jobs_of(table: Table, output: str) -> dict[Place, Job]:
     """(row, column, candidate, seed) -> job, for the columns that the table tunes in.
 
     Raises:
-        ConfigError: overrides that cannot work; the message names row, column and candidate.
+        ConfigError: overrides that cannot work, or no validation data; the message names row, column and candidate.
     """
     found = {}
     for column in [table.tuning_column] if table.tuning_column else table.columns:
@@ -31,42 +32,48 @@ def jobs_of(table: Table, output: str) -> dict[tuple[str, str, int, int], Job]:
                 place = f"table {table.name}, row '{row.label}', column '{column}', candidate {' '.join(candidate)}"
                 with named_errors(place):
                     config = composed(overrides)
+                    held_out = config.data.val_fraction > 0 or config.data.name in WITH_VALIDATION
+                    require(held_out, "best_of needs validation data: set data.val_fraction=0.1, say")
                 for seed in table.tuning_seeds:
                     found[row.label, column, number, seed] = training_job(overrides, config, seed, output, None)
     return dict(sorted(found.items(), key=lambda item: item[0][3]))
 
 
 def gather(table: Table, output: str, earlier: list[dict]) -> list[dict]:
-    """A record for each candidate that has a finished run: `validation` and `test` of each seed, None where it failed.
-    Runs that are gone are taken from `earlier` records of the same settings.
+    """A record for each candidate: `runs` from seed to what a finished run has found, or {} where it diverged. Runs
+    that are gone are taken from `earlier` records of the same settings.
 
     Raises:
-        ConfigError: a run has no validation data, so that tuning would look at test data.
+        ConfigError: a run had no validation data.
     """
-    found, known = {}, {key(entry): entry for entry in earlier}
+    found, known = {}, {key(entry): entry["runs"] for entry in earlier}
     for place, job in jobs_of(table, output).items():
-        entry = found.setdefault(place[:3], candidate_of(table, place, job))
-        validation, test = entry.setdefault("validation", {}), entry.setdefault("test", {})
-        over, seed, before = state(job)[0], str(place[3]), known.get(key(entry), {"validation": {}})
+        entry = found.setdefault(place[:3], {**candidate_of(table, place, job), "runs": {}})
+        over, seed = state(job)[0], str(place[3])
+        before = known.get(key(entry), {})
         if over == DONE:
-            summary = RunDirectory(job.run).summary()
-            metric = Metric(**summary["metrics"][0])
-            require(
-                summary["best_split"] == "val",
-                f"table {table.name}: best_of needs validation data, and {job.name} has none; set data.val_fraction",
-            )
-            validation[seed] = round(summary["objective"], metric.digits + 2)
-            test[seed] = summary[metric.key]
-            entry["higher_is_better"] = metric.higher_is_better
-        elif before["validation"].get(seed) is not None:
-            validation[seed], test[seed] = before["validation"][seed], before["test"][seed]
-            entry["higher_is_better"] = before["higher_is_better"]
-        elif over in (FAILED, DIVERGED):
-            validation[seed] = None
-    return [entry for entry in found.values() if entry["validation"]]
+            entry["runs"][seed] = outcome(RunDirectory(job.run).summary(), f"table {table.name}: {job.name}")
+        elif seed in before:
+            entry["runs"][seed] = before[seed]
+        elif over == DIVERGED:
+            entry["runs"][seed] = {}
+    return [entry for entry in found.values() if entry["runs"]]
 
 
-def candidate_of(table: Table, place: tuple, job: Job) -> dict:
+def outcome(summary: dict, name: str) -> dict:
+    require(summary["best_split"] == "val", f"{name} had no validation data, which best_of needs")
+    metric = Metric(**summary["metrics"][0])
+    return {
+        "validation": round(summary["objective"], metric.digits + 2),
+        "test": summary[metric.key],
+        "higher_is_better": metric.higher_is_better,
+        "seconds": summary["seconds"],
+        "torch": summary["versions"]["torch"],
+        "code": summary["code"],
+    }
+
+
+def candidate_of(table: Table, place: Place, job: Job) -> dict:
     row, column, number, _ = place
     text = " ".join(table.rows[row].candidates[number])
     return {"row": row, "column": column, "candidate": text, "settings": identity.digest(settings(job))}
@@ -77,49 +84,57 @@ def key(entry: dict) -> tuple[str, ...]:
 
 
 def missing(table: Table, records: list[dict]) -> int:
-    """How many runs of tuning are not over."""
-    wanted = sum(len(row.candidates) for row in table.rows.values()) * len(table.tuning_seeds)
-    wanted *= 1 if table.tuning_column else len(table.columns)
-    return wanted - sum(len(entry["validation"]) for entry in records)
+    """How many runs of tuning are not over. A run that failed is not: it can be tried again."""
+    over = {(entry["row"], entry["column"], entry["candidate"], seed) for entry in records for seed in entry["runs"]}
+    columns = [table.tuning_column] if table.tuning_column else table.columns
+    return sum(
+        (row.label, column, " ".join(candidate), str(seed)) not in over
+        for row in table.rows.values()
+        for candidate in row.candidates
+        for column in columns
+        for seed in table.tuning_seeds
+    )
 
 
-def score(entry: dict) -> Optional[float]:
-    """The mean over seeds on validation data; None if a run failed."""
-    values = list(entry["validation"].values())
-    return None if None in values else math.fsum(values) / len(values)
+def values(entry: dict, phase: str) -> list[float]:
+    """On validation or test, of the seeds whose run did not diverge."""
+    return [run[phase] for run in entry["runs"].values() if run]
 
 
 def with_choices(table: Table, records: list[dict]) -> Table:
-    """The table with the best candidate of each row; rows without one are left open.
-
-    Raises:
-        ConfigError: every candidate of a row has a failed run.
-    """
+    """The table with the best candidate of each row. A row is left open until all of tuning is over, and if each of
+    its candidates has a diverged run."""
     if not any(row.candidates for row in table.rows.values()) or missing(table, records):
         return table
     chosen = {}
-    for place in dict.fromkeys((entry["row"], entry["column"]) for entry in records):
-        entries = ranked(records, *place)
-        if not entries:
-            raise ConfigError(f"table {table.name}: every candidate of row '{place[0]}' has a run that failed")
-        best = tuple(entries[0]["candidate"].split(" "))
-        for column in table.columns if table.tuning_column else [place[1]]:
-            chosen[place[0], column] = best
+    for row in (row for row in table.rows.values() if row.candidates):
+        for column in table.columns:
+            entries = ranked(records, row.label, table.tuning_column or column)
+            if entries:
+                texts = {" ".join(candidate): candidate for candidate in row.candidates}
+                chosen[row.label, column] = texts[entries[0]["candidate"]]
     return replace(table, chosen=chosen)
 
 
 def ranked(records: list[dict], row: str, column: str) -> list[dict]:
-    """The candidates without a failed run, the best on validation data first; of equals the first one written."""
+    """The candidates without a diverged run, the best mean on validation data first; of equals the first one
+    written."""
     entries = [entry for entry in records if (entry["row"], entry["column"]) == (row, column)]
-    entries = [entry for entry in entries if score(entry) is not None]
-    return sorted(entries, key=lambda entry: -score(entry) if entry["higher_is_better"] else score(entry))
+    entries = [entry for entry in entries if all(entry["runs"].values())]
+    sign = {True: -1, False: 1}
+
+    def rank(entry: dict) -> float:
+        one = next(iter(entry["runs"].values()))
+        return sign[one["higher_is_better"]] * math.fsum(values(entry, "validation")) / len(entry["runs"])
+
+    return sorted(entries, key=rank)
 
 
 def budget_curve(records: list[dict], row: str, column: str) -> list[float]:
     """For k = 1 ... all candidates: the expected test result of the one that is best on validation among k drawn at
     random without replacement (Dodge et al., 2019, arXiv 1909.03004), as means over the seeds of tuning."""
     entries = ranked(records, row, column)
-    tests = [math.fsum(entry["test"].values()) / len(entry["test"]) for entry in entries]
+    tests = [math.fsum(values(entry, "test")) / len(entry["runs"]) for entry in entries]
     n = len(tests)
     curve = []
     for k in range(1, n + 1):
