@@ -48,8 +48,6 @@ def test_help_lists_the_commands(words, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_help_of_each_command_names_it_as_it_was_started(name, monkeypatch, capsys):
-    if name == "reproduce":
-        pytest.skip("not moved yet")
     _, out, _ = run(monkeypatch, capsys, name, "--help")
     assert f"dropkey {name} " in out
     assert ".py" not in out

@@ -7,15 +7,16 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 
 import runs
-from dropkey import cli
+from dropkey import cli, invocation
 from dropkey.commands import eval as evaluating
-from dropkey.commands import search, train, visualize
+from dropkey.commands import reproduce, search, train, visualize
 from dropkey.config.check import check
 from dropkey.config.compose import CONFIGS, compose
 from dropkey.config.identity import run_directory
@@ -24,7 +25,16 @@ ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 TEXT = (ROOT / "README.md").read_text()
 BASH = [line for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S) for line in block.splitlines()]
-COMMANDS = [shlex.split(line, comments=True) for line in BASH if not line.startswith("RUN=")]
+
+
+def of_a_checkout(words: list[str]) -> list[str]:
+    """A command of the installed program as the script that is the same. That both are: test_commands.py."""
+    if words[0] == "dropkey" and words[1] in invocation.COMMANDS:
+        return ["python", invocation.COMMANDS[words[1]].script, *words[2:]]
+    return shlex.split(shlex.join(words).replace("-m dropkey.train", "train.py"))
+
+
+COMMANDS = [of_a_checkout(shlex.split(line, comments=True)) for line in BASH if not line.startswith("RUN=")]
 PYTHON = re.findall(r"```python\n(.*?)```", TEXT, re.S)
 TRAIN = [words[words.index("train.py") + 1 :] for words in COMMANDS if "train.py" in words]
 EVAL = [words[2:] for words in COMMANDS if "eval.py" in words]
@@ -51,9 +61,17 @@ def test_the_commands_name_the_run_that_make_train_leaves():
 
 
 def test_every_line_is_of_a_kind_that_is_tested_here():
-    known = {"python", "torchrun", "make", "sbatch", "wandb", "eval"}
+    known = {"python", "torchrun", "make", "sbatch", "wandb", "eval", "pip", "dropkey"}
     assert {words[0] for words in COMMANDS} <= known
     assert len(TRAIN) >= 12 and len(EVAL) >= 3 and len(PYTHON) >= 3
+
+
+def test_what_pip_installs_exists():
+    """That it works: test_packaging.py."""
+    extras = [re.findall(r"\[(\w+)\]", words[2]) for words in COMMANDS if words[0] == "pip"]
+    assert extras == [[], ["train"], ["sweeps"]]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {"train", "sweeps"} < project["optional-dependencies"].keys()
 
 
 @pytest.mark.parametrize("words", TRAIN, ids=" ".join)
@@ -153,10 +171,9 @@ def test_tables_are_planned(words, monkeypatch, tmp_path):
     from dropkey.reproduction.jobs import jobs_of
     from dropkey.reproduction.slots import slots
 
-    script = load_script("scripts/reproduce.py", monkeypatch)
     shutil.copy(ROOT / "configs" / "table" / "schedule.yaml", tmp_path / "mine.yaml")
-    args, overrides = script.read([word.replace("mine.yaml", str(tmp_path / "mine.yaml")) for word in words])
-    table = script.load(args, overrides)
+    args, overrides = reproduce.read([word.replace("mine.yaml", str(tmp_path / "mine.yaml")) for word in words])
+    table = reproduce.load(args, overrides)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7")
     assert slots(args.jobs, args.gpus, args.per_gpu, args.gpus_per_run)
     assert len(jobs_of(table, "runs")) == len(table.rows) * len(table.columns) * len(table.seeds)

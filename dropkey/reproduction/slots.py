@@ -42,14 +42,8 @@ class Slot:
 def python(script: str, launch: list[str] = ()) -> list[str]:
     """Starts a script of the checkout from any directory, or the command of that name where dropkey is installed."""
     if SCRIPTS is None:
-        return [
-            sys.executable,
-            "-P",
-            *launch,
-            "-m",
-            "dropkey",
-            Path(script).stem,
-        ]  # -P: no other from where we are
+        safe = "-P"  # a dropkey in the working directory is another one
+        return [sys.executable, safe, *launch, "-m", "dropkey", Path(script).stem]
     return [sys.executable, *launch, str(SCRIPTS / script)]
 
 
