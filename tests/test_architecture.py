@@ -52,7 +52,7 @@ MAY_IMPORT = {
         *("analysis", "cli", "config", "engine", "errors", "evaluation", "invocation", "records", "reproduction"),
         *("session", "tasks"),
     },
-    "reproduction": {"code_version", "config", "errors", "metrics", "plotting", "records"},
+    "reproduction": {"code_version", "config", "errors", "invocation", "metrics", "plotting", "records"},
 }
 FILES = [file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py"]
 

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 import dropkey
+from dropkey import provenance
 from dropkey.config.compose import CONFIGS
 
 ROOT = Path(__file__).parents[1]
@@ -208,6 +209,25 @@ def test_jobs_of_an_installed_table_start_the_installed_program(installed):
     single, several = installed("python", "-c", program)
     assert single.startswith("-P -m dropkey train ")
     assert several.startswith("-P -m torch.distributed.run --standalone --nproc-per-node=2 -m dropkey")
+
+
+@pytest.mark.parametrize("tracked", [True, False])
+def test_a_result_names_the_commit_of_this_code_and_not_of_the_project_it_is_installed_in(
+    tracked, tmp_path, monkeypatch
+):
+    def git(*words: str) -> str:
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+        return subprocess.run(
+            ["git", *identity, *words], cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout
+
+    (tmp_path / "provenance.py").touch()
+    (tmp_path / "other.py").touch()
+    git("init")
+    git("add", "provenance.py" if tracked else "other.py")
+    git("commit", "-m", "first")
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "provenance.py"))
+    assert provenance.git_commit() == (git("rev-parse", "HEAD").strip() if tracked else None)
 
 
 # -------------------------------------------------------------------------------------------------- licence, citation
