@@ -135,7 +135,8 @@ def test_the_wheel_has_the_version_of_the_package(wheel):
 
 
 def test_the_wheel_holds_the_package_its_configs_and_the_plan_of_the_study_and_no_more(wheel):
-    listed = subprocess.run(["git", "ls-files", "dropkey", "configs"], cwd=ROOT, capture_output=True, text=True).stdout
+    command = "git ls-files --cached --others --exclude-standard dropkey configs"  # with files not yet committed
+    listed = subprocess.run(command.split(), cwd=ROOT, capture_output=True, text=True).stdout
     wanted = {re.sub("^configs/", "dropkey/configs/", line) for line in listed.splitlines()}
     wanted.add("dropkey/docs/protocol.md")
     found = set(zipfile.ZipFile(wheel).namelist())

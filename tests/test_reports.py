@@ -313,6 +313,10 @@ def test_the_hash_of_the_protocol_is_in_the_report():
     assert "hash `0123456789`" in text and f"The protocol was changed since, to hash `{digest}`" in text
 
 
+def noise(column: str, entry: dict) -> float:
+    return 0.1 * ((entry["seed"] * 7 + len(entry["row"])) % 3) * (column == "b")
+
+
 def two_columns(shift: float) -> Comparison:
     """The golden table with a second column, where DropKey, decreasing is better by `shift` more."""
     comparison = with_values(LEVELED)
@@ -321,14 +325,14 @@ def two_columns(shift: float) -> Comparison:
         {**entry, "column": column, "top1": entry["top1"] + more}
         for column in ("a", "b")
         for entry in comparison.records
-        for more in [shift * (column == "b" and entry["row"] == "DropKey, decreasing")]
+        for more in [shift * (column == "b" and entry["row"] == "DropKey, decreasing") + noise(column, entry)]
     ]
     return compare(table, comparison.head, records, [])
 
 
 def test_a_claim_is_about_the_mean_over_columns():
     one, both = with_values(LEVELED).findings[0], two_columns(4.0).findings[0]
-    assert both.difference.mean == pytest.approx(one.difference.mean + 2.0)
+    assert both.difference.mean == pytest.approx(one.difference.mean + 2.0, abs=0.2)
     assert both.difference.n == one.difference.n == 4
 
 

@@ -8,17 +8,7 @@ from scipy import stats
 
 from dropkey.errors import ConfigError
 from dropkey.reproduction import sequential
-from dropkey.reproduction.sequential import (
-    EQUIVALENT,
-    HIGHER,
-    HIGHER_WITHIN,
-    LOWER,
-    UNDECIDED,
-    Decision,
-    boundaries,
-    decide,
-    sequential_p,
-)
+from dropkey.reproduction.sequential import Decision, boundaries, check_looks, decide, sequential_p
 from dropkey.reproduction.statistics import estimate, holm
 
 EACH, FOUR, SEEDS = tuple(range(5, 21)), (5, 10, 15, 20), range(100, 120)
@@ -50,8 +40,8 @@ def test_boundaries_for_many_seeds_are_those_of_lan_and_demets():
 @pytest.mark.parametrize("alpha", [0.05, 0.0125])
 def test_a_single_look_is_the_fixed_design(alpha):
     assert boundaries((15,), alpha) == pytest.approx((alpha,))
-    assert sequential_p((15,), [0.02]) == pytest.approx(0.02)
-    assert sequential_p((15,), [0.93], sides=1) == pytest.approx(0.93)
+    assert sequential_p((15,), [0.02])[0] == pytest.approx(0.02)
+    assert sequential_p((15,), [0.93], sides=1)[0] == pytest.approx(0.93)
 
 
 @pytest.mark.parametrize(("looks", "alpha"), [(EACH, 0.05), (FOUR, 0.05), ((3, 4, 5), 0.05), (EACH, 0.3), (FOUR, 0.3)])
@@ -96,10 +86,11 @@ def test_a_larger_alpha_never_has_a_stricter_boundary(looks):
     assert np.all(np.diff(levels, axis=0) > 0)
 
 
-@pytest.mark.parametrize("looks", [(), (2, 5), (5, 5), (10, 5)])
+@pytest.mark.parametrize("looks", [(), (2, 5), (5, 5), (10, 5), (3.5,), (5, 10.0), ("5", "10"), "5", 5, None])
 def test_looks_that_cannot_be(looks):
-    with pytest.raises(ConfigError, match="looks="):
-        boundaries(looks)
+    for function in (check_looks, boundaries, lambda looks: decide([], SEEDS, 0, looks)):
+        with pytest.raises(ConfigError, match=r"^looks=.* must be rising whole numbers"):
+            function(looks)
 
 
 # ------------------------------------------------------------------------------------------------- p over looks
@@ -108,17 +99,18 @@ def test_looks_that_cannot_be(looks):
 @pytest.mark.parametrize("alpha", [0.2, 0.05, 0.0125, 0.001])
 def test_a_p_at_its_boundary_is_alpha(alpha):
     for look, level in enumerate(boundaries(EACH, alpha)):
-        assert sequential_p(EACH, [1.0] * look + [level]) == pytest.approx(alpha, rel=0.01)
+        p, best = sequential_p(EACH, [1.0] * look + [level])
+        assert p == pytest.approx(alpha, rel=0.01) and best == look
         half = level / 2
-        assert sequential_p(EACH, [1.0] * look + [half], sides=1) == pytest.approx(alpha / 2, rel=0.01)
+        assert sequential_p(EACH, [1.0] * look + [half], sides=1)[0] == pytest.approx(alpha / 2, rel=0.01)
 
 
 def test_a_p_over_looks_never_rises_and_is_never_below_the_least():
     ps = [0.5, 0.003, 0.2, 0.04]
-    found = [sequential_p(FOUR, ps[: k + 1]) for k in range(4)]
-    assert found == sorted(found, reverse=True) and found[1] > 0.003
-    assert sequential_p(FOUR, [None, None]) is None
-    assert sequential_p(FOUR, [None, 0.003]) == found[1]
+    found, best = zip(*(sequential_p(FOUR, ps[: k + 1]) for k in range(4)), strict=True)
+    assert list(found) == sorted(found, reverse=True) and found[1] > 0.003 and best == (0, 1, 1, 3)
+    assert sequential_p(FOUR, [None, None]) == (None, None)
+    assert sequential_p(FOUR, [None, 0.003]) == (found[1], 1)
 
 
 # ------------------------------------------------------------------------------------------------- decisions
@@ -126,7 +118,7 @@ def test_a_p_over_looks_never_rises_and_is_never_below_the_least():
 
 def test_nothing_is_decided_before_the_first_look():
     assert decide([spread(9.0)], SEEDS, 14, (15,)) == [Decision()]
-    assert decide([spread(9.0)], SEEDS, 15, (15,))[0].verdict == HIGHER
+    assert decide([spread(9.0)], SEEDS, 15, (15,))[0].sign == 1
 
 
 def test_the_fixed_design_is_the_t_test_on_the_planned_seeds_with_holm():
@@ -135,7 +127,7 @@ def test_the_fixed_design_is_the_t_test_on_the_planned_seeds_with_holm():
     found = decide(claims, SEEDS, 20, (15,))
     own = [estimate(list(one.values())[:15]) for one in claims]
     assert [one.p for one in found] == pytest.approx(holm([one.p for one in own]))
-    assert [one.verdict for one in found] == [UNDECIDED, HIGHER, LOWER]
+    assert [one.sign for one in found] == [0, 1, -1]
     for one, theirs in zip(found, own, strict=True):
         assert (one.look, one.estimate.n, one.estimate.mean) == (15, 15, theirs.mean)
         assert (one.estimate.low, one.estimate.high) == pytest.approx((theirs.low, theirs.high))
@@ -162,21 +154,21 @@ def test_a_planned_claim_without_values_counts_for_the_others():
 @pytest.mark.parametrize("same", [claim(1.0, 1.0), claim(*[0.3] * 20), claim(*[0.0] * 20)])
 def test_no_spread_decides_nothing(same):
     found = decide([same], SEEDS, 20, (20,), margin=1.0)[0]
-    assert (found.verdict, found.p, found.equivalence_p) == (UNDECIDED, None, None)
+    assert found == Decision(look=20, estimate=found.estimate)
 
 
 def test_a_decision_stands_whatever_comes_later():
     values = claim(*(5.0 + 0.1 * (-1) ** i for i in range(10)), *(-50.0 + i for i in range(10)))
     early, late = (decide([values], SEEDS, over, FOUR)[0] for over in (10, 20))
-    assert (early.verdict, early.decided_at) == (HIGHER, 5)
-    assert (late.verdict, late.decided_at, late.look) == (HIGHER, 5, 20)
+    assert (early.sign, early.decided_at) == (1, 5)
+    assert (late.sign, late.decided_at, late.look) == (1, 5, 20)
     assert late.estimate.mean < 0 and late.p <= early.p
 
 
 def test_a_sequential_design_decides_a_large_difference_early_and_none_never():
     found = decide([spread(3.0), spread(0.0)], SEEDS, 20, EACH)
-    assert found[0].verdict == HIGHER and found[0].decided_at < 12
-    assert found[1].verdict == UNDECIDED and found[1].decided_at is None
+    assert found[0].sign == 1 and found[0].decided_at < 12
+    assert found[1].sign == 0 and found[1].decided_at is None
 
 
 def test_a_rejected_claim_passes_its_alpha_on():
@@ -187,20 +179,30 @@ def test_a_rejected_claim_passes_its_alpha_on():
     assert decide([one, spread(0.0)], SEEDS, 20, FOUR)[0].p == pytest.approx(2 * alone)
 
 
+def test_the_sign_is_that_of_the_look_whose_test_decided():
+    """A claim is above 0 at the first look, where Holm keeps it back, and below at the second, where it comes free."""
+    turning = {**spread(1.15, 10), **dict.fromkeys(SEEDS[10:15], -4.0)}
+    early, late = (decide([turning, spread(1.1, 15)], SEEDS, over, (10, 15)) for over in (10, 15))
+    assert [one.sign for one in early] == [0, 0] and [one.sign for one in late] == [1, 1]
+    assert late[0].decided_at == 15 and late[0].estimate.mean < 0
+
+
 @pytest.mark.parametrize(
-    ("mean", "margin", "verdict"),
+    ("mean", "margin", "sign", "within"),
     [
-        (0.0, 1.0, EQUIVALENT),
-        (0.0, None, UNDECIDED),
-        (0.0, 0.2, UNDECIDED),
-        (0.7, 1.5, HIGHER_WITHIN),
-        (-0.7, 1.5, sequential.LOWER_WITHIN),
-        (2.0, 1.5, HIGHER),
+        (0.0, 1.0, 0, True),
+        (0.0, None, 0, False),
+        (0.0, 0.2, 0, False),
+        (0.7, 1.5, 1, True),
+        (-0.7, 1.5, -1, True),
+        (2.0, 1.5, 1, False),
     ],
 )
-def test_verdicts_with_a_margin(mean, margin, verdict):
+def test_decisions_with_a_margin(mean, margin, sign, within):
     for looks in ((20,), EACH):
-        assert decide([spread(mean)], SEEDS, 20, looks, margin)[0].verdict == verdict
+        found = decide([spread(mean)], SEEDS, 20, looks, margin)[0]
+        assert (found.sign, found.within) == (sign, within)
+        assert (found.decided_at is None) == (sign == 0 and not within)
 
 
 def test_equivalence_is_the_two_one_sided_tests_at_alpha():
@@ -234,7 +236,7 @@ def test_four_claims_with_one_baseline_have_at_most_five_percent_false_findings(
     for _ in range(400):
         rows = random.standard_normal((5, 20))
         table = [claim(*(row - rows[0]).tolist()) for row in rows[1:]]
-        wrong += any(one.verdict != UNDECIDED for one in decide(table, SEEDS, 20, looks))
+        wrong += any(one.sign for one in decide(table, SEEDS, 20, looks))
     assert wrong / 400 <= most + 2 * math.sqrt(most * (1 - most) / 400)
 
 

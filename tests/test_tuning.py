@@ -323,7 +323,9 @@ def test_seeds_on_the_command_line_do_not_change_the_plan(tmp_path, stand_in, mo
     text = PLAIN.format(ratio=0.9) + "scales: { smoke: { seeds: 8 } }\n"
     _, head = study(tmp_path, text, "seeds=4")
     assert (head["seeds"], head["design"]["looks"]) == ([0, 1, 2, 3], [8])
-    assert "not yet: 4 of 8 seeds finished" in (tmp_path / "results" / "best-smoke" / "report.md").read_text()
+    assert (
+        "not yet: 4 of the 8 planned seeds finished" in (tmp_path / "results" / "best-smoke" / "report.md").read_text()
+    )
 
 
 def test_a_plan_that_changes_after_results_is_remembered(tmp_path, stand_in, monkeypatch):

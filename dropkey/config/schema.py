@@ -15,6 +15,7 @@ SCHEDULES = ("constant", "decreasing", "increasing")
 LAYERS = ("self", "class", "cross", "outlook", "token")
 IMPLS = ("auto", "reference", "cpu", "triton", "sdpa")
 DATASETS = ("digits", "cifar10", "cifar100", "imagenet", "folder")
+OWN_VALIDATION = ("imagenet", "folder")  # data sets that may bring a validation split
 AMP = ("none", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 SPLITS = ("test", "val", "train")

@@ -21,6 +21,8 @@ from dropkey.reproduction.report import write
 from dropkey.reproduction.results import Earlier
 from dropkey.reproduction.tables import Row, Table
 
+SHOWN = 5  # outdated runs that a plan names
+
 
 @dataclass
 class Study:
@@ -90,8 +92,11 @@ class Study:
             if state(job)[0] in (FAILED, DIVERGED):
                 show(display.describe(job, *state(job)))
         for some in (self.tuning_jobs(), distinct(jobs)):
-            for line in explain_outdated(planning.outdated(some, recorded)):
+            lines = explain_outdated(planning.outdated(some, recorded))
+            for line in lines[:SHOWN]:
                 show(line)
+            if len(lines) > SHOWN:
+                show(f"and {len(lines) - SHOWN} more")
         places = slots.slots(self.args.jobs, self.args.gpus, self.args.per_gpu, self.args.gpus_per_run)
         seconds, size, unknown = planning.estimate(todo)
         if seconds:

@@ -266,11 +266,12 @@ def read(path: Path, table: Table) -> tuple[Table, dict, list[dict]]:
     wanted = f"table={table.name} scale={table.scale}"
     require(known == wanted, f"{path} has records of {known}, not of {wanted}")
     table = replace(as_planned(table, head), overrides=overrides, seeds=seeds)
-    for key, now in plan_of(table).items():
-        same = plan.get(key) == now
-        require(same, f"{path} was planned with {key}={plan.get(key)}, now it is {now}; run the table again")
     table = tuning.with_choices(table, head["tuning"])
     require_same_settings(path, head, settings(table, jobs_of(table, "runs")))
+    for key, now in plan_of(table).items():
+        require(
+            plan.get(key) == now, f"{path} was planned with other {key} than the table has now; run the table again"
+        )
     return table, head, [entry for entry in records if entry["seed"] in seeds]
 
 

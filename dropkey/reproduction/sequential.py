@@ -24,15 +24,6 @@ from scipy.special import ndtr, ndtri, stdtr, stdtrit
 from dropkey.config.check import require
 from dropkey.reproduction.statistics import Estimate, equivalence_p, estimate, holm
 
-UNDECIDED, HIGHER, LOWER, EQUIVALENT = "undecided", "higher", "lower", "equivalent"
-WITHIN = HIGHER_WITHIN, LOWER_WITHIN = "higher, but by less than the margin", "lower, but by less than the margin"
-VERDICTS = {  # by "higher" and "within the margin"
-    (True, False): HIGHER,
-    (True, True): HIGHER_WITHIN,
-    (False, False): LOWER,
-    (False, True): LOWER_WITHIN,
-}
-
 EDGES = np.linspace(0, 9, 301)  # of |z|
 MIDDLES = (EDGES[1:] + EDGES[:-1]) / 2
 LARGE = 60  # seeds, from where on the chain of z is taken as that of known variances
@@ -59,8 +50,13 @@ def boundaries(looks: tuple[int, ...], alpha: float = 0.05) -> tuple[float, ...]
 
 
 def check_looks(looks: Sequence[int]) -> None:
-    rising = all(a < b for a, b in itertools.pairwise(looks))
-    require(len(looks) > 0 and looks[0] >= 3 and rising, f"looks={looks} must be rising numbers of seeds from 3 on")
+    """Raises ConfigError unless they are rising whole numbers from 3 on."""
+    whole = isinstance(looks, (tuple, list)) and all(isinstance(look, int) for look in looks)
+    rising = whole and all(a < b for a, b in itertools.pairwise(looks))
+    require(
+        rising and len(looks) > 0 and looks[0] >= 3,
+        f"looks={looks} must be rising whole numbers of seeds from 3 on, such as [5, 10, 15]",
+    )
 
 
 @lru_cache
@@ -105,28 +101,36 @@ def least_alphas(looks: tuple[int, ...], ps: np.ndarray) -> np.ndarray:
     return 2 * ndtr(-least)
 
 
-def sequential_p(looks: tuple[int, ...], ps: Sequence[Optional[float]], sides: int = 2) -> Optional[float]:
-    """The smallest alpha at which a claim is decided at one of the looks so far, from the p of its test at each.
+def sequential_p(
+    looks: tuple[int, ...], ps: Sequence[Optional[float]], sides: int = 2
+) -> tuple[Optional[float], Optional[int]]:
+    """The smallest alpha at which a claim is decided at one of the looks so far, from the p of its test at each, and
+    the index of that look.
 
     A p like that of a fixed design whenever one stops (Liu & Anderson 2008): Holm's correction takes it, and is then
     the group-sequential one (Ye et al. 2013). None where no look had a p. A one-sided p is half a two-sided one.
     """
     known = np.array([1.0 if p is None else p for p in ps])
     if all(p is None for p in ps):
-        return None
-    return max(float(known.min()), sides / 2 * float(least_alphas(looks, np.minimum(1, 2 / sides * known)).min()))
+        return None, None
+    alphas = sides / 2 * least_alphas(looks, np.minimum(1, 2 / sides * known))
+    return max(float(known.min()), float(alphas.min())), int(alphas.argmin())
 
 
 @dataclass(frozen=True)
 class Decision:
     """What is decided on a claim by the last look that is over.
 
-    `look` is its number of planned seeds, None before the first; `estimate` is over the n of them that have a value,
-    and its interval holds at all looks together (the ordinary one for a single look). `p` and `equivalence_p` are
-    adjusted for looks and claims. `decided_at` is the look at which the claim was first decided.
+    `sign` is that of the difference, 0 where none is decided; `within` says that equivalence is decided. Both may be:
+    a difference smaller than the margin. `decided_at` is the look with the first of these decisions.
+
+    `look` is the last look's number of planned seeds, None before the first; `estimate` is over the n of them that have
+    a value, and its interval holds at all looks together (the ordinary one for a single look). `p` and `equivalence_p`
+    are adjusted for looks and claims.
     """
 
-    verdict: str = UNDECIDED
+    sign: int = 0
+    within: bool = False
     look: Optional[int] = None
     estimate: Optional[Estimate] = None
     p: Optional[float] = None
@@ -156,32 +160,30 @@ def decide(
         return [Decision()] * len(claims)
     samples = [[[claim[s] for s in seeds[:n] if s in claim] for n in reached] for claim in claims]
     found = [[estimate(values) for values in claim] for claim in samples]
-    ps = [[one and one.p for one in claim] for claim in found]
-    differ, equal = family(looks, ps, 2, alpha), [(None, None)] * len(claims)
+    differ = family(looks, [[one and one.p for one in claim] for claim in found], 2, alpha)
+    equal = [(None, None, None)] * len(claims)
     if margin is not None:
         equal = family(looks, [[equivalence_p(values, margin) for values in claim] for claim in samples], 1, alpha)
     level = 1 - boundaries(looks, alpha)[len(reached) - 1]
     decisions = []
-    for claim, own, means, (p, at), (equal_p, equal_at) in zip(samples, ps, found, differ, equal, strict=True):
-        verdict = UNDECIDED if equal_at is None else EQUIVALENT
-        if at is not None:
-            known = np.array([1.0 if q is None else q for q in own[: reached.index(at) + 1]])
-            up = means[least_alphas(looks, known).argmin()].mean > 0  # at the look that decided
-            verdict = VERDICTS[up, equal_at is not None]
+    for claim, means, (p, at, k), (equal_p, equal_at, _) in zip(samples, found, differ, equal, strict=True):
+        sign = 0 if at is None else int(np.sign(means[k].mean))
         first = min((look for look in (at, equal_at) if look is not None), default=None)
-        decisions.append(Decision(verdict, reached[-1], estimate(claim[-1], level), p, equal_p, first))
+        within = equal_at is not None
+        decisions.append(Decision(sign, within, reached[-1], estimate(claim[-1], level), p, equal_p, first))
     return decisions
 
 
 def family(
     looks: tuple[int, ...], ps: list[list[Optional[float]]], sides: int, alpha: float
-) -> list[tuple[Optional[float], Optional[int]]]:
-    """From the p of each claim at each look: its adjusted p at the last one, and the look that first had p <= alpha."""
-    found = [(None, None)] * len(ps)
+) -> list[tuple[Optional[float], Optional[int], Optional[int]]]:
+    """From the p of each claim at each look: its adjusted p at the last one, the look that first had p <= alpha, and
+    the index of the look whose test decided then: an earlier one, where another claim has passed its alpha on."""
+    found = [(None, None, None)] * len(ps)
     for k, look in enumerate(looks[: max(map(len, ps), default=0)]):
-        adjusted = holm([sequential_p(looks, claim[: k + 1], sides) for claim in ps])
-        found = [
-            (p, look if at is None and p is not None and p <= alpha else at)
-            for p, (_, at) in zip(adjusted, found, strict=True)
-        ]
+        own = [sequential_p(looks, claim[: k + 1], sides) for claim in ps]
+        adjusted = holm([p for p, _ in own])
+        for i, (p, (_, best), (_, at, decisive)) in enumerate(zip(adjusted, own, found, strict=True)):
+            now = at is None and p is not None and p <= alpha
+            found[i] = (p, look, best) if now else (p, at, decisive)
     return found

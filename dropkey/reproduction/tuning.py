@@ -9,12 +9,12 @@ from dataclasses import replace
 
 from dropkey.config import identity
 from dropkey.config.check import require
+from dropkey.config.schema import OWN_VALIDATION
 from dropkey.metrics import Metric
 from dropkey.records import RunDirectory
 from dropkey.reproduction.jobs import DIVERGED, DONE, Job, composed, named_errors, settings, state, training_job
 from dropkey.reproduction.tables import Table
 
-WITH_VALIDATION = ("imagenet", "folder")  # data sets that may bring a validation split of their own
 Place = tuple[str, str, int, int]  # row, column, candidate, seed
 
 
@@ -32,7 +32,7 @@ def jobs_of(table: Table, output: str) -> dict[Place, Job]:
                 place = f"table {table.name}, row '{row.label}', column '{column}', candidate {' '.join(candidate)}"
                 with named_errors(place):
                     config = composed(overrides)
-                    held_out = config.data.val_fraction > 0 or config.data.name in WITH_VALIDATION
+                    held_out = config.data.val_fraction > 0 or config.data.name in OWN_VALIDATION
                     require(held_out, "best_of needs validation data: set data.val_fraction=0.1, say")
                 for seed in table.tuning_seeds:
                     found[row.label, column, number, seed] = training_job(overrides, config, seed, output, None)
