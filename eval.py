@@ -1,45 +1,9 @@
 """Evaluates a run: python eval.py run=runs/<directory> [eval.split=val] [eval.monte_carlo=16] [data=...].
 
-The result is printed and written as JSON into the run directory. Exit codes as in train.py.
+The code with @hydra.main, which Hydra's completion in the shell looks for here, is in dropkey/commands/eval.py.
 """
 
-from pathlib import Path
-
-import hydra
-from omegaconf import DictConfig
-
-from dropkey import cli
-from dropkey.config.check import check_evaluation
-from dropkey.config.compose import CONFIGS, load, register_schemas, typed
-from dropkey.config.schema import EvalConfig
-from dropkey.errors import ConfigError
-
-register_schemas()
-
-
-@hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="eval")
-def main(cfg: DictConfig) -> None:
-    with cli.job():
-        evaluate(typed(cfg))
-
-
-def evaluate(cfg: EvalConfig) -> None:
-    cfg = check_evaluation(cfg)
-    directory = Path(cfg.run) if cfg.run else Path(cfg.checkpoint).resolve().parent.parent
-    if not (directory / "config.yaml").exists():
-        raise ConfigError(f"{directory} is no run directory: it has no config.yaml")
-    trained = load(directory / "config.yaml")
-    if cfg.eval.monte_carlo and trained.regularizer.name == "none":
-        raise ConfigError(f"eval.monte_carlo: {directory} has no regularizer that could be left on")
-
-    from dropkey import evaluation  # imports torch and timm: seconds, so after the checks
-
-    result, file = evaluation.evaluate_run(cfg, trained, directory)
-    if cli.is_first():
-        print(evaluation.describe_result(result))
-        print(f"result {file}")
-
+from dropkey.commands.eval import start
 
 if __name__ == "__main__":
-    with cli.command(EvalConfig):
-        main()
+    start()

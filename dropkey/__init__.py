@@ -8,6 +8,7 @@ Names load when they are first used, so that importing the package costs nothing
 
 import importlib
 
+__version__ = "0.1.0"
 _HOME = {
     "attention": "dropkey.operator",
     "apply": "dropkey.patching",

@@ -1,4 +1,4 @@
-"""A trained run on a split: what eval.py does once torch may be imported."""
+"""A trained run on a split: what `dropkey eval` does once torch may be imported."""
 
 import copy
 from pathlib import Path

@@ -9,6 +9,7 @@ from typing import Optional
 
 import torch
 
+from dropkey import __version__
 from dropkey.engine.distributed import DistContext
 from dropkey.records import hardware
 
@@ -28,7 +29,7 @@ def device_name(dist: DistContext) -> str:
 
 
 def versions() -> dict[str, str]:
-    found = {"python": sys.version.split()[0]}
+    found = {"dropkey": __version__, "python": sys.version.split()[0]}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
@@ -38,9 +39,11 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> Optional[str]:
-    """The commit of this code, with + when files differ from it; None outside a repository."""
+    """The commit of this code, with + when files differ from it; None where it is not in a repository, or installed
+    somewhere inside the repository of another project."""
     here = Path(__file__).parent
     try:
+        subprocess.run(["git", "ls-files", "--error-unmatch", __file__], cwd=here, capture_output=True, check=True)
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
         changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError):

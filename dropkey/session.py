@@ -1,4 +1,4 @@
-"""One run from checked config to summary: what train.py does once torch may be imported."""
+"""One run from checked config to summary: what `dropkey train` does once torch may be imported."""
 
 import contextlib
 import errno

@@ -12,7 +12,7 @@ from dropkey.errors import DataError
 
 def main(output: str, overrides: tuple[str, ...], event: Optional[tuple[int, int, int]] = None) -> None:
     """`event`: (signal, step, rank), for the first life of that rank; signal -1 stands for an unreadable image."""
-    import train
+    from dropkey.commands import train
 
     original = Trainer.count
 

@@ -1,9 +1,7 @@
 """What analysis sees is what the model computes; records and pictures come out of real runs."""
 
-import importlib.util
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,9 +18,8 @@ from dropkey.analysis import trained
 from dropkey.analysis.capture import attention_weights
 from dropkey.analysis.entropy import measure_entropy, row_entropy
 from dropkey.analysis.maps import attention_maps, rollout
+from dropkey.commands import visualize
 from dropkey.errors import ConfigError
-
-ROOT = Path(__file__).parents[1]
 
 
 def vit(fused=True, **changes):
@@ -295,23 +292,14 @@ def two(tmp_path_factory):
     return [str(runs.train(place, f"regularizer={kind}", *runs.ONE_EPOCH).path) for kind in ("none", "dropkey")]
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("visualize", ROOT / "scripts" / "visualize.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["visualize"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def said(capsys, script, *words) -> list[str]:
-    script.main(list(words))
+def said(capsys, *words) -> list[str]:
+    visualize.main(list(words))
     return capsys.readouterr().out.splitlines()
 
 
-def refused(script, *words) -> str:
+def refused(*words) -> str:
     with pytest.raises(ConfigError) as error:
-        script.main(list(words))
+        visualize.main(list(words))
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -320,15 +308,15 @@ def is_png(path) -> bool:
     return Path(path).read_bytes()[:4] == b"\x89PNG"
 
 
-def test_entropy_is_recorded_drawn_and_not_computed_again(two, script, capsys, tmp_path, monkeypatch):
+def test_entropy_is_recorded_drawn_and_not_computed_again(two, capsys, tmp_path, monkeypatch):
     picture = tmp_path / "entropy.png"
-    lines = said(capsys, script, "entropy", f"run={','.join(two)}", f"output={picture}")
+    lines = said(capsys, "entropy", f"run={','.join(two)}", f"output={picture}")
     assert is_png(picture) and lines[-1] == f"picture {picture}"
     records = [json.loads((Path(run) / "entropy.json").read_text()) for run in two]
     assert [line.split()[-1] for line in lines[1:3]] == [f"{record['mean']:.4f}" for record in records]
     assert all(len(record["layers"]) == 2 and record["epoch"] == 1 for record in records)
     monkeypatch.setattr(entropies, "open_run", lambda *_: pytest.fail("computed again"))
-    assert said(capsys, script, "entropy", f"run={','.join(two)}", f"output={picture}") == lines
+    assert said(capsys, "entropy", f"run={','.join(two)}", f"output={picture}") == lines
 
 
 def test_the_record_is_the_same_to_the_byte_when_made_again(two):
@@ -349,21 +337,21 @@ def test_a_record_of_other_code_or_of_an_unfinished_run_is_made_again(two, monke
     assert entropies.record_entropy(two[1])[1] is False
 
 
-def test_maps_of_one_run_lie_in_it(two, script, capsys):
-    said(capsys, script, "maps", f"run={two[0]}", "images=0,3", "head=all")
+def test_maps_of_one_run_lie_in_it(two, capsys):
+    said(capsys, "maps", f"run={two[0]}", "images=0,3", "head=all")
     assert is_png(Path(two[0]) / "maps.png")
 
 
-def test_maps_of_several_runs_are_side_by_side_in_pictures(two, script, capsys, tmp_path, monkeypatch):
+def test_maps_of_several_runs_are_side_by_side_in_pictures(two, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    said(capsys, script, "maps", f"run={Path(two[0]).parent}/*", "images=1")
+    said(capsys, "maps", f"run={Path(two[0]).parent}/*", "images=1")
     assert is_png("pictures/maps.png")
 
 
 @pytest.mark.parametrize("words", [["masks", "ratio=0.2", "grid=7"], ["schedules", "layers=1"], ["schedules"]])
-def test_pictures_without_runs(script, capsys, tmp_path, words):
+def test_pictures_without_runs(capsys, tmp_path, words):
     picture = tmp_path / "here" / "picture.svg"
-    said(capsys, script, *words, f"output={picture}")
+    said(capsys, *words, f"output={picture}")
     first = picture.read_text()
     assert "</svg>" in first
 
@@ -387,8 +375,8 @@ def test_pictures_without_runs(script, capsys, tmp_path, words):
         (["schedules", "layers=none"], "layers=none: "),
     ],
 )
-def test_bad_input_is_refused_in_one_line(two, script, words, message):
-    assert message in refused(script, *[word.replace("RUN", two[0]) for word in words])
+def test_bad_input_is_refused_in_one_line(two, words, message):
+    assert message in refused(*[word.replace("RUN", two[0]) for word in words])
 
 
 def test_legends_name_what_differs(tmp_path):

@@ -13,6 +13,9 @@ PACKAGE = ROOT / "dropkey"
 # What each part may import of the package, besides itself.
 MAY_IMPORT = {
     "errors": set(),
+    "invocation": set(),
+    "__main__": {"__version__", "errors", "invocation"},
+    "train": {"commands"},
     "seeds": set(),
     "schedules": set(),
     "metrics": set(),
@@ -20,7 +23,7 @@ MAY_IMPORT = {
     "regularizers": {"bernoulli"},
     "plotting": {"errors", "metrics"},
     "records": {"errors", "metrics"},
-    "config": {"errors"},
+    "config": {"errors", "invocation"},
     "code_version": {"config"},
     "cli": {"config", "errors"},
     "data": {"config", "errors", "seeds"},
@@ -31,7 +34,7 @@ MAY_IMPORT = {
     "tasks": {"config", "data", "datasets", "errors", "metrics", "models"},
     "engine": {"config", "errors", "metrics", "records", "seeds"},
     "weights": {"engine", "errors"},
-    "provenance": {"engine", "records"},
+    "provenance": {"__version__", "engine", "records"},
     "build": {"config", "engine", "errors", "operator", "patching", "regularizers", "seeds", "tasks"},
     "session": {
         *("build", "code_version", "config", "engine", "errors", "plotting", "provenance"),
@@ -45,7 +48,11 @@ MAY_IMPORT = {
         *("build", "code_version", "config", "engine", "errors", "patching", "plotting"),
         *("provenance", "records", "regularizers", "schedules", "tasks", "weights"),
     },
-    "reproduction": {"code_version", "config", "errors", "metrics", "plotting", "records"},
+    "commands": {
+        *("analysis", "cli", "config", "engine", "errors", "evaluation", "invocation", "records", "reproduction"),
+        *("session", "tasks"),
+    },
+    "reproduction": {"code_version", "config", "errors", "invocation", "metrics", "plotting", "records"},
 }
 FILES = [file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py"]
 

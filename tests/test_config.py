@@ -16,9 +16,9 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-import eval as evaluating
-import train
 from dropkey import cli, errors
+from dropkey.commands import eval as evaluating
+from dropkey.commands import train
 from dropkey.config import identity
 from dropkey.config.check import check, known_models
 from dropkey.config.compose import CONFIGS, compose, load, register_schemas, save

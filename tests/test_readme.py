@@ -7,15 +7,16 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 
-import eval as evaluating
 import runs
-import train
-from dropkey import cli
+from dropkey import cli, invocation
+from dropkey.commands import eval as evaluating
+from dropkey.commands import reproduce, search, train, visualize
 from dropkey.config.check import check
 from dropkey.config.compose import CONFIGS, compose
 from dropkey.config.identity import run_directory
@@ -24,7 +25,16 @@ ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 TEXT = (ROOT / "README.md").read_text()
 BASH = [line for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S) for line in block.splitlines()]
-COMMANDS = [shlex.split(line, comments=True) for line in BASH if not line.startswith("RUN=")]
+
+
+def of_a_checkout(words: list[str]) -> list[str]:
+    """A command of the installed program as the script that is the same. That both are: test_commands.py."""
+    if words[0] == "dropkey" and words[1] in invocation.COMMANDS:
+        return ["python", invocation.COMMANDS[words[1]].script, *words[2:]]
+    return shlex.split(shlex.join(words).replace("-m dropkey.train", "train.py"))
+
+
+COMMANDS = [of_a_checkout(shlex.split(line, comments=True)) for line in BASH if not line.startswith("RUN=")]
 PYTHON = re.findall(r"```python\n(.*?)```", TEXT, re.S)
 TRAIN = [words[words.index("train.py") + 1 :] for words in COMMANDS if "train.py" in words]
 EVAL = [words[2:] for words in COMMANDS if "eval.py" in words]
@@ -51,9 +61,17 @@ def test_the_commands_name_the_run_that_make_train_leaves():
 
 
 def test_every_line_is_of_a_kind_that_is_tested_here():
-    known = {"python", "torchrun", "make", "sbatch", "wandb", "eval"}
+    known = {"python", "torchrun", "make", "sbatch", "wandb", "eval", "pip", "dropkey"}
     assert {words[0] for words in COMMANDS} <= known
     assert len(TRAIN) >= 12 and len(EVAL) >= 3 and len(PYTHON) >= 3
+
+
+def test_what_pip_installs_exists():
+    """That it works: test_packaging.py."""
+    extras = [re.findall(r"\[(\w+)\]", words[2]) for words in COMMANDS if words[0] == "pip"]
+    assert extras == [[], ["train"], ["sweeps"]]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {"train", "sweeps"} < project["optional-dependencies"].keys()
 
 
 @pytest.mark.parametrize("words", TRAIN, ids=" ".join)
@@ -67,7 +85,7 @@ def test_training_commands_compose_and_pass_the_checks(words, run):
 def run_here(monkeypatch, capsys, script, words: list[str]) -> str:
     """The output of train.py or eval.py, run in this process: importing torch takes seconds each time."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", [script.__file__, *words])
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
     with cli.command():
         script.main()
     return capsys.readouterr().out
@@ -134,17 +152,15 @@ def test_coverage_takes_what_it_is_told(words, monkeypatch, capsys):
 @pytest.mark.parametrize("words", of("search"), ids=" ".join)
 def test_search_takes_what_it_is_told(words, monkeypatch, tmp_path):
     """What it then does: test_sweeps.py."""
-    script = load_script("scripts/search.py", monkeypatch)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "train", lambda cfg: cfg.regularizer.ratio)
-    script.search([*(word for word in words if not word.startswith("trials=")), "trials=1"])
+    search.search([*(word for word in words if not word.startswith("trials=")), "trials=1"])
 
 
 @pytest.mark.parametrize("words", of("visualize"), ids=" ".join)
 def test_pictures_are_drawn(words, run, monkeypatch, capsys, tmp_path):
-    script = load_script("scripts/visualize.py", monkeypatch)
     words = [word.replace("runs/*-digits-*", str(run.path)) for word in named(words, run)]
-    script.main([*words, f"output={tmp_path}/picture.png"])
+    visualize.main([*words, f"output={tmp_path}/picture.png"])
     assert "picture " in capsys.readouterr().out
     assert (tmp_path / "picture.png").stat().st_size > 5000
 
@@ -155,10 +171,9 @@ def test_tables_are_planned(words, monkeypatch, tmp_path):
     from dropkey.reproduction.jobs import jobs_of
     from dropkey.reproduction.slots import slots
 
-    script = load_script("scripts/reproduce.py", monkeypatch)
     shutil.copy(ROOT / "configs" / "table" / "schedule.yaml", tmp_path / "mine.yaml")
-    args, overrides = script.read([word.replace("mine.yaml", str(tmp_path / "mine.yaml")) for word in words])
-    table = script.load(args, overrides)
+    args, overrides = reproduce.read([word.replace("mine.yaml", str(tmp_path / "mine.yaml")) for word in words])
+    table = reproduce.load(args, overrides)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7")
     assert slots(args.jobs, args.gpus, args.per_gpu, args.gpus_per_run)
     assert len(jobs_of(table, "runs")) == len(table.rows) * len(table.columns) * len(table.seeds)

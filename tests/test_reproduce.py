@@ -1,7 +1,6 @@
 """scripts/reproduce.py: its arguments, its three actions with real runs, and Slurm (submitit's local cluster)."""
 
 import dataclasses
-import importlib.util
 import json
 import os
 import re
@@ -18,6 +17,7 @@ import regression_task
 import runs
 import stand_in as standing_in
 from dropkey import evaluation, session
+from dropkey.commands import reproduce
 from dropkey.errors import ConfigError
 from dropkey.records import RunDirectory
 from dropkey.reproduction import jobs, report, results, slurm, tables
@@ -27,9 +27,6 @@ from dropkey.reproduction.runner import Launcher
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "reproduce.py"
-spec = importlib.util.spec_from_file_location("reproduce", SCRIPT)
-reproduce = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(reproduce)
 TABLE = """
 title: Everything that a row can be
 baseline: dropkey

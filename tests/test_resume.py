@@ -154,7 +154,7 @@ def test_a_checkpoint_holds_raw_and_averaged_weights(tmp_path):
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path, monkeypatch, capsys):
-    import train
+    from dropkey.commands import train
 
     cfg = runs.config(tmp_path)
     run = runs.train(tmp_path)

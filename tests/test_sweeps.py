@@ -20,15 +20,14 @@ from wandb.sdk.launch.sweeps.utils import load_sweep_config
 from wandb.wandb_agent import Agent
 
 import runs
-import train
 from dropkey import cli, session
+from dropkey.commands import search, train
 from dropkey.config.check import check
 from dropkey.config.compose import compose
 from dropkey.config.identity import run_directory
 from dropkey.engine import tracking
 from dropkey.errors import Busy, ConfigError, DataError, Diverged, Interrupted, RunError, StorageError
 from dropkey.records import RunDirectory
-from scripts import search
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
@@ -365,11 +364,12 @@ def test_whole_numbers_and_choices_are_drawn_as_such(searching, tmp_path):
         assert cfg.regularizer.layers == ["self"]
 
 
-def test_the_command_it_ends_with_trains_the_best_setting_with_fresh_seeds(searching, tmp_path, capsys):
+def test_the_command_it_ends_with_trains_the_best_setting_with_fresh_seeds(searching, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["dropkey search"])
     searching(Trainings(), *SPACE, "seed=3,4", trials=2)
     words = shlex.split(capsys.readouterr().out.splitlines()[-1])
     best = max(trials_in(tmp_path), key=lambda trial: trial.value)
-    assert words[:3] == ["python", "train.py", "-m"]
+    assert words[:3] == ["dropkey", "train", "-m"]
     assert words[3:] == [*(f"{key}={value}" for key, value in best.params.items()), "seed=5,6,7"]
 
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-import eval as evaluating
 import processes
 import runs
-import train as training
 from dropkey import evaluation, plotting, weights
+from dropkey.commands import eval as evaluating
+from dropkey.commands import train as training
 from dropkey.config.schema import REGULARIZER_NAMES, DataConfig, EvalConfig, EvaluationConfig, OptimConfig
 from dropkey.engine import distributed, tracking, trainer
 from dropkey.engine.evaluate import evaluate

@@ -1,7 +1,6 @@
 """Rows that are the best of candidates, and tables that go on until their claims are decided. A stand-in trains."""
 
 import collections
-import importlib.util
 import itertools
 import json
 import random
@@ -12,15 +11,12 @@ from pathlib import Path
 import pytest
 
 import stand_in as standing_in
+from dropkey.commands import reproduce
 from dropkey.errors import ConfigError
 from dropkey.records import RunDirectory
 from dropkey.reproduction import jobs, results, tables, tuning
 from dropkey.reproduction.commands import Study
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "reproduce.py"
-spec = importlib.util.spec_from_file_location("reproduce", SCRIPT)
-reproduce = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(reproduce)
 TABLE = """
 title: Best against best
 baseline: none

@@ -265,10 +265,10 @@ def check(cfg: TrainConfig) -> TrainConfig:
 
 
 def check_evaluation(cfg: EvalConfig) -> EvalConfig:
-    """The same for eval.py: exactly one of `run` and `checkpoint`, which must exist."""
+    """The same for an evaluation: exactly one of `run` and `checkpoint`, which must exist."""
     require(
         (cfg.run is None) != (cfg.checkpoint is None),
-        "eval.py takes either run=<run directory> or checkpoint=<file in one>",
+        "an evaluation takes either run=<run directory> or checkpoint=<file in one>",
     )
     path = cfg.run or cfg.checkpoint
     require(Path(path).exists(), f"{'run' if cfg.run else 'checkpoint'}={path} does not exist")

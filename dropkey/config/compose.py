@@ -18,15 +18,18 @@ from dropkey.config.check import nearest
 from dropkey.config.identity import flatten
 from dropkey.config.schema import DataConfig, EvalConfig, TrainConfig
 from dropkey.errors import ConfigError
+from dropkey.invocation import invocation
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+PACKAGE = Path(__file__).parents[1]
+INSTALLED = (PACKAGE / "configs").exists()  # they travel in the wheel; in a checkout they are beside the package
+CONFIGS = (PACKAGE if INSTALLED else PACKAGE.parent) / "configs"
 SCHEMAS = {"train": TrainConfig, "eval": EvalConfig}
 FREE = ("task.args", "model.args", "optim.args")  # arguments of constructors, which the schema does not know
 REFUSALS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, AssertionError)  # of a composition
 
 
 def register_schemas() -> None:
-    """Makes the schemas known to Hydra, and `${options:<group>}` to the help texts."""
+    """Makes the schemas known to Hydra, and `${options:<group>}` and `${invocation:<command>}` to the help texts."""
     for name, schema in SCHEMAS.items():
         node = OmegaConf.structured(schema)
         if schema is TrainConfig:  # so that model.args.qk_norm=true needs no +
@@ -34,6 +37,7 @@ def register_schemas() -> None:
                 OmegaConf.set_struct(OmegaConf.select(node, key), False)
         ConfigStore.instance().store(name=f"{name}_schema", node=node)
     OmegaConf.register_new_resolver("options", lambda group: ", ".join(options(group)), replace=True)
+    OmegaConf.register_new_resolver("invocation", invocation, replace=True)
 
 
 def options(group: str) -> list[str]:
@@ -55,7 +59,7 @@ def typed(cfg: DictConfig) -> TrainConfig | EvalConfig:
 
 
 def compose(overrides: list[str] = (), config_name: str = "train") -> TrainConfig | EvalConfig:
-    """The config that `train.py <overrides>` would run, unchecked. For scripts, notebooks and tests."""
+    """The config that `dropkey train <overrides>` would run, unchecked. For scripts, notebooks and tests."""
     register_schemas()
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         try:
@@ -111,7 +115,7 @@ def explain(error: BaseException, schema: type) -> str:
 def unknown(key: str, schema: type, where: str = "") -> str:
     """The message for a key that the schema does not have."""
     if key == "table":
-        return "a table is many runs: python scripts/reproduce.py run table=<name> scale=smoke"
+        return f"a table is many runs: {invocation('reproduce')} run table=<name> scale=smoke"
     if key.startswith("hydra."):
         return f"{key} is no key of Hydra{where}; --cfg hydra prints all keys"
     keys = valid_keys(schema)

@@ -6,7 +6,7 @@ class Args:
     run: str = arg("", "run directory, or several with commas")
     head: int = arg(0, "attention head")
 
-args = parse(Args, sys.argv[1:], __doc__)  # python scripts/example.py maps run=runs/x head=2
+args = parse(Args, sys.argv[1:], __doc__)  # dropkey visualize maps run=runs/x head=2
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dropkey.config.check import nearest, require
 from dropkey.errors import ConfigError, RunError
+from dropkey.invocation import as_started
 
 HELP = {"--help", "-h"}
 
@@ -74,15 +75,15 @@ def convertible(text: str, kind):
 
 
 def split(schema: type, words: list[str]) -> tuple[list[str], list[str]]:
-    """The words that `parse` understands, and all others, such as overrides of train.py."""
+    """The words that `parse` understands, and all others, such as overrides for training."""
     names = {field.name for field in dataclasses.fields(schema)}
     own = [word for word in words if "=" not in word or word.partition("=")[0].partition(".")[0] in names]
     return own, [word for word in words if word not in own]
 
 
 def help_text(fields: list[dataclasses.Field], doc: str) -> str:
-    """The script's docstring, then every key with its default, its meaning and its choices."""
-    lines = [doc.strip(), "", "Arguments:"]
+    """The docstring, commands named as the user starts them; then every key with default, meaning and choices."""
+    lines = [as_started(doc.strip()), "", "Arguments:"]
     for field in fields:
         default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
         if not isinstance(default, str):

@@ -5,7 +5,6 @@ from typing import Optional
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from dropkey.patching.layer import AttentionRegularizer
@@ -60,7 +59,7 @@ def multi_head_attention(
         weights = weights.mean(1) if average_attn_weights else weights
     else:
         out = layer.attention(q, k, v, bias, None)
-    out = F.linear(rearrange(out, "b h l d -> l b (h d)"), out_proj_weight, out_proj_bias)
+    out = F.linear(out.permute(2, 0, 1, 3).flatten(2), out_proj_weight, out_proj_bias)
     if single:
         out, weights = out.squeeze(1), None if weights is None else weights.squeeze(0)
     return out, weights
@@ -72,7 +71,7 @@ def project(inputs, projections, in_proj_bias, bias_k, bias_v, heads: int) -> tu
     q, k, v = (F.linear(*each) for each in zip(inputs, projections, biases, strict=True))
     if bias_k is not None:
         k, v = (torch.cat([x, b.expand(-1, x.shape[1], -1)]) for x, b in ((k, bias_k), (v, bias_v)))
-    return tuple(rearrange(x, "l b (h d) -> b h l d", h=heads) for x in (q, k, v))
+    return tuple(x.unflatten(2, (heads, -1)).permute(1, 2, 0, 3) for x in (q, k, v))
 
 
 def merge_masks(
@@ -82,9 +81,9 @@ def merge_masks(
     bias = None
     if attn_mask is not None:
         bias = as_additive(attn_mask, keys, dtype)
-        bias = rearrange(bias, "(b h) l s -> b h l s", h=heads) if bias.dim() == 3 else bias
+        bias = bias.unflatten(0, (-1, heads)) if bias.dim() == 3 else bias
     if padding is not None:
-        padding = as_additive(rearrange(padding, "... s -> (...) 1 1 s"), keys, dtype)
+        padding = as_additive(padding.reshape(-1, 1, 1, padding.shape[-1]), keys, dtype)
         bias = padding if bias is None else bias + padding
     return bias
 

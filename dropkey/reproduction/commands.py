@@ -1,5 +1,6 @@
-"""plan, run and report: what scripts/reproduce.py does with a table."""
+"""plan, run and report: what `dropkey reproduce` does with a table."""
 
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -11,6 +12,7 @@ from rich.console import Console
 
 from dropkey.config.check import require
 from dropkey.errors import ConfigError
+from dropkey.invocation import invocation
 from dropkey.records import clock
 from dropkey.reproduction import content, display, planning, results, runner, slots, tuning
 from dropkey.reproduction.comparison import Comparison, compare
@@ -20,14 +22,13 @@ from dropkey.reproduction.results import Earlier
 from dropkey.reproduction.tables import Row, Table
 
 SHOWN = 5  # outdated runs that a plan names
-VISUALIZE = slots.SCRIPTS / "scripts" / "visualize.py"
 
 
 @dataclass
 class Study:
     """A table with the places of its runs and reports, and what is known of it.
 
-    `args` are those of scripts/reproduce.py.
+    `args` are those of dropkey/commands/reproduce.py.
     """
 
     table: Table
@@ -196,7 +197,7 @@ class Study:
     def end(self, left: list[runner.JobState], stopped: int) -> int:
         """The exit code."""
         if stopped:
-            again = f"python scripts/reproduce.py {' '.join(sys.argv[1:])}"
+            again = f"{invocation()} {shlex.join(sys.argv[1:])}"
             self.console.print(f"interrupted, all saved; go on with: {again}")
             return 128 + stopped
         failed = sum(one.state in (FAILED, DIVERGED) for one in left)
@@ -212,8 +213,9 @@ class Study:
             return
         self.console.print("measuring the entropy of attention (entropy=false skips it)")
         with tempfile.TemporaryDirectory() as place:  # the report draws its own picture, from entropy.json in each run
+            visualize = slots.python("scripts/visualize.py")
             words = ["entropy", f"run={','.join(map(str, runs))}", f"output={place}/entropy.png"]
-            done = subprocess.run([sys.executable, str(VISUALIZE), *words], capture_output=True, text=True)
+            done = subprocess.run([*visualize, *words], capture_output=True, text=True)
         if done.returncode != 0:  # a report without it is better than none
             self.console.print(f"no entropy: {done.stderr.strip()[-300:]}")
 

@@ -5,12 +5,14 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
 
 from dropkey.config.check import require
-from dropkey.config.compose import CONFIGS
+from dropkey.config.compose import CONFIGS, INSTALLED
 from dropkey.reproduction.jobs import Job
 
-SCRIPTS = CONFIGS.parent  # of train.py and eval.py
+SCRIPTS: Optional[Path] = None if INSTALLED else CONFIGS.parent  # of train.py and eval.py
 CPU_JOBS = 4  # at most, because each takes a gigabyte
 
 
@@ -34,7 +36,15 @@ class Slot:
         """An evaluation uses one process, because the draws of Monte Carlo depend on the number of processes."""
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={len(self.gpus)}"]
         launch = torchrun if len(self.gpus) > 1 and not job.evaluation else []
-        return [sys.executable, *launch, str(SCRIPTS / job.script), *job.overrides]
+        return [*python(job.script, launch), *job.overrides]
+
+
+def python(script: str, launch: list[str] = ()) -> list[str]:
+    """Starts a script of the checkout from any directory, or the command of that name where dropkey is installed."""
+    if SCRIPTS is None:
+        safe = "-P"  # a dropkey in the working directory is another one
+        return [sys.executable, safe, *launch, "-m", "dropkey", Path(script).stem]
+    return [sys.executable, *launch, str(SCRIPTS / script)]
 
 
 def slots(jobs: int, gpus: str, per_gpu: int, gpus_per_run: int) -> list[Slot]:

@@ -1,0 +1,1 @@
+"""The commands of `dropkey`, one module each; dropkey/invocation.py lists them."""

@@ -1,0 +1,79 @@
+"""Trains one run: dropkey train [group=option] [key=value]; `dropkey train --help` lists them.
+
+Exit codes: 0 done, 2 config, 3 data, 4 diverged, 5 storage, 6 another process is training the run,
+130 / 143 interrupted and saved.
+"""
+
+import os
+import shlex
+import sys
+
+import hydra
+from omegaconf import DictConfig
+
+from dropkey import cli
+from dropkey.config.check import check
+from dropkey.config.compose import CONFIGS, register_schemas, typed
+from dropkey.config.identity import run_directory
+from dropkey.config.schema import TrainConfig
+from dropkey.engine import tracking
+from dropkey.errors import Diverged, Interrupted
+from dropkey.invocation import invocation
+from dropkey.records import RunDirectory, headline
+
+register_schemas()
+
+
+@hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")
+def main(cfg: DictConfig) -> float:
+    with cli.job():
+        return train(typed(cfg))
+
+
+def train(cfg: TrainConfig) -> float:
+    """Trains a run, or shows its result where that is done.
+
+    Returns:
+        What a sweeper optimises: the task's first metric after the last epoch on the watched split. The best epoch
+        would reward luck, and the test split is not for choosing.
+    """
+    cfg = check(cfg)
+    run = RunDirectory(run_directory(cfg))
+    if run.finished and not cfg.overwrite:
+        summary = run.summary()
+        if cli.is_first():
+            print(f"done already: {run.path} (overwrite=true trains it again)")
+            print_result(summary)
+            if "WANDB_SWEEP_ID" in os.environ:  # a sweep counts a run that reports nothing as crashed
+                tracking.replay(cfg, run, print)
+    elif run.status().get("state") == "diverged" and not cfg.overwrite:
+        raise Diverged(f"{run.path} diverged before: {run.status()['reason']}; overwrite=true trains it again")
+    else:
+        from dropkey import session  # imports torch and timm: seconds, so after the checks
+
+        try:
+            summary = session.train(cfg, run)
+        except Interrupted as stopped:
+            message, number = stopped.args
+            raise Interrupted(f"{message}; go on with: {this_command()}", number) from None
+        if cli.is_first():
+            print_result(summary)
+            averaged = "" if cfg.regularizer.name == "none" else " eval.monte_carlo=16"
+            print(f"next   {invocation('eval')} run={run.path}{averaged}    or another seed={cfg.seed + 1}")
+    return summary["objective"]
+
+
+def this_command() -> str:
+    """The command line that continues this run: as it was given, without overwrite=true."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    start = invocation(processes=int(os.environ.get("LOCAL_WORLD_SIZE", processes)))
+    words = [word for word in sys.argv[1:] if not word.lstrip("+").lower().startswith("overwrite=")]
+    return f"{start} {shlex.join(words)}".rstrip()
+
+
+def print_result(summary: dict) -> None:
+    print(headline(summary))
+    print(f"run    {summary['run']}  (config.yaml, metrics.jsonl, summary.json, curves.png, checkpoints/)")
+
+
+start = cli.command()(main)
