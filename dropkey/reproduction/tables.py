@@ -97,7 +97,7 @@ def load(table: str, scale: str, seeds: Optional[tuple[int, ...]] = None, overri
         for label in results:
             require(label in written, f"{where}paper '{column}': '{label}' is not a row{nearest(label, written)}")
     design, tuning = read_design(content, chosen, where), read_tuning(content.get("tuning") or {}, columns, where)
-    chosen_seeds = design.seeds if seeds is None else read_seeds(list(seeds), where)
+    chosen_seeds = design.seeds if seeds is None else read_seeds(list(seeds), "")
     if any(row.candidates for row in rows.values()):
         both = sorted({*design.seeds, *chosen_seeds} & {*tuning["tuning_seeds"]})
         require(not both, f"{where}seeds={both} are seeds of tuning; a comparison needs fresh ones")
