@@ -11,6 +11,7 @@ from dropkey.patching.reading import (
     CALLED_ATTENTION,
     FUSED,
     OTHER_FUSED,
+    SOFTMAX,
     calls_in_forward,
     is_softmax_then_dropout,
     looks_like_attention,
@@ -142,7 +143,7 @@ def judge(found: AttentionModule, named: bool, inside: list[AttentionModule]) ->
 def judge_by_reading(found: AttentionModule, cls: type, calls: tuple[str, ...], inside: list[AttentionModule]) -> bool:
     """Whether a module of no known style looks like attention or runs a softmax; says how to include it."""
     letters, is_called_attention = signature(found.module, calls), bool(CALLED_ATTENTION.search(cls.__name__))
-    softmax = any(name == "softmax" and name not in found.module._modules for name in calls)
+    softmax = any(name in SOFTMAX and name not in found.module._modules for name in calls)
     if name := other_fused(calls):
         reason = f"{name} takes no mask for each head and query; call scaled_dot_product_attention instead"
     elif looks_like_attention(letters) or (is_called_attention and softmax):

@@ -41,13 +41,11 @@ class InterceptAttention(TorchFunctionMode):
             return func(*args, **kwargs | {"training": False})
         if self.weights and func in SOFTMAX:
             return self.reweigh(func(*args, **kwargs), *args[1:2], **kwargs)
-        if (
-            self.rows
-            and func is F.dropout
-            and (weights := args[0] if args else kwargs["input"]).shape[:-1] == self.rows
-        ):
-            self.rows = None
-            return weights
+        if self.rows and func is F.dropout:
+            weights = args[0] if args else kwargs["input"]
+            if weights.shape[:-1] == self.rows:
+                self.rows = None
+                return weights
         if func in PRODUCTS:  # now the weights have met the values: a later dropout is not theirs
             self.rows = None
         return func(*args, **kwargs)

@@ -12,9 +12,9 @@ A module's own dropout of attention weights is replaced.
 
 import contextlib
 import copy
-import os
 import warnings
 from dataclasses import replace
+from itertools import takewhile
 from typing import Optional, Sequence
 
 import torch
@@ -63,8 +63,8 @@ def apply(
     impl: str = "auto",
     grid: Optional[Grid] = None,
 ) -> Report:
-    """Regularizes the attention layers of `model`, in place. Warns (UserWarning) where it leaves out a module that looks
-    like attention, unless `layers` or the kind of attention is the reason.
+    """Regularizes the attention layers of `model`, in place. Warns where a module that looks like attention is left out
+    for another reason than `layers`.
 
     Args:
         ratio: drop probability; the peak when the schedule varies it over depth.
@@ -98,7 +98,7 @@ def apply(
         raise ValueError(f"no scope {scope!r}; choose from {', '.join(SCOPES)}")
     softmax = (softmax,) if isinstance(softmax, str) else tuple(softmax)
     request = Request(schedule, end, scope, layers, softmax)
-    taken, skipped = select_layers(model, request)
+    taken, missed = select_layers(model, request)
     stacks = stacks_of([found.name for found in taken]) if scope == "stack" else [""] * len(taken)
     values = spread(stacks, schedule, ratio, end)
     undo(model)  # only now, so that an error leaves the model as it was
@@ -107,7 +107,7 @@ def apply(
         layer = AttentionRegularizer(regularizer, window, impl, found.kind, grid or own_grid, num_prefix)
         layer.ratio, layer.request, layer.mechanism, layer.stack = value, request, found.mechanism, stack
         install(layer, found)
-    if missed := [found for found in skipped if found.missed]:
+    if missed:
         first = f"{shown(missed[0].name)}: {missed[0].unsupported_reason}"
         warnings.warn(
             f"{len(taken)} attention layers are regularized, but {len(missed)} that look like attention are not; "
@@ -127,7 +127,7 @@ def install(layer: AttentionRegularizer, found: AttentionModule) -> None:
 
 
 def select_layers(model: nn.Module, request: Request) -> tuple[list[AttentionModule], list[AttentionModule]]:
-    """The attention modules to regularize, and the others."""
+    """The attention modules to regularize, and those that look like attention and are missed."""
     known = dict.fromkeys(["self", "cross", *KIND_OF_CLASS.values()])
     if not set(request.layers) <= known.keys():
         raise ValueError(f"layers={request.layers!r} is no tuple of {', '.join(known)}")
@@ -135,27 +135,25 @@ def select_layers(model: nn.Module, request: Request) -> tuple[list[AttentionMod
     taken = [each for each in found if not why_skipped(each, request.layers)]
     for pattern in request.softmax:
         named = [each for each in found if is_named(each.name, original_class(type(each.module)), (pattern,))]
+        if not named:
+            fits = f"neither the class nor the dotted name of a module of {type(model).__name__}"
+            raise ValueError(f"softmax={pattern!r} is {fits}; print(model) shows both")
         if not any(each in taken for each in named):
-            fits_none = "is neither the class nor the dotted name of a module"
-            raise ValueError(
-                f"softmax={pattern!r}: {shown(named[0].name)} is skipped, {why_skipped(named[0], request.layers)}"
-                if named
-                else f"softmax={pattern!r} {fits_none} of {type(model).__name__}; print(model) shows them"
-            )
-    skipped = [each for each in found if each not in taken]
+            raise ValueError(f"softmax={pattern!r}: {why_skipped(named[0], request.layers)}")
+    skipped = sorted((each for each in found if each not in taken), key=lambda each: not each.missed)
     if not taken:
-        first = (
-            f" (skipped: {shown(skipped[0].name)}, {why_skipped(skipped[0], request.layers)})" if skipped else NOT_FOUND
-        )
+        first = NOT_FOUND
+        if skipped:
+            first = f" (skipped: {shown(skipped[0].name)}, {why_skipped(skipped[0], request.layers)})"
         raise ValueError(f"{type(model).__name__} has no attention layer of layers={list(request.layers)}{first}")
-    return taken, skipped
+    return taken, [each for each in skipped if each.missed]
 
 
 def stacks_of(names: list[str]) -> list[str]:
     """The stack of each layer: what comes before the first number in its name, once the start that all names share is
     left out; before its last part, where there is no number."""
     paths = [name.split(".") for name in names]
-    shared = len(os.path.commonprefix(paths))
+    shared = len(list(takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))))
     numbers = [[i for i, part in enumerate(path) if i >= shared and part.isdigit()] for path in paths]
     return [".".join(path[: found[0] if found else -1]) for path, found in zip(paths, numbers, strict=True)]
 

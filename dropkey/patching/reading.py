@@ -12,10 +12,9 @@ from torch import nn
 
 PRODUCTS = {"@", "matmul", "bmm", "mm", "einsum", "baddbmm"}
 FUSED = {"scaled_dot_product_attention", "multi_head_attention_forward"}  # these can be regularized
-OTHER_FUSED = re.compile(
-    "_?(flex_attention|flash_attn|flash_attention|memory_efficient_attention|sage_?attn|varlen_attn)"
-)
-CALLED_ATTENTION = re.compile("Attention|Attn|MHSA|MHA")
+OTHER_FUSED = re.compile("_?(flex_attention|flash_att|memory_efficient_attention|sage_?attn|varlen_attn)")
+CALLED_ATTENTION = re.compile(r"(Attention|Attn|MHSA|MHA)(Layer|Block|Module|Pool\w*|V?\d+d?)*$")  # names of classes
+SOFTMAX = {"softmax", "Softmax"}  # nn.Softmax(dim=-1)(logits)
 DEPTH = 3  # of helper functions that call one another
 
 
@@ -103,8 +102,8 @@ def letters(name: str, child: Optional[nn.Module]) -> str:
         return "D"
     if child is not None and not child._modules:  # a softmax of one's own
         inner = set(calls_in_forward(type(child)))
-        return "S" if "softmax" in inner and not inner & PRODUCTS else ""
-    return "P" if name in PRODUCTS else "S" * (name == "softmax")
+        return "S" if inner & SOFTMAX and not inner & PRODUCTS else ""
+    return "P" if name in PRODUCTS else "S" * (name in SOFTMAX)
 
 
 def is_softmax_then_dropout(letters: str) -> bool:
