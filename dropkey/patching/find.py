@@ -103,11 +103,16 @@ def find_attention_modules(model: nn.Module, softmax: Optional[Sequence[str]] = 
         inside = [inner for inner in found if outer.contains(inner)]
         if is_regularizer(module) or not judge(outer, is_named(name, original_class(type(module)), softmax), inside):
             continue
-        if not outer.hint:
-            whole = not outer.unsupported_reason and outer.attribute == "attn_regularizer"  # all it runs is regularized
-            found = [inner for inner in found if inner not in inside or not (inner.hint or (whole and inner.missed))]
-        found.append(outer)
+        found = [inner for inner in found if inner not in inside or not belongs_to(outer, inner)] + [outer]
     return found[::-1]
+
+
+def belongs_to(outer: AttentionModule, inner: AttentionModule) -> bool:
+    """Whether what was found within a module is no attention beside that of the module."""
+    if inner.hint and (not outer.hint or (outer.missed and not inner.missed)):
+        return True
+    regularizes_all = not outer.unsupported_reason and outer.attribute == "attn_regularizer"
+    return regularizes_all and inner.missed
 
 
 def judge(found: AttentionModule, named: bool, inside: list[AttentionModule]) -> bool:
@@ -152,10 +157,10 @@ def judge_by_reading(found: AttentionModule, cls: type, calls: tuple[str, ...], 
     elif softmax:
         found.hint = True
         reason = (
-            "a softmax that is not between two matrix products, as of a classifier, router or gate; "
-            "if it is one of attention, name the module of these products in softmax=(...)"
+            "a softmax, but not between two matrix products as in attention: of a classifier, a router or a gate; "
+            "if it is attention, name the module that computes it in softmax=(...)"
         )
-    elif is_called_attention and not inside:
+    elif is_called_attention and all(inner.hint and not inner.missed for inner in inside):
         found.hint = True
         reason = (
             "it is called attention, but its forward shows neither a softmax nor a fused attention; "

@@ -108,10 +108,9 @@ def apply(
         layer.ratio, layer.request, layer.mechanism, layer.stack = value, request, found.mechanism, stack
         install(layer, found)
     if missed:
-        first = f"{shown(missed[0].name)}: {missed[0].unsupported_reason}"
         warnings.warn(
-            f"{len(taken)} attention layers are regularized, but {len(missed)} that look like attention are not; "
-            f"{first} (print(dropkey.report(model)) lists all)",
+            f"dropkey.apply left out {len(missed)} of {len(taken) + len(missed)} modules that look like attention; "
+            f"{shown(missed[0].name)}: {missed[0].unsupported_reason} (dropkey.report(model) lists all)",
             stacklevel=2,
         )
     return report(model)

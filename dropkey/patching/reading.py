@@ -15,6 +15,7 @@ FUSED = {"scaled_dot_product_attention", "multi_head_attention_forward"}  # thes
 OTHER_FUSED = re.compile("_?(flex_attention|flash_att|memory_efficient_attention|sage_?attn|varlen_attn)")
 CALLED_ATTENTION = re.compile(r"(Attention|Attn|MHSA|MHA)(Layer|Block|Module|Pool\w*|V?\d+d?)*$")  # names of classes
 SOFTMAX = {"softmax", "Softmax"}  # nn.Softmax(dim=-1)(logits)
+NOT_READ = ("torch.", "einops.")  # known by the names of their functions
 DEPTH = 3  # of helper functions that call one another
 
 
@@ -22,8 +23,8 @@ DEPTH = 3  # of helper functions that call one another
 def calls_in_forward(cls: type) -> tuple[str, ...]:
     """Names that `forward` of a class uses, in the order in which they are called, and "@" for the matrix product.
 
-    The class's own methods and the functions that it calls, except those of torch, are read too, and the `forward` of
-    parents as far as super() is called.
+    Read are also the class's own methods and the functions that it calls, except those of torch and einops, and the
+    `forward` of parents as far as super() is called.
     """
     calls = []
     for parent in cls.__mro__[: cls.__mro__.index(nn.Module)]:
@@ -53,7 +54,7 @@ def read_code(code: CodeType, known: dict, cls: type, depth: int) -> list[str]:
     calls, waiting, owner = [], [], None
     for step in dis.get_instructions(code):
         start = (step.positions.lineno, step.positions.col_offset)
-        if step.opname in ("LOAD_GLOBAL", "LOAD_DEREF", "LOAD_ATTR", "LOAD_METHOD"):
+        if step.opname in ("LOAD_GLOBAL", "LOAD_DEREF", "LOAD_ATTR", "LOAD_METHOD", "IMPORT_FROM"):
             if step.opname in ("LOAD_GLOBAL", "LOAD_DEREF"):
                 owner = known.get(step.argval)
             elif isinstance(owner, ModuleType):
@@ -66,7 +67,11 @@ def read_code(code: CodeType, known: dict, cls: type, depth: int) -> list[str]:
         if step.opname.startswith("CALL"):
             index = next((i for i in reversed(range(len(waiting))) if waiting[i][0] == start), None)
             if index is not None:
-                calls += called(*waiting.pop(index)[1:], cls, depth)
+                _, name, value = waiting.pop(index)
+                if isinstance(value, type):  # made here, called when the next call begins at this place
+                    waiting.append((start, name, None))
+                else:
+                    calls += called(name, value, cls, depth)
         elif step.opname == "BINARY_OP" and step.argrepr.startswith("@"):
             calls.append("@")
         elif isinstance(step.argval, CodeType):  # comprehensions and lambdas
@@ -81,7 +86,7 @@ def called(name: str, value, cls: type, depth: int) -> list[str]:
     if not callable(value) or isinstance(value, type):
         return [name]
     function, inner = inspect.unwrap(value), []
-    if isinstance(function, FunctionType) and depth and not (function.__module__ or "").startswith("torch."):
+    if isinstance(function, FunctionType) and depth and not (function.__module__ or "").startswith(NOT_READ):
         inner = read(function, cls, depth - 1)
     own = getattr(function, "__name__", name)  # F.softmax may have been imported by another name
     return [*inner, *dict.fromkeys((name, own))]
