@@ -390,6 +390,17 @@ def test_named_it_trains_with_masks(attention, drawn):
     assert len(drawn.masks) == 1
 
 
+def test_a_named_module_whose_softmax_is_over_another_dimension_raises_in_training():
+    class OverQueries(Attend):
+        def forward(self, x):
+            return (x @ x.mT).softmax(dim=1) @ x
+
+    model = Model(OverQueries())
+    apply(model, softmax=("OverQueries",))
+    with pytest.raises(RuntimeError, match="OverQueries called neither .* nor a softmax over the last dimension"):
+        model(tokens())
+
+
 def test_a_fused_call_in_a_helper_is_found_and_regularized(drawn):
     def attend(q, k, v):
         return F.scaled_dot_product_attention(q, k, v)

@@ -103,8 +103,9 @@ class RegularizedAttention:
         if own and layer.active and not intercept.called:
             name = type(self).__name__.removeprefix("Regularized")
             raise RuntimeError(
-                f"{name} called neither scaled_dot_product_attention nor a softmax, so its attention cannot be "
-                "regularized; if its attention implementation was changed after dropkey.apply, change it back"
+                f"{name} called neither scaled_dot_product_attention nor a softmax over the last dimension, so its "
+                "attention cannot be regularized; if its attention implementation was changed after dropkey.apply, "
+                "change it back"
             )
         return out
 
