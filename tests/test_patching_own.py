@@ -397,7 +397,7 @@ def test_a_named_module_whose_softmax_is_over_another_dimension_raises_in_traini
 
     model = Model(OverQueries())
     apply(model, softmax=("OverQueries",))
-    with pytest.raises(RuntimeError, match="OverQueries called neither .* nor a softmax over the last dimension"):
+    with pytest.raises(RuntimeError, match=r"OverQueries called neither .* nor a softmax over the last dimension"):
         model(tokens())
 
 

@@ -81,7 +81,7 @@ def test_an_unknown_scope_is_refused():
     ],
 )
 def test_stacks_follow_from_names(names, stacks):
-    found = stacks_of(names)
+    found = stacks_of(names, "stack")
     assert [found.index(stack) for stack in found] == [stacks.index(stack) for stack in stacks]
 
 

@@ -62,6 +62,9 @@ UNSUPPORTED = {
     "LinearSelfAttention": "all queries share one row of weights",  # MobileViT v2
     "FactorAttnConvRelPosEnc": "linear attention: keys are softmaxed by themselves, without queries",  # CoaT
     "LambdaLayer": "linear attention: keys are softmaxed by themselves, without queries",
+    "swiftformer.EfficientAdditiveAttention": "linear attention: all queries share one sum of keys",
+    "nextvit.ConvAttention": "a convolution",
+    "BatNonLocalAttn": "its weights are of rows and columns, from sigmoids",
     "HSMSSD": "a scan: all queries share one row of weights per state",  # EfficientViM
     "GlobalContext": "a gate on channels: all positions share one row of weights",
     "SelectiveKernelAttn": "a gate: its softmax is over branches, not keys",

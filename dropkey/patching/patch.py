@@ -94,12 +94,10 @@ def apply(
         return report(model)
     regularizers.check_window(regularizer, window)
     impl_for(model, impl, regularizer)  # refuses what cannot run
-    if scope not in SCOPES:
-        raise ValueError(f"no scope {scope!r}; choose from {', '.join(SCOPES)}")
     softmax = (softmax,) if isinstance(softmax, str) else tuple(softmax)
     request = Request(schedule, end, scope, layers, softmax)
     taken, missed = select_layers(model, request)
-    stacks = stacks_of([found.name for found in taken]) if scope == "stack" else [""] * len(taken)
+    stacks = stacks_of([found.name for found in taken], scope)
     values = spread(stacks, schedule, ratio, end)
     undo(model)  # only now, so that an error leaves the model as it was
     own_grid, num_prefix = model_grid(model)
@@ -108,12 +106,14 @@ def apply(
         layer.ratio, layer.request, layer.mechanism, layer.stack = value, request, found.mechanism, stack
         install(layer, found)
     if missed:
-        warnings.warn(
-            f"dropkey.apply left out {len(missed)} of {len(taken) + len(missed)} modules that look like attention; "
-            f"{shown(missed[0].name)}: {missed[0].unsupported_reason} (dropkey.report(model) lists all)",
-            stacklevel=2,
-        )
+        warn_of(missed, len(taken) + len(missed))
     return report(model)
+
+
+def warn_of(missed: list[AttentionModule], like_attention: int) -> None:
+    first = f"{shown(missed[0].name)}: {missed[0].unsupported_reason}"
+    message = f"dropkey.apply left out {len(missed)} of {like_attention} modules that look like attention; {first}"
+    warnings.warn(f"{message} (dropkey.report(model) lists all)", stacklevel=3)  # at the line that calls apply
 
 
 def install(layer: AttentionRegularizer, found: AttentionModule) -> None:
@@ -148,9 +148,13 @@ def select_layers(model: nn.Module, request: Request) -> tuple[list[AttentionMod
     return taken, [each for each in skipped if each.missed]
 
 
-def stacks_of(names: list[str]) -> list[str]:
-    """The stack of each layer: what comes before the first number in its name, once the start that all names share is
-    left out; before its last part, where there is no number."""
+def stacks_of(names: list[str], scope: str) -> list[str]:
+    """The stack of each layer: "" for scope="model"; else what comes before the first number in its name, once the
+    start that all names share is left out; before its last part, where there is no number."""
+    if scope not in SCOPES:
+        raise ValueError(f"no scope {scope!r}; choose from {', '.join(SCOPES)}")
+    if scope == "model":
+        return [""] * len(names)
     paths = [name.split(".") for name in names]
     shared = len(list(takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))))
     numbers = [[i for i, part in enumerate(path) if i >= shared and part.isdigit()] for path in paths]
