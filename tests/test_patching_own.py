@@ -230,6 +230,12 @@ def test_compiled_without_graph_breaks_it_trains_alike(style):
     torch.testing.assert_close(step(compiled, x, model), step(model, x, model))
 
 
+def test_beside_a_fused_block_all_blocks_are_covered():
+    report = apply(Model(Fused(), Attend(), Nested(), InOne()))
+    assert [layer.mechanism for layer in report.layers] == ["fused", "softmax", "softmax", "softmax"]
+    assert report.skipped == []
+
+
 # ---- what is left out is listed, with the way to include it; attention with a warning
 
 
@@ -339,6 +345,15 @@ class Flex(Attend):
         return self.to_out(rearrange(flex_attention(*self.heads_of(x)), "b h n d -> b n (h d)"))
 
 
+class FlexOrNot(Attend):
+    def forward(self, x):
+        from torch.nn.attention.flex_attention import flex_attention
+
+        q, k, v = self.heads_of(x)
+        out = flex_attention(q, k, v) if x.is_cuda else (q @ k.mT).softmax(-1) @ v
+        return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
+
+
 class HandmadeAttention(Attend):
     def forward(self, x):
         q, k, v = self.heads_of(x)
@@ -368,6 +383,8 @@ def softmax_of_products(q, k):
 
 LEFT_OUT = {
     Flex: "flex_attention takes no mask for each head and query; call scaled_dot_product_attention instead",
+    FlexOrNot: "flex_attention takes no mask for each head and query; call scaled_dot_product_attention instead, or "
+    "where it runs a softmax of its own: softmax=('FlexOrNot',)",
     HandmadeAttention: "it is called attention, but its forward shows neither a softmax nor a fused attention",
     OwnSoftmax: "it runs a softmax between two matrix products",
     InHelpers: "it runs a softmax between two matrix products",
@@ -382,7 +399,7 @@ def test_what_looks_like_attention_is_left_out_with_a_warning_and_a_reason(atten
     assert name == "blocks.1.attn" and reason.startswith(LEFT_OUT[attention])
 
 
-@pytest.mark.parametrize("attention", [OwnSoftmax, InHelpers, Functional])
+@pytest.mark.parametrize("attention", [OwnSoftmax, InHelpers, Functional, FlexOrNot])
 def test_named_it_trains_with_masks(attention, drawn):
     model = Model(attention())
     apply(model, softmax=(attention.__name__,))

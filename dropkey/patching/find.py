@@ -56,6 +56,7 @@ SOFTMAX_CLASSES = {
 UNSUPPORTED = {
     "TokenPerformer": "a performer has no softmax",
     "XCA": "its softmax is over channels, not keys",  # XCiT
+    "XCAttention": "its softmax is over channels, not keys",  # XCiT of vit-pytorch
     "CrossCovarianceAttn": "its softmax is over channels, not keys",  # EdgeNeXt
     "ChannelAttention": "its softmax is over channels, not keys",  # DaViT
     "ChannelAttentionV2": "its softmax is over channels, not keys",
@@ -150,12 +151,15 @@ def judge(found: AttentionModule, named: bool, inside: list[AttentionModule]) ->
 
 def judge_by_reading(found: AttentionModule, cls: type, calls: tuple[str, ...], inside: list[AttentionModule]) -> bool:
     """Whether a module of no known style looks like attention or runs a softmax; says how to include it."""
-    letters, is_called_attention = signature(found.module, calls), bool(CALLED_ATTENTION.search(cls.__name__))
+    is_like_attention = looks_like_attention(signature(found.module, calls))
+    is_called_attention = bool(CALLED_ATTENTION.search(cls.__name__))
     softmax = any(name in SOFTMAX and name not in found.module._modules for name in calls)
     if name := other_fused(calls):
         reason = f"{name} takes no mask for each head and query; call scaled_dot_product_attention instead"
-    elif looks_like_attention(letters) or (is_called_attention and softmax):
-        between = " between two matrix products" if looks_like_attention(letters) else ""
+        if is_like_attention:
+            reason += f", or where it runs a softmax of its own: softmax=({cls.__name__!r},)"
+    elif is_like_attention or (is_called_attention and softmax):
+        between = " between two matrix products" if is_like_attention else ""
         reason = f"it runs a softmax{between}, as attention does; to include it: softmax=({cls.__name__!r},)"
     elif softmax:
         found.hint = True

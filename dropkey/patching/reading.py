@@ -12,7 +12,7 @@ from torch import nn
 
 PRODUCTS = {"@", "matmul", "bmm", "mm", "einsum", "baddbmm"}
 FUSED = {"scaled_dot_product_attention", "multi_head_attention_forward"}  # these can be regularized
-OTHER_FUSED = re.compile("_?(flex_attention|flash_att|memory_efficient_attention|sage_?attn|varlen_attn)")
+OTHER_FUSED = re.compile("_?(flex_attention$|flash_att|memory_efficient_attention|sage_?attn|varlen_attn)")
 CALLED_ATTENTION = re.compile(r"(Attention|Attn|MHSA|MHA)(Layer|Block|Module|Pool\w*|V?\d+d?)*$")  # names of classes
 SOFTMAX = {"softmax", "Softmax"}  # nn.Softmax(dim=-1)(logits)
 NOT_READ = ("torch.", "einops.")  # known by the names of their functions
