@@ -14,6 +14,7 @@ _HOME = {
     "apply": "dropkey.patching",
     "undo": "dropkey.patching",
     "set_ratio": "dropkey.patching",
+    "report": "dropkey.patching",
     "seed_masks": "dropkey.patching",
     "always_on": "dropkey.patching",
 }

@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import dropkey
-from dropkey.patching import find
 
 WIDTH, HEADS = 16, 2
 
@@ -137,12 +136,11 @@ def apply(model, ratio=0.4, **others):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_handwritten_attention_is_regularized_in_training_only_and_can_be_taken_back(monkeypatch, name):
-    monkeypatch.setattr(find, "SOFTMAX_CLASSES", find.SOFTMAX_CLASSES | {"FloatDropout", "OtherNames"})
+def test_handwritten_attention_is_regularized_in_training_only_and_can_be_taken_back(name):
     build, wanted = MODELS[name]
     model, x = build(), torch.randn(2, 9, WIDTH)
     text, trained, evaluated = repr(model), run(model, x), run(model.eval(), x)
-    report = apply(model.train())
+    report = apply(model.train(), softmax=("FloatDropout",) if build is FloatDropout else ())
     assert [(layer.kind, layer.mechanism) for layer in report.layers] == wanted
     assert not torch.equal(run(model, x, seed=1), run(model, x, seed=2))
     assert torch.equal(run(model.eval(), x), evaluated)
@@ -199,8 +197,10 @@ def test_the_report_has_a_name_for_the_model_itself():
 
 
 def test_where_no_attention_is_found_the_message_tells_how_it_is_found():
-    with pytest.raises(ValueError, match=r"`attn_drop`, calls scaled_dot_product.*can be named in .*SOFTMAX_CLASSES$"):
-        apply(nn.Sequential(OtherNames()))
+    with pytest.raises(
+        ValueError, match=r"`attn_drop`, calls scaled_dot_product.*can be named: softmax=\('Attention',\)$"
+    ):
+        apply(nn.Sequential(nn.Linear(4, 4)))
 
 
 @pytest.mark.parametrize("wrong", ["self", ("self", "corss")])

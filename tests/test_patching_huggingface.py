@@ -218,10 +218,25 @@ def test_kernels_that_take_no_mask_are_skipped_with_the_reason():
         patching.apply(model)
 
 
-def test_attention_outside_the_registry_is_skipped_with_the_reason():
-    config = transformers.FunnelConfig(vocab_size=20, d_model=16, n_head=2, d_head=8, d_inner=16, block_sizes=[1, 1])
-    with pytest.raises(ValueError, match="does not take its attention function from the registry of transformers"):
-        patching.apply(transformers.FunnelModel(config))
+FUNNEL = {"vocab_size": 20, "d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 16, "block_sizes": [1, 1]}
+
+
+def test_attention_outside_the_registry_is_skipped_with_the_way_to_include_it(drawn):
+    model = transformers.FunnelModel(transformers.FunnelConfig(**FUNNEL)).train()
+    with pytest.raises(ValueError, match=r"to include it: softmax=\('FunnelRelMultiheadAttention',\)"):
+        patching.apply(model)
+    report = patching.apply(model, "dropkey", 0.3, "constant", softmax=("FunnelRelMultiheadAttention",))
+    model(torch.randint(0, 20, (2, 8)))
+    assert len(drawn.masks) == len(report.layers) == 4 and report.skipped == []
+
+
+def test_the_router_of_a_mixture_of_experts_is_listed_for_what_it_is_without_a_warning(recwarn):
+    widths = WIDTHS | {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 20}
+    model = transformers.MixtralModel(transformers.MixtralConfig(num_local_experts=2, **widths))
+    skipped = dict(patching.apply(model).skipped)
+    assert list(skipped) == ["layers.0.mlp.gate", "layers.1.mlp.gate"]
+    assert all("a classifier, a router or a gate" in reason for reason in skipped.values())
+    assert not [each for each in recwarn if "attention" in str(each.message)]
 
 
 def test_a_model_whose_attention_was_switched_after_patching_raises():

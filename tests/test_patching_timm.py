@@ -81,6 +81,10 @@ LAYERS = {
 }
 
 
+NO_WARNING = pytest.mark.filterwarnings("error:dropkey.apply left out")
+
+
+@NO_WARNING
 @pytest.mark.parametrize("name", MODELS)
 def test_training_of_models_is_dropkey_and_evaluation_unchanged(name):
     arguments, side = MODELS[name]
@@ -88,11 +92,22 @@ def test_training_of_models_is_dropkey_and_evaluation_unchanged(name):
     assert list(coverage.check(model, torch.randn(2, 3, side, side, dtype=torch.float64))) == []
 
 
+@NO_WARNING
 @pytest.mark.parametrize("name", LAYERS)
 def test_training_of_layers_is_dropkey_and_evaluation_unchanged(name):
     build, shape = LAYERS[name]
     model = coverage.prepared(nn.Sequential(build()))
     assert list(coverage.check(model, torch.randn(shape, dtype=torch.float64))) == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["nextvit_small", "swiftformer_xs", "bat_resnext26ts", "efficientvim_m1", "skresnet18", "resnest14d", "csatv2"],
+)
+def test_what_has_no_distribution_over_keys_is_not_taken_for_attention_that_is_missed(name):
+    with coverage.quick_to_build():
+        found = patching.find.find_attention_modules(timm.create_model(name, device="meta"))
+    assert any(each.unsupported_reason for each in found) and not any(each.missed for each in found)
 
 
 def test_a_mixture_of_softmaxes_is_masked_as_one_distribution(monkeypatch):

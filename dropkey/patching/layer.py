@@ -1,5 +1,6 @@
 """`AttentionRegularizer`: the module that knows what is dropped at one attention layer, and drops it."""
 
+from dataclasses import dataclass
 from typing import Optional
 
 import torch
@@ -14,6 +15,17 @@ from dropkey.regularizers import Grid, Window
 CPU = torch.device("cpu")
 
 
+@dataclass(frozen=True)
+class Request:
+    """What `apply` was asked for, with the schedule of the latest `set_ratio`."""
+
+    schedule: str
+    end: float
+    scope: str
+    layers: tuple[str, ...]
+    softmax: tuple[str, ...]
+
+
 class AttentionRegularizer(nn.Module):
     """Replaces a module's `attn_drop`: identity in evaluation, the regularizer on weights in training."""
 
@@ -25,7 +37,8 @@ class AttentionRegularizer(nn.Module):
         self.kind, self.grid, self.num_prefix = kind, grid, num_prefix
         self.grid_seen: Optional[Grid] = None  # on which the keys of the latest call lay, for `shown_window`
         self.always = False  # active in evaluation too, for Monte Carlo
-        self.schedule = ("decreasing", 0.0)  # and end, for `set_ratio`
+        self.request: Optional[Request] = None  # of `apply`, with the two below, for `set_ratio` and `report`
+        self.mechanism, self.stack = "", ""
         self.replaced: tuple[nn.Module, ...] = ()  # the module's own dropout; in a tuple, so that it is no submodule
         # Tensors, because compiled code and CUDA graphs read new values from the same place; no buffers, because
         # `to_empty` would lose their values and the state_dict is to stay that of the unpatched model.

@@ -12,6 +12,7 @@ from dropkey.patching.layer import AttentionRegularizer
 from dropkey.patching.multihead import multi_head_attention
 
 SOFTMAX = (F.softmax, torch.softmax, torch.special.softmax, Tensor.softmax)  # nn.Softmax calls the first
+PRODUCTS = (torch.matmul, torch.bmm, torch.einsum, Tensor.matmul, Tensor.bmm, Tensor.__matmul__)
 
 
 class InterceptAttention(TorchFunctionMode):
@@ -40,9 +41,13 @@ class InterceptAttention(TorchFunctionMode):
             return func(*args, **kwargs | {"training": False})
         if self.weights and func in SOFTMAX:
             return self.reweigh(func(*args, **kwargs), *args[1:2], **kwargs)
-        if self.rows and func is F.dropout and args[0].shape[:-1] == self.rows:
+        if self.rows and func is F.dropout:
+            weights = args[0] if args else kwargs["input"]
+            if weights.shape[:-1] == self.rows:
+                self.rows = None
+                return weights
+        if func in PRODUCTS:  # now the weights have met the values: a later dropout is not theirs
             self.rows = None
-            return args[0]
         return func(*args, **kwargs)
 
     def regularized_sdpa(
@@ -98,8 +103,9 @@ class RegularizedAttention:
         if own and layer.active and not intercept.called:
             name = type(self).__name__.removeprefix("Regularized")
             raise RuntimeError(
-                f"{name} called neither scaled_dot_product_attention nor a softmax, so its attention cannot be "
-                "regularized; if its attention implementation was changed after dropkey.apply, change it back"
+                f"{name} called neither scaled_dot_product_attention nor a softmax over the last dimension, so its "
+                "attention cannot be regularized; if its attention implementation was changed after dropkey.apply, "
+                "change it back"
             )
         return out
 

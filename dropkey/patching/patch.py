@@ -12,61 +12,27 @@ A module's own dropout of attention weights is replaced.
 
 import contextlib
 import copy
-from dataclasses import dataclass, field
-from typing import Iterator, Optional
+import warnings
+from dataclasses import replace
+from itertools import takewhile
+from typing import Optional, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from dropkey import regularizers, schedules
-from dropkey.operator import select_impl
-from dropkey.patching.find import KIND_OF_CLASS, AttentionModule, find_attention_modules, original_class
-from dropkey.patching.layer import AttentionRegularizer
+from dropkey.patching.find import KIND_OF_CLASS, AttentionModule, find_attention_modules, is_named, original_class
+from dropkey.patching.layer import AttentionRegularizer, Request
 from dropkey.patching.mechanisms import RegularizedAttention, regularized_class
+from dropkey.patching.reports import Report, impl_for, regularized_layers, report, shown, why_skipped
 from dropkey.regularizers import Grid, Window
 from dropkey.seeds import derive_seed
 
 NOT_FOUND = (
     ": no module holds its dropout of weights as `attn_drop`, calls scaled_dot_product_attention in forward or is "
-    "nn.MultiheadAttention; a class that calls softmax can be named in dropkey.patching.find.SOFTMAX_CLASSES"
+    "nn.MultiheadAttention; a class that runs its own softmax can be named: softmax=('Attention',)"
 )
-
-
-@dataclass
-class RegularizedLayer:
-    """One regularized attention layer, as reported."""
-
-    name: str
-    kind: str  # self, class, cross, outlook, token
-    ratio: float
-    mechanism: str  # fused, weights or softmax
-    module: AttentionRegularizer = field(repr=False, compare=False)
-
-    def __str__(self) -> str:
-        has_window = self.module.window is not None and self.ratio > 0
-        window = f"  window {self.module.shown_window()}" if has_window else ""
-        name = self.name or "(the model)"
-        return f"{name:<36} {self.kind:<8} {self.mechanism:<8} ratio {self.ratio:.4f}{window}"
-
-
-@dataclass
-class Report:
-    """What `apply` did. As text it shows a window relative to the grid in cells after the first forward pass, when each
-    layer knows its grid."""
-
-    regularizer: str
-    schedule: str
-    impl: str  # of the operator, at fused layers
-    layers: list[RegularizedLayer] = field(default_factory=list)
-    skipped: list[tuple[str, str]] = field(default_factory=list)  # name, reason
-
-    def __str__(self) -> str:
-        if self.regularizer == "none":
-            return "no regularizer: attention is unchanged"
-        impl = f", impl {self.impl}" if any(layer.mechanism == "fused" for layer in self.layers) else ""
-        lines = [f"{self.regularizer} ({self.schedule}) at {len(self.layers)} attention layers{impl}"]
-        lines += [f"  {layer}" for layer in self.layers]
-        return "\n".join(lines + [f"  {name:<36} skipped: {reason}" for name, reason in self.skipped])
+SCOPES = ("model", "stack")
 
 
 def model_grid(model: nn.Module) -> tuple[Optional[Grid], int]:
@@ -92,10 +58,13 @@ def apply(
     end: float = 0.0,
     window: Window = None,
     layers: tuple[str, ...] = ("self", "class"),
+    softmax: Sequence[str] = (),
+    scope: str = "model",
     impl: str = "auto",
     grid: Optional[Grid] = None,
 ) -> Report:
-    """Regularizes the attention layers of `model`, in place.
+    """Regularizes the attention layers of `model`, in place. Warns where a module that looks like attention is left out
+    for another reason than `layers`.
 
     Args:
         ratio: drop probability; the peak when the schedule varies it over depth.
@@ -105,30 +74,46 @@ def apply(
             cross also "full".
         layers: attention layers to act on: self; class (a class token or another single query attends to the keys);
             cross (queries and keys of different sequences); outlook (VOLO); token (T2T's token transformers).
+        softmax: classes or dotted names of further attention modules ("Attention", "decoder.*.attn"; * fits anything).
+            Every softmax over the last dimension in their forward is regularized, and a dropout of its result replaced.
+            Modules like those of vit-pytorch (nn.Softmax, then dropout, between two matrix products) need no name.
+        scope: what the schedule runs over: "model", all layers in forward order; or "stack", each stack of layers by
+            itself, such as encoder and decoder. A stack is what comes before the first number in the names of its
+            layers, after the start that all names share: model.encoder.layers, model.decoder.layers.
         impl: how fused layers compute attention, see `dropkey.attention`.
         grid: height and width of the patch grid, for models without an attribute that has it.
     Returns:
         The layers with their ratios, and what was skipped and why.
     Raises:
-        ValueError: an unknown regularizer, schedule, layer or impl; a window that Block or Cross cannot have; a model
-            without any such layer.
+        ValueError: an unknown regularizer, schedule, layer, scope or impl; a window that Block or Cross cannot have; a
+            model without any such layer; a name in `softmax` that takes none.
     """
     regularizers.check_name(regularizer)
     if regularizer == "none":
         undo(model)
-        return Report("none", schedule, "none")
+        return report(model)
     regularizers.check_window(regularizer, window)
-    report = Report(regularizer, schedule, impl_for(model, impl, regularizer))
-    taken, report.skipped = select_layers(model, layers)
-    values = schedules.ratios(schedule, ratio, end, len(taken))
+    impl_for(model, impl, regularizer)  # refuses what cannot run
+    softmax = (softmax,) if isinstance(softmax, str) else tuple(softmax)
+    request = Request(schedule, end, scope, layers, softmax)
+    taken, missed = select_layers(model, request)
+    stacks = stacks_of([found.name for found in taken], scope)
+    values = spread(stacks, schedule, ratio, end)
     undo(model)  # only now, so that an error leaves the model as it was
     own_grid, num_prefix = model_grid(model)
-    for found, value in zip(taken, values, strict=True):
+    for found, stack, value in zip(taken, stacks, values, strict=True):
         layer = AttentionRegularizer(regularizer, window, impl, found.kind, grid or own_grid, num_prefix)
-        layer.ratio, layer.schedule = value, (schedule, end)
+        layer.ratio, layer.request, layer.mechanism, layer.stack = value, request, found.mechanism, stack
         install(layer, found)
-        report.layers.append(RegularizedLayer(found.name, found.kind, value, found.mechanism, layer))
-    return report
+    if missed:
+        warn_of(missed, len(taken) + len(missed))
+    return report(model)
+
+
+def warn_of(missed: list[AttentionModule], like_attention: int) -> None:
+    first = f"{shown(missed[0].name)}: {missed[0].unsupported_reason}"
+    message = f"dropkey.apply left out {len(missed)} of {like_attention} modules that look like attention; {first}"
+    warnings.warn(f"{message} (dropkey.report(model) lists all)", stacklevel=3)  # at the line that calls apply
 
 
 def install(layer: AttentionRegularizer, found: AttentionModule) -> None:
@@ -140,39 +125,46 @@ def install(layer: AttentionRegularizer, found: AttentionModule) -> None:
         module.__class__ = regularized_class(type(module))
 
 
-def impl_for(model: nn.Module, impl: str, regularizer: str) -> str:
-    """What `impl` will be on the model's present device."""
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    example = torch.empty(1, 1, 1, 64, device=device)
-    return select_impl(impl, regularizer, *[example] * 3) if impl == "auto" else select_impl(impl, regularizer)
-
-
-def select_layers(model: nn.Module, layers: tuple[str, ...]) -> tuple[list[AttentionModule], list[tuple[str, str]]]:
-    """The attention modules to regularize, and (name, reason) of those that are skipped."""
+def select_layers(model: nn.Module, request: Request) -> tuple[list[AttentionModule], list[AttentionModule]]:
+    """The attention modules to regularize, and those that look like attention and are missed."""
     known = dict.fromkeys(["self", "cross", *KIND_OF_CLASS.values()])
-    if not set(layers) <= known.keys():
-        raise ValueError(f"layers={layers!r} is no tuple of {', '.join(known)}")
-    taken, skipped = [], []
-    for found in find_attention_modules(model):
-        if found.unsupported_reason:
-            skipped.append((found.name, found.unsupported_reason))
-        elif found.kind not in layers:
-            skipped.append((found.name, f"{found.kind} attention is not among layers={list(layers)}"))
-        else:
-            taken.append(found)
+    if not set(request.layers) <= known.keys():
+        raise ValueError(f"layers={request.layers!r} is no tuple of {', '.join(known)}")
+    found = find_attention_modules(model, request.softmax)
+    taken = [each for each in found if not why_skipped(each, request.layers)]
+    for pattern in request.softmax:
+        named = [each for each in found if is_named(each.name, original_class(type(each.module)), (pattern,))]
+        if not named:
+            fits = f"neither the class nor the dotted name of a module of {type(model).__name__}"
+            raise ValueError(f"softmax={pattern!r} is {fits}; print(model) shows both")
+        if not any(each in taken for each in named):
+            raise ValueError(f"softmax={pattern!r}: {why_skipped(named[0], request.layers)}")
+    skipped = sorted((each for each in found if each not in taken), key=lambda each: not each.missed)
     if not taken:
-        reasons = f" (skipped: {skipped[0][0]}, {skipped[0][1]})" if skipped else NOT_FOUND
-        raise ValueError(f"{type(model).__name__} has no attention layer of layers={list(layers)}{reasons}")
-    return taken, skipped
+        first = NOT_FOUND
+        if skipped:
+            first = f" (skipped: {shown(skipped[0].name)}, {why_skipped(skipped[0], request.layers)})"
+        raise ValueError(f"{type(model).__name__} has no attention layer of layers={list(request.layers)}{first}")
+    return taken, [each for each in skipped if each.missed]
 
 
-def regularized_layers(model: nn.Module) -> Iterator[tuple[nn.Module, AttentionRegularizer]]:
-    """(attention module, its regularizer), in order of definition, which is forward order in every architecture of timm
-    (`scripts/coverage.py` checks it)."""
-    for module in model.modules():
-        for child in module.children():
-            if isinstance(child, AttentionRegularizer):
-                yield module, child
+def stacks_of(names: list[str], scope: str) -> list[str]:
+    """The stack of each layer: "" for scope="model"; else what comes before the first number in its name, once the
+    start that all names share is left out; before its last part, where there is no number."""
+    if scope not in SCOPES:
+        raise ValueError(f"no scope {scope!r}; choose from {', '.join(SCOPES)}")
+    if scope == "model":
+        return [""] * len(names)
+    paths = [name.split(".") for name in names]
+    shared = len(list(takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))))
+    numbers = [[i for i, part in enumerate(path) if i >= shared and part.isdigit()] for path in paths]
+    return [".".join(path[: found[0] if found else -1]) for path, found in zip(paths, numbers, strict=True)]
+
+
+def spread(stacks: list[str], schedule: str, ratio: float, end: float) -> list[float]:
+    """One ratio per layer, given the stack of each: the schedule runs once over each stack."""
+    ramps = {name: iter(schedules.ratios(schedule, ratio, end, stacks.count(name))) for name in stacks}
+    return [next(ramps[name]) for name in stacks]
 
 
 def undo(model: nn.Module) -> None:
@@ -188,7 +180,7 @@ def undo(model: nn.Module) -> None:
 
 def set_ratio(model: nn.Module, ratio: float, schedule: Optional[str] = None, end: Optional[float] = None) -> None:
     """Sets new ratios at the layers that `apply` took, for ramps over training. A compiled model is not compiled again,
-    unless a ratio changes from or to 0. Schedule and end are those of `apply` by default.
+    unless a ratio changes from or to 0. Schedule and end stay what they are unless given; so do the stacks.
 
     Raises:
         ValueError: a model that `apply` has not patched, a ratio outside [0, 1), an unknown schedule.
@@ -196,10 +188,11 @@ def set_ratio(model: nn.Module, ratio: float, schedule: Optional[str] = None, en
     layers = [layer for _, layer in regularized_layers(model)]
     if not layers:
         raise ValueError(f"{type(model).__name__} has no regularized layers; call dropkey.apply(model, ...) first")
-    before = layers[0].schedule
-    values = schedules.ratios(schedule or before[0], ratio, before[1] if end is None else end, len(layers))
+    before = layers[0].request
+    changes = {"schedule": schedule or before.schedule, "end": before.end if end is None else end}
+    values = spread([layer.stack for layer in layers], ratio=ratio, **changes)
     for layer, value in zip(layers, values, strict=True):
-        layer.ratio = value
+        layer.ratio, layer.request = value, replace(layer.request, **changes)
 
 
 def seed_masks(model: nn.Module, seed: Optional[int]) -> None:
