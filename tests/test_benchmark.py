@@ -73,7 +73,10 @@ def test_what_cannot_be_measured_here_ends_in_a_line(benchmark, words):
         benchmark.main(words)
 
 
-@pytest.mark.parametrize("file", sorted(RESULTS.glob("*.json")), ids=lambda file: file.stem)
+TIMINGS = sorted(file for file in RESULTS.glob("*.json") if file.stem != "simulated-tables")
+
+
+@pytest.mark.parametrize("file", TIMINGS, ids=lambda file: file.stem)
 def test_committed_results_have_their_hardware_and_versions(file):
     result = json.loads(file.read_text())
     assert {"hardware", "threads", "rounds", "versions", "commit"} <= result.keys()

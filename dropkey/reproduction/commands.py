@@ -237,10 +237,10 @@ class Study:
             )
         else:
             directory = self.directory
-            for table in self.looks():  # seeds after the look that decides everything are not part of the study
+            for table in self.looks():  # up to the look that decides everything, or that is not over yet
                 self.table = table
                 comparison = self.compare()
-                if comparison.decided:
+                if comparison.decided or comparison.look != len(table.seeds):
                     break
         name, scale = self.table.name, self.table.scale
         require(bool(comparison.done), f"no run of table={name} scale={scale} is finished yet")
