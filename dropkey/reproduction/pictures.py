@@ -33,12 +33,17 @@ def forest(comparison: Comparison) -> str:
                 axis.plot(one.mean, height, "s", color=COLORS[0], markersize=6)
             axis.set_title(column)
             axis.set_xlabel(f"{metric.label} minus that of '{table.baseline}'{unit_of(metric)}{better(metric)}")
-            axis.set_yticks(range(len(rows)), rows)
-            axis.set_ylim(len(rows) - 0.4, -0.6)
-            axis.tick_params(axis="y", length=0)
-            axis.grid(axis="x")
-            axis.spines["left"].set_visible(False)
+            name_lines(axis, rows)
         return save(figure)
+
+
+def name_lines(axis, labels: list[str]) -> None:
+    """One label per line of a forest plot, the first on top."""
+    axis.set_yticks(range(len(labels)), labels)
+    axis.set_ylim(len(labels) - 0.4, -0.6)
+    axis.tick_params(axis="y", length=0)
+    axis.grid(axis="x")
+    axis.spines["left"].set_visible(False)
 
 
 def curves(comparison: Comparison) -> str:
@@ -143,13 +148,9 @@ def claims(comparison: Comparison) -> str:
             axis.plot(list(numbers.values()), [height + 0.24] * len(numbers), ".", color=GREY, markersize=3, alpha=0.6)
             axis.plot(one.mean, height, "s", color=color, markersize=6 if is_claim else 4)
         axis.set_xlabel(f"difference in {metric.label}{unit_of(metric)}{better(metric)}")
-        axis.set_yticks(range(len(lines)), [label if is_claim else f"{label}  " for label, _, _, is_claim in lines])
+        name_lines(axis, [label if is_claim else f"{label}  " for label, _, _, is_claim in lines])
         for text, (_, _, _, is_claim) in zip(axis.get_yticklabels(), lines, strict=True):
             text.set_color(INK if is_claim else GREY)
-        axis.set_ylim(len(lines) - 0.4, -0.6)
-        axis.tick_params(axis="y", length=0)
-        axis.grid(axis="x")
-        axis.spines["left"].set_visible(False)
         return save(figure)
 
 
