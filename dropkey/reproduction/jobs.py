@@ -154,7 +154,8 @@ def own_state(job: Job) -> tuple[str, str]:
     found = status.get("state", MISSING)
     if found == RUNNING:
         return (RUNNING if is_locked(run) else INTERRUPTED), ""
-    return (INTERRUPTED if found == DONE else found), status.get("reason", "")  # done, but its summary is gone
+    found = INTERRUPTED if found == DONE else found  # done, but its summary is gone
+    return found, status.get("reason", "") if found in (FAILED, DIVERGED) else ""
 
 
 def is_locked(run: RunDirectory) -> bool:
