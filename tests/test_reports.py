@@ -16,7 +16,7 @@ import pytest
 
 from dropkey.errors import ConfigError
 from dropkey.records import RunDirectory
-from dropkey.reproduction import content, report, results, sentences, tables
+from dropkey.reproduction import content, report, results, sentences, tables, versions
 from dropkey.reproduction.comparison import Comparison, compare
 from dropkey.reproduction.jobs import Job, composed
 
@@ -37,7 +37,7 @@ def changed(**changes):
 
 def golden_comparison() -> Comparison:
     table, head, found = changed()
-    return compare(table, head, found, results.require_one_version(found, mixed=False))
+    return compare(table, head, found, versions.require_one_version(found, mixed=False))
 
 
 def markdown(comparison: Comparison) -> str:
@@ -63,7 +63,7 @@ def test_the_mini_sweep_gives_exactly_the_committed_report(name, written):
 def test_the_committed_results_are_what_their_records_say(file, tmp_path):
     name, scale = file.parent.name.rsplit("-", 1)
     table, head, found = results.read(file, tables.load(name, scale))
-    report.write(compare(table, head, found, results.require_one_version(found, mixed=False)), tmp_path)
+    report.write(compare(table, head, found, versions.require_one_version(found, mixed=False)), tmp_path)
     for written in sorted(tmp_path.iterdir()):
         assert written.read_bytes() == (file.parent / written.name).read_bytes(), written.name
 
@@ -299,7 +299,7 @@ def test_a_plan_that_was_changed_after_results_were_seen_is_told():
     table, head, found = changed()
     earlier = {**head["design"], "seeds": [0, 1, 2], "looks": [3]}
     text = markdown(compare(table, {**head, "earlier_designs": [earlier]}, found, []))
-    assert "The plan was changed after results had been seen: before, seeds was 0, 1 and 2; looks was 3.**" in text
+    assert "The plan was changed after results had been seen: before, it had seeds 0, 1 and 2; looks 3.**" in text
 
 
 def test_the_hash_of_the_protocol_is_in_the_report():
@@ -479,13 +479,13 @@ def test_runs_with_different_metrics_are_refused(job, tmp_path):
 def test_runs_of_different_versions_are_not_mixed_unasked():
     _, _, found = changed(code=lambda r: {"engine": "old" if r["seed"] == 0 else "new", "data": "same"})
     with pytest.raises(ConfigError, match=r"2 versions of the code of engine .new: 14 runs, old: 5 runs.*mixed=true"):
-        results.require_one_version(found, mixed=False)
-    assert len(results.require_one_version(found, mixed=True)) == 1
+        versions.require_one_version(found, mixed=False)
+    assert len(versions.require_one_version(found, mixed=True)) == 1
 
 
 def test_runs_conflict_only_in_code_that_they_share():
     _, _, found = changed(code=lambda r: {"engine": "e", f"regularizer/{r['row']}": r["row"]})
-    assert results.require_one_version(found, mixed=False) == []
+    assert versions.require_one_version(found, mixed=False) == []
 
 
 @pytest.mark.parametrize(
@@ -494,12 +494,12 @@ def test_runs_conflict_only_in_code_that_they_share():
 def test_runs_of_different_data_or_torch_are_not_mixed_unasked(key, message):
     _, _, found = changed(**{key: lambda r: str(r["seed"])})
     with pytest.raises(ConfigError, match=message):
-        results.require_one_version(found, mixed=False)
+        versions.require_one_version(found, mixed=False)
 
 
 def test_a_mixed_report_says_so():
     table, head, found = changed(torch=lambda r: str(r["seed"]))
-    text = markdown(compare(table, head, found, results.require_one_version(found, mixed=True)))
+    text = markdown(compare(table, head, found, versions.require_one_version(found, mixed=True)))
     assert "mixed on request" in text and "4 versions of torch" in text
 
 

@@ -20,7 +20,7 @@ from dropkey import evaluation, session
 from dropkey.commands import reproduce
 from dropkey.errors import ConfigError
 from dropkey.records import RunDirectory
-from dropkey.reproduction import jobs, report, results, slurm, tables
+from dropkey.reproduction import jobs, report, results, slurm, tables, versions
 from dropkey.reproduction.comparison import compare
 from dropkey.reproduction.jobs import DONE, distinct, jobs_of
 from dropkey.reproduction.runner import Launcher
@@ -189,7 +189,9 @@ def test_a_table_of_another_task_is_reported_with_its_metric(tmp_path):
             session.train(job.config, RunDirectory(job.run))
     head, records = results.gather(table, found)
     assert {entry["state"] for entry in records} == {DONE}
-    text = report.write(compare(table, head, records, results.require_one_version(records, False)), tmp_path / "report")
+    text = report.write(
+        compare(table, head, records, versions.require_one_version(records, False)), tmp_path / "report"
+    )
     metric = regression_task.Regression.metrics[0]
     assert f"last epoch: {metric.label}" in text and f"a lower {metric.label} is better" in text
     for row in ("none", "dropkey", "passes"):

@@ -50,6 +50,10 @@ def announce(table: tables.Table, output: Path, seeds=tuple(range(8))) -> None:
     standing_in.announce(found, output)
 
 
+def report_of(tmp_path: Path) -> str:
+    return (tmp_path / "results" / "best-smoke" / "report.md").read_text()
+
+
 def started(tmp_path: Path) -> collections.Counter:
     return collections.Counter((tmp_path / "runs" / "starts.txt").read_text().split()[::2])
 
@@ -181,7 +185,7 @@ def test_the_best_on_validation_is_trained_on_fresh_seeds(tuned, tmp_path):
     # the stand-in's validation prefers a low ratio, its test a high one
     best = next(entry for entry in records if (entry["row"], entry["seed"]) == ("best", 0))
     assert best["top1"] == 51 and {entry["seed"] for entry in records} == {0, 1}
-    text = (tmp_path / "results" / "best-smoke" / "report.md").read_text()
+    text = report_of(tmp_path)
     assert "| best | regularizer=dropkey regularizer.ratio=0.1 schedule=constant |" in text
 
 
@@ -214,7 +218,7 @@ def test_a_diverged_run_of_tuning_takes_its_candidate_out(table, tmp_path, stand
     first = tuning.jobs_of(table, str(tmp_path / "runs"))["best", COLUMN, 0, 1000]
     monkeypatch.setenv("BEHAVIOUR", json.dumps({first.run.name: "diverge"}))
     assert reproduce.main(arguments(tmp_path)) == 1
-    text = (tmp_path / "results" / "best-smoke" / "report.md").read_text()
+    text = report_of(tmp_path)
     assert "| best | regularizer=dropkey regularizer.ratio=0.1 schedule=decreasing |" in text
     assert "(a run diverged)" in next(line for line in text.splitlines() if "ratio=0.1 schedule=constant" in line)
 
@@ -302,7 +306,7 @@ def test_seeds_are_added_until_the_claim_is_decided(tmp_path, stand_in, monkeypa
     code, head = study(tmp_path, PLAIN.format(ratio=0.9), "until=decided", "max_seeds=8")
     assert code == 0 and head["seeds"] == [0, 1, 2, 3, 4]  # 9 points with a noise of 0.1
     assert "after 5 seeds:" in capsys.readouterr().out
-    text = (tmp_path / "results" / "best-smoke" / "report.md").read_text()
+    text = report_of(tmp_path)
     assert "| better |" in text and "with a look at the claims after 5, 6, 7 and 8" in text
 
 
@@ -323,9 +327,7 @@ def test_seeds_on_the_command_line_do_not_change_the_plan(tmp_path, stand_in, mo
     text = PLAIN.format(ratio=0.9) + "scales: { smoke: { seeds: 8 } }\n"
     _, head = study(tmp_path, text, "seeds=4")
     assert (head["seeds"], head["design"]["looks"]) == ([0, 1, 2, 3], [8])
-    assert (
-        "not yet: 4 of the 8 planned seeds finished" in (tmp_path / "results" / "best-smoke" / "report.md").read_text()
-    )
+    assert "not yet: 4 of the 8 planned seeds finished" in report_of(tmp_path)
 
 
 def test_a_plan_that_changes_after_results_is_remembered(tmp_path, stand_in, monkeypatch):
@@ -385,19 +387,19 @@ def test_a_claim_taken_out_after_results_is_told(tmp_path, stand_in, monkeypatch
     text = PLAIN.format(ratio=0.9) + "scales: { smoke: { seeds: 3 } }\n"
     study(tmp_path, text.replace("[dropkey > none]", "[dropkey > none, none > dropkey]"))
     study(tmp_path, text)
-    report = (tmp_path / "results" / "best-smoke" / "report.md").read_text()
-    assert "before, claims was dropkey > none and none > dropkey.**" in report
+    report = report_of(tmp_path)
+    assert "before, it had claims dropkey > none and none > dropkey.**" in report
 
 
 def test_runs_that_were_finished_before_the_plan_are_told(tmp_path, stand_in, monkeypatch):
     monkeypatch.setenv("NOISE", "0.1")
     text = PLAIN.format(ratio=0.9) + "scales: { smoke: { seeds: 3 } }\n"
     study(tmp_path, text)
-    report = (tmp_path / "results" / "best-smoke" / "report.md").read_text()
+    report = report_of(tmp_path)
     assert "finished before this plan" not in report
     shutil.rmtree(tmp_path / "results")
     study(tmp_path, text)
-    report = (tmp_path / "results" / "best-smoke" / "report.md").read_text()
+    report = report_of(tmp_path)
     assert "**6 of its runs were finished before this plan was first used.**" in report
 
 
@@ -424,7 +426,7 @@ def test_a_diverged_start_does_not_block_the_verdict(tmp_path, stand_in, monkeyp
     job = jobs.jobs_of(tables.load(str(tmp_path / "best.yaml"), "smoke"), str(tmp_path / "runs"))["dropkey", COLUMN, 1]
     monkeypatch.setenv("BEHAVIOUR", json.dumps({job.run.name: "diverge"}))
     assert study(tmp_path, text)[0] == 1
-    report = (tmp_path / "results" / "best-smoke" / "report.md").read_text()
+    report = report_of(tmp_path)
     assert "| better |" in report
     assert f"passes, seed 1: failed: it needs {job.run.name}, which is diverged" in report
 

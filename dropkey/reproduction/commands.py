@@ -14,7 +14,7 @@ from dropkey.config.check import require
 from dropkey.errors import ConfigError
 from dropkey.invocation import invocation
 from dropkey.records import clock
-from dropkey.reproduction import content, display, planning, results, runner, slots, tuning
+from dropkey.reproduction import content, display, planning, results, runner, slots, tuning, versions
 from dropkey.reproduction.comparison import Comparison, compare
 from dropkey.reproduction.jobs import DIVERGED, DONE, FAILED, Job, distinct, jobs_of, state
 from dropkey.reproduction.report import write
@@ -226,14 +226,14 @@ class Study:
         missing = tuning.missing(self.table, self.tuned)
         require(not missing, f"table={self.table.name} is not tuned yet: {missing} runs are missing; run it first")
         head, found = results.gather(self.table, self.jobs(), self.tuned, self.earlier)
-        return compare(self.table, head, found, results.require_one_version(found, self.args.mixed, self.tuned))
+        return compare(self.table, head, found, versions.require_one_version(found, self.args.mixed, self.tuned))
 
     def report(self) -> int:
         if self.args.records:
             directory = Path(self.args.records).parent
             table, head, found = results.read(Path(self.args.records), self.table)
             comparison = compare(
-                table, head, found, results.require_one_version(found, self.args.mixed, head["tuning"])
+                table, head, found, versions.require_one_version(found, self.args.mixed, head["tuning"])
             )
         else:
             directory = self.directory

@@ -32,10 +32,8 @@ def plan(comparison: Comparison) -> list[str]:
     if head["seen_before"]:
         found.append(f"**{head['seen_before']} of its runs were finished before this plan was first used.**")
     for earlier in head["earlier_designs"]:
-        changed = [
-            f"{key} was {show_plan(earlier[key])}" for key in head["design"] if earlier[key] != head["design"][key]
-        ]
-        found.append(f"**The plan was changed after results had been seen: before, {'; '.join(changed)}.**")
+        changed = [f"{key} {show_plan(earlier[key])}" for key in head["design"] if earlier[key] != head["design"][key]]
+        found.append(f"**The plan was changed after results had been seen: before, it had {'; '.join(changed)}.**")
     verdicts = [verdict(comparison, one) for one in comparison.findings]
     seen = head["looks"].get(str(comparison.look))
     if seen and seen != verdicts:

@@ -22,7 +22,7 @@ from dropkey.config.check import check  # noqa: E402
 from dropkey.config.compose import compose  # noqa: E402
 from dropkey.config.schema import REGULARIZER_NAMES  # noqa: E402
 from dropkey.records import RunDirectory  # noqa: E402
-from dropkey.reproduction import jobs, results, tables, tuning  # noqa: E402
+from dropkey.reproduction import jobs, results, tables, tuning, versions  # noqa: E402
 from dropkey.reproduction.comparison import compare  # noqa: E402
 from dropkey.reproduction.report import write  # noqa: E402
 
@@ -61,7 +61,7 @@ def table() -> None:
 def report() -> None:
     mini = tables.load(str(TABLE / "mini.yaml"), "smoke")
     mini, head, found = results.read(FILE, mini)
-    write(compare(mini, head, found, results.require_one_version(found, mixed=False)), TABLE)
+    write(compare(mini, head, found, versions.require_one_version(found, mixed=False)), TABLE)
 
 
 if __name__ == "__main__":
