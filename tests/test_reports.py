@@ -146,7 +146,7 @@ def test_records_of_other_rows_are_refused(old, new, message, tmp_path):
 def test_plan_and_report_import_no_torch():
     program = (
         "import sys; sys.argv = ['x']; import runpy; module = runpy.run_path('scripts/reproduce.py');"
-        "from dropkey.reproduction import commands, slurm;"
+        "from dropkey.reproduction import slurm, study;"
         "print([name for name in ('torch', 'timm', 'torchvision', 'wandb') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)

@@ -15,7 +15,7 @@ from dropkey.commands import reproduce
 from dropkey.errors import ConfigError
 from dropkey.records import RunDirectory
 from dropkey.reproduction import jobs, results, tables, tuning
-from dropkey.reproduction.commands import Study
+from dropkey.reproduction.study import Study
 
 TABLE = """
 title: Best against best

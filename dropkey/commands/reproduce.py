@@ -63,7 +63,7 @@ def read(words: list[str]) -> tuple[Args, tuple[str, ...]]:
 
 def main(words: list[str]) -> int:
     args, overrides = read(words)
-    from dropkey.reproduction.commands import Study
+    from dropkey.reproduction.study import Study
 
     study = Study(load(args, overrides), args)
     return {"plan": study.plan, "run": study.run, "report": study.report}[args.action]()

@@ -1,4 +1,4 @@
-"""plan, run and report: what `dropkey reproduce` does with a table."""
+"""A table with its runs and records: plan, run and report."""
 
 import shlex
 import subprocess
