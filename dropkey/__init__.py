@@ -10,6 +10,7 @@ import importlib
 
 __version__ = "0.1.0"
 _HOME = {
+    "load": "dropkey.loading",
     "attention": "dropkey.operator",
     "apply": "dropkey.patching",
     "undo": "dropkey.patching",

@@ -44,13 +44,18 @@ MAY_IMPORT = {
         *("build", "code_version", "config", "datasets", "engine", "errors", "metrics", "patching"),
         *("provenance", "records", "seeds", "session", "tasks", "weights"),
     },
+    "loading": {
+        *("build", "config", "data", "engine", "errors", "patching", "records", "seeds"),
+        *("tasks", "weights"),
+    },
+    "exporting": {"config", "errors", "loading", "records", "tasks"},
     "analysis": {
         *("build", "code_version", "config", "engine", "errors", "patching", "plotting"),
         *("provenance", "records", "regularizers", "schedules", "tasks", "weights"),
     },
     "commands": {
-        *("analysis", "cli", "config", "engine", "errors", "evaluation", "invocation", "records", "reproduction"),
-        *("session", "tasks"),
+        *("analysis", "cli", "config", "engine", "errors", "evaluation", "exporting", "invocation", "loading"),
+        *("records", "reproduction", "session", "tasks"),
     },
     "reproduction": {"code_version", "config", "errors", "invocation", "metrics", "plotting", "records"},
 }

@@ -67,6 +67,10 @@ class Task(ABC):
     def build_model(self, data: Any, *, pretrained: bool, fused: bool) -> nn.Module:
         """The model with its head for these data, not yet regularized; initialised from torch's generator."""
 
+    def model_info(self, data: Any, model: nn.Module) -> dict:
+        """What `dropkey.load` must know of the data to use the model without them (model.json); {}: it refuses."""
+        return {}
+
     @abstractmethod
     def train_loader(self, data: Any, dist) -> EpochLoader: ...
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from dropkey import data as loaders
 from dropkey import datasets
-from dropkey.data.augment import denormalized
+from dropkey.data.augment import denormalized, per_channel
 from dropkey.metrics import Metric
-from dropkey.models import create_model
+from dropkey.models import constructor_arguments, create_model
 from dropkey.tasks.base import Task
 
 SHOWN = 64  # images at a time: with 3,136 tokens (T2T) an image has 40 MB of attention weights in each layer
@@ -45,6 +45,29 @@ class Classification(Task):
             pretrained=pretrained,
             fused=fused,
         )
+
+    def model_info(self, data: loaders.Dataset, model: nn.Module) -> dict:
+        """The classes, the architecture and the preprocessing, as config.json of timm has them."""
+        cfg, size = self.cfg.data, data.image_size
+        own = getattr(model, "pretrained_cfg", None) or {}
+        return {
+            "architecture": self.cfg.model.name.split(".")[0],
+            "num_classes": data.num_classes,
+            "label_names": list(data.classes),
+            "model_args": {"in_chans": data.channels, **constructor_arguments(self.cfg.model, size)},
+            "pretrained_cfg": {
+                "num_classes": data.num_classes,
+                "input_size": [data.channels, size, size],
+                "fixed_input_size": own.get("fixed_input_size", False),
+                "interpolation": "bicubic",
+                "crop_pct": cfg.crop_pct,
+                "crop_mode": "center",
+                "mean": per_channel(cfg.mean, data.channels),
+                "std": per_channel(cfg.std, data.channels),
+                "first_conv": own.get("first_conv"),
+                "classifier": own.get("classifier"),
+            },
+        }
 
     def train_loader(self, data: loaders.Dataset, dist) -> loaders.TrainLoader:
         cfg = self.cfg
