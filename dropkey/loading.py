@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dropkey import patching, tasks
-from dropkey.build import regularize
+from dropkey.build import last_ratio, regularize
 from dropkey.config import compose
 from dropkey.config.check import require
 from dropkey.config.run_lookup import find_run
@@ -121,12 +121,15 @@ class TrainedModel:
 
     @contextlib.contextmanager
     def regularized(self) -> Iterator[None]:
-        """Within, the run's regularizer is in `model` and acts, in evaluation mode."""
-        if self.config.regularizer.name == "none" or self.config.regularizer.ratio == 0:
+        """Within, the run's regularizer is in `model` and acts, in evaluation mode, with the ratio that training ended
+        with."""
+        ratio = last_ratio(self.config)
+        if self.config.regularizer.name == "none" or ratio == 0:
             raise ConfigError("monte_carlo: this run has no regularizer that could be left on")
         cfg = copy.deepcopy(self.config)
         cfg.regularizer.impl = "auto"  # the implementation used in training may not exist here
         regularize(self.model, cfg)
+        patching.set_ratio(self.model, ratio)
         try:
             with patching.always_on(self.model):
                 yield

@@ -297,9 +297,10 @@ def test_a_number_of_passes_without_a_spread_is_refused(passes, digits):
         dropkey.load(digits.path, device="cpu").predict(test_images(digits)[0][0], monte_carlo=passes)
 
 
-def test_monte_carlo_needs_a_regularizer(digits):
+@pytest.mark.parametrize(("part", "changes"), [("regularizer", {"name": "none"}), ("schedule", {"over": "training"})])
+def test_monte_carlo_needs_a_regularizer_that_acted_at_the_end_of_training(part, changes, digits):
     trained = dropkey.load(digits.path, device="cpu")
-    trained.config.regularizer = dataclasses.replace(trained.config.regularizer, name="none")
+    setattr(trained.config, part, dataclasses.replace(getattr(trained.config, part), **changes))
     with pytest.raises(ConfigError, match="no regularizer"):
         trained.predict(test_images(digits)[0][0], monte_carlo=2)
 
@@ -330,7 +331,7 @@ def predicted(capsys, digits, *words) -> tuple[int, list[str], list[str]]:
 
 @pytest.mark.parametrize("words", [[], ["monte_carlo=3"]], ids=str)
 def test_the_table_has_aligned_columns_within_80_characters(words, digits, pictures, capsys):
-    code, lines, _ = predicted(capsys, digits, pictures, *words)
+    _, lines, _ = predicted(capsys, digits, pictures, *words)
     assert len(lines) == 4 * 5
     assert max(map(len, lines)) <= 80 and len({line.index(" %") for line in lines}) == 1
     assert len({len(line) for line in lines}) == 1
@@ -508,7 +509,7 @@ def test_a_model_that_torch_cannot_capture_ends_in_one_line(digits, tmp_path):
         exporting.export(trained, "torch_export", tmp_path / "out.pt2")
 
 
-# -------------------------------------------------------------------------------------------------------- docs/models.md
+# ------------------------------------------------------------------------------------------------------- docs/models.md
 
 TEXT = (ROOT / "docs" / "models.md").read_text()
 LINES = [line for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S) for line in block.splitlines()]
