@@ -67,8 +67,8 @@ def export(trained: TrainedModel, format: str, output: Path, overwrite: bool = F
 
 def usage(trained: TrainedModel, format: str, output: Path) -> list[str]:
     """Lines of Python that read the files."""
-    name, arguments = trained.info["architecture"], {"num_classes": len(trained.classes), **trained.info["model_args"]}
-    given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+    name = trained.info["architecture"]
+    given = ", ".join(f"{key}={value!r}" for key, value in trained.info["model_args"].items())
     lines = {
         "timm": [f'timm.create_model("local-dir:{output}", pretrained=True)'],
         "safetensors": [f'timm.create_model("{name}", checkpoint_path="{output}", {given})'],

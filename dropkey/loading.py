@@ -5,11 +5,9 @@ import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Optional
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from dropkey import patching, tasks
@@ -17,34 +15,15 @@ from dropkey.build import last_ratio, regularize
 from dropkey.config import compose
 from dropkey.config.check import require
 from dropkey.config.run_lookup import find_run
-from dropkey.config.schema import DataConfig, TrainConfig
-from dropkey.data.augment import Normalize
-from dropkey.data.images import convert, open_image, resize_center_crop, to_tensor
+from dropkey.config.schema import TrainConfig
 from dropkey.engine.distributed import pick_device
 from dropkey.engine.optim import build_autocast
 from dropkey.errors import ConfigError, DataError, StorageError
 from dropkey.records import RunDirectory, write_json
 from dropkey.seeds import derive_seed
 from dropkey.tasks.base import Task
+from dropkey.tasks.preprocessing import ImageTransform, Picture
 from dropkey.weights import find_checkpoint, load_weights
-
-Picture = str | Path | Image.Image
-
-
-class Transform:
-    """An image as the model takes it, to the bit what evaluation in training makes of it: converted to grey or RGB,
-    shorter side resized (bicubic), centre cropped, normalised."""
-
-    def __init__(self, data: DataConfig):
-        self.channels, self.image_size, self.crop_pct = data.channels, data.image_size, data.crop_pct
-        self.normalize = Normalize(data, torch.device("cpu"))
-
-    def __call__(self, image: Picture) -> Tensor:
-        """A path or a PIL image -> float32 C H W on the CPU. DataError names a file that cannot be read."""
-        if not isinstance(image, Image.Image):
-            image = open_image(str(image), self.channels)
-        picture = resize_center_crop(convert(image, self.channels), self.image_size, self.crop_pct)
-        return self.normalize(to_tensor(picture))
 
 
 @dataclass
@@ -73,7 +52,7 @@ class TrainedModel:
     """What `load` returns."""
 
     model: nn.Module  # in evaluation mode and without the regularizer: (B, C, H, W) -> logits (B, classes)
-    transform: Transform
+    transform: ImageTransform
     classes: list[str]  # in the order of the logits
     config: TrainConfig
     info: dict  # model.json of the run, which is what timm's config.json is
@@ -159,11 +138,11 @@ def load(
     require(bool(info), f"task={cfg.task.name} does not say how its model is used (Task.model_info)")
     model = initial_model(task, info, fused=not (place.type == "cpu" and cfg.trainer.amp == "bf16"))
     if load_weights(model, file):
-        raise ConfigError(f"{file} has other classes than the {info['num_classes']} of the run and its model.json")
+        raise ConfigError(f"{file} has other classes than the {len(info['label_names'])} of the run")
     if not known:
         with contextlib.suppress(StorageError, OSError):  # somebody else's run, say: it is read again next time
             write_json(directory.path / "model.json", info)
-    return TrainedModel(model.to(place).eval(), Transform(cfg.data), info["label_names"], cfg, info, place, file)
+    return TrainedModel(model.to(place).eval(), task.transform(), info["label_names"], cfg, info, place, file)
 
 
 def weights_file(directory: Path, wanted: str | Path) -> Path:
@@ -175,10 +154,8 @@ def weights_file(directory: Path, wanted: str | Path) -> Path:
 
 def initial_model(task: Task, info: dict, fused: bool = True) -> nn.Module:
     """The run's architecture with initial weights, on the CPU; torch's generator stays as it was."""
-    data = task.cfg.data
-    shape = SimpleNamespace(image_size=data.image_size, channels=data.channels, num_classes=info["num_classes"])
     with torch.random.fork_rng(devices=[]):
-        return task.build_model(shape, pretrained=False, fused=fused)
+        return task.build_model(task.data_facts(info), pretrained=False, fused=fused)
 
 
 def info_from_data(directory: Path, cfg: TrainConfig, root: str | Path | None) -> dict:

@@ -45,8 +45,7 @@ MAY_IMPORT = {
         *("provenance", "records", "seeds", "session", "tasks", "weights"),
     },
     "loading": {
-        *("build", "config", "data", "engine", "errors", "patching", "records", "seeds"),
-        *("tasks", "weights"),
+        *("build", "config", "engine", "errors", "patching", "records", "seeds", "tasks", "weights"),
     },
     "exporting": {"config", "errors", "loading", "records", "tasks"},
     "analysis": {

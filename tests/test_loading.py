@@ -27,7 +27,7 @@ from dropkey.config.schema import EvalConfig, EvaluationConfig
 from dropkey.data import eval_loader
 from dropkey.datasets import load as load_data
 from dropkey.errors import ConfigError, DataError, RunError, StorageError
-from dropkey.loading import Transform
+from dropkey.tasks.preprocessing import ImageTransform
 
 ROOT = Path(__file__).parents[1]
 T2T = ("model=t2t_vit_small_image", "model.mlp_ratio=2", "data.image_size=16", "trainer.max_steps=1")
@@ -99,7 +99,7 @@ def test_files_of_all_kinds_become_to_the_bit_what_evaluation_sees(changes, all_
     config = folder_config(all_kinds, **changes)
     (batch,) = eval_loader(load_data(config), "test", config, batch_size=99)
     files = sorted(all_kinds.glob("test/*/*.*"))
-    transform = Transform(config)
+    transform = ImageTransform(config)
     for make in (str, Path, Image.open):
         made = torch.stack([transform(make(file)) for file in files])
         assert len(made) == 16 and torch.equal(made, batch.images)
@@ -110,14 +110,14 @@ def test_pictures_of_an_array_become_to_the_bit_what_evaluation_sees(changes):
     config = digits_config(**changes)
     original = load_data(digits_config(in_memory=False)).test  # 8 x 8 and grey
     (batch,) = eval_loader(load_data(config), "test", config, batch_size=9999)
-    made = [Transform(config)(original.images.picture(int(row))) for row in original.rows]
+    made = [ImageTransform(config)(original.images.picture(int(row))) for row in original.rows]
     assert torch.equal(torch.stack(made), batch.images)
 
 
 def test_an_image_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"broken\.png"):
-        Transform(digits_config())(tmp_path / "broken.png")
+        ImageTransform(digits_config())(tmp_path / "broken.png")
 
 
 # -------------------------------------------------------------------------------------------------------------- loading
