@@ -4,7 +4,7 @@ import contextlib
 import io
 import math
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
@@ -20,7 +20,7 @@ COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#33
 GREY, SILVER, INK, PALE, WRONG = "#666666", "#cccccc", "#222222", "#dde5ee", "#cc3311"
 MARKERS = "osD^vPX"
 DASHES = ("-", "--", ":", "-.")
-CROWD = 6  # more lines than this are not told apart in one panel: draw `panels`
+CROWD = 4  # more lines than this are not told apart in one panel: draw `panels`
 SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
 STYLE = {
     **{"font.size": 9, "axes.titlesize": 9.5, "axes.titlelocation": "left", "axes.edgecolor": INK, "text.color": INK},
@@ -81,24 +81,30 @@ def panels(figure: "Figure", count: int, columns: int = 4) -> list["Axes"]:
     return axes[:count]
 
 
-def legend_below(figure: "Figure", axis: "Axes") -> None:
-    """A legend of `axis` under the figure's axes, in as many columns as its width holds. Labels too long for a line are
-    wrapped, and the figure grows by the legend's height."""
-    handles, labels = axis.get_legend_handles_labels()
-    if not handles:
+def legend_below(figure: "Figure", axes: Iterable["Axes"]) -> None:
+    """A legend of everything named in `axes`, under the figure's axes, in as many columns as its width holds. Labels
+    too long for a line are wrapped, and the figure grows by the legend's height."""
+    named = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    if not named:
         return
+    labels = list(named)
     room = figure.get_figwidth() * figure.dpi * 0.98
     longest = max(map(len, labels))
     choices = [(columns, longest) for columns in range(len(labels), 0, -1)]
     choices += [(1, length) for length in range(longest - 5, 10, -5)]
     for columns, length in choices:
-        wrapped = ["\n".join(textwrap.wrap(label, max(length, 10))) for label in labels]
-        legend = figure.legend(handles, wrapped, loc="outside lower center", ncols=columns)
+        shown = [wrapped(label, max(length, 10)) for label in labels]
+        legend = figure.legend(list(named.values()), shown, loc="outside lower center", ncols=columns)
         extent = legend.get_window_extent()
         if extent.width <= room:
             break
         legend.remove()
     figure.set_figheight(figure.get_figheight() + extent.height / figure.dpi)
+
+
+def wrapped(text: str, width: int) -> str:
+    """The text in lines of at most `width` characters, where words allow it; its own lines stay."""
+    return "\n".join(line for part in text.split("\n") for line in textwrap.wrap(part, width))
 
 
 def save(figure: "Figure", path: Optional[Path] = None) -> Optional[str]:

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +22,7 @@ from dropkey.plotting import (
     save,
     style,
     subplots,
+    wrapped,
 )
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def entropy_figure(records: list[list[dict]], labels: list[str]) -> "Figure":
         figure, ((axis,),) = subplots(1, 1, (max(4.8, 1.6 + 0.42 * max(len(one[0]["layers"]) for one in records)), 3.2))
         draw_entropy(axis, records, labels)
         if len(records) > 1:
-            legend_below(figure, axis)
+            legend_below(figure, [axis])
     return figure
 
 
@@ -89,7 +89,7 @@ def entropy_panels(records: list[list[dict]], labels: list[str]) -> "Figure":
         for number, heads in enumerate(head_entropies(group), start=1):
             axis.plot([number] * len(heads), heads, "o", color=COLORS[0], alpha=0.45, markersize=3, markeredgewidth=0)
         axis.plot(range(1, len(own) + 1), own, "o-", color=COLORS[0], markersize=4, linewidth=1.8)
-        axis.set_title("\n".join(textwrap.wrap(label, 34)), fontsize=8.5)
+        axis.set_title(wrapped(label, 34), fontsize=8.5)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(axis="y")
     figure.supxlabel("attention layer", fontsize=9)

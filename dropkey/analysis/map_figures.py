@@ -1,7 +1,6 @@
 """The figures of attention over images: maps of runs, layers and heads; and runs side by side with their entropy."""
 
 import math
-import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
@@ -14,7 +13,7 @@ from torch import Tensor
 from dropkey.analysis.answers import Answer
 from dropkey.analysis.figures import draw_entropy
 from dropkey.analysis.maps import AttentionMaps
-from dropkey.plotting import GREY, WRONG, image_axis, looks, new_figure, save, style, subplots
+from dropkey.plotting import GREY, WRONG, image_axis, looks, new_figure, save, style, subplots, wrapped
 
 PIXELS = 224  # least width of an image in a figure of maps
 SCALE = "each map from 0 (black) to its own maximum (light)"
@@ -114,10 +113,6 @@ def enlarged(picture: Tensor) -> Tensor:
     """C H W to H W 3, pixels as squares, so that an image has `PIXELS` or more."""
     factor = max(1, math.ceil(PIXELS / picture.shape[-1]))
     return repeat(picture, "c h w -> (h i) (w j) c", i=factor, j=factor).expand(-1, -1, 3)
-
-
-def wrapped(text: str, width: int) -> str:
-    return "\n".join(line for part in text.split("\n") for line in textwrap.wrap(part, width))
 
 
 def overlay(image: Tensor, values: Tensor, largest: Optional[Tensor] = None) -> Tensor:
