@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "bernoulli": set(),
     "regularizers": {"bernoulli"},
     "plotting": {"errors", "metrics"},
+    "page": set(),
     "records": {"errors", "metrics"},
     "config": {"errors", "invocation"},
     "code_version": {"config"},
@@ -45,14 +46,14 @@ MAY_IMPORT = {
         *("provenance", "records", "seeds", "session", "tasks", "weights"),
     },
     "analysis": {
-        *("build", "code_version", "config", "engine", "errors", "patching", "plotting"),
+        *("build", "code_version", "config", "engine", "errors", "metrics", "page", "patching", "plotting"),
         *("provenance", "records", "regularizers", "schedules", "tasks", "weights"),
     },
     "commands": {
-        *("analysis", "cli", "config", "engine", "errors", "evaluation", "invocation", "records", "reproduction"),
-        *("session", "tasks"),
+        *("analysis", "cli", "config", "engine", "errors", "evaluation", "invocation", "metrics", "records"),
+        *("reproduction", "session", "tasks"),
     },
-    "reproduction": {"code_version", "config", "errors", "invocation", "metrics", "plotting", "records"},
+    "reproduction": {"code_version", "config", "errors", "invocation", "metrics", "page", "plotting", "records"},
 }
 FILES = [file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py"]
 

@@ -157,7 +157,7 @@ WRONG = {
     "output=${nope}": "output: Interpolation key 'nope' not found",
     "regularizer.ratio=1.0": "regularizer.ratio=1.0 must be in [0, 1)",
     "table=schedule": "a table is many runs: python scripts/reproduce.py run table=",
-    "init_from=/nowhere": "init_from=/nowhere does not exist",
+    "init_from=/nowhere": "init_from=/nowhere means no run",
     "seed=0,1": "add --multirun",
     "--config-dir nowhere": "nowhere",
     "--config-name nowhere": "nowhere",
@@ -519,7 +519,7 @@ def test_a_folder_is_known_by_its_path_and_a_named_set_is_not():
 def test_the_directory_names_what_a_person_looks_for():
     cfg = check(compose(["model=vit_9x192", "data=cifar100", "regularizer=dropout", "seed=3"]))
     name = identity.run_directory(cfg).name
-    assert name == f"vit_9x192-dropout-cifar100-s3-{identity.run_hash(cfg)}"
+    assert name == f"vit_9x192-dropout-0.1-cifar100-s3-{identity.run_hash(cfg)}"
 
 
 def test_a_saved_config_loads_to_the_same_run(tmp_path):

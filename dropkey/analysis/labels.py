@@ -49,19 +49,20 @@ def regularizer_label(cfg: TrainConfig) -> str:
 
 
 def file_stem(configs: list[TrainConfig]) -> str:
-    """Which runs a picture shows, for its file name: vit_4x64-none+dropkey-digits-s0+1-<hash over the runs>."""
+    """Which runs a picture shows, for its file name: vit_4x64-none+dropkey_0.1-digits-s0+1-<hash>, the hash
+    taken over the runs."""
     parts = [
-        "+".join(dict.fromkeys(name_of(cfg) for cfg in configs))
-        for name_of in (
-            identity.model_label,
-            lambda cfg: cfg.regularizer.name,
-            identity.data_label,
-            lambda cfg: f"s{cfg.seed}",
-        )
+        "+".join(dict.fromkeys(identity.model_label(cfg) for cfg in configs)),
+        "+".join(dict.fromkeys(regularizer_name(cfg) for cfg in configs)),
+        "+".join(dict.fromkeys(identity.data_label(cfg) for cfg in configs)),
+        "s" + "+".join(dict.fromkeys(str(cfg.seed) for cfg in configs)),
     ]
-    parts[-1] = "s" + parts[-1].replace("s", "")
     told = "-".join(parts)
     if len(told) > LONGEST:
         told = f"{len(configs)}-runs"
     hashes = " ".join(identity.run_hash(cfg) for cfg in configs)
     return f"{told}-{hashlib.sha256(hashes.encode()).hexdigest()[:6]}"
+
+
+def regularizer_name(cfg: TrainConfig) -> str:
+    return "none" if cfg.regularizer.name == "none" else f"{cfg.regularizer.name}_{cfg.regularizer.ratio:g}"

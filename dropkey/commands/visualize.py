@@ -7,10 +7,9 @@ gallery    one HTML page about a run: curves, entropy, maps, worst mistakes; int
 masks      keys dropped by DropKey, DropKey-Block and DropKey-Cross
 schedules  drop ratio over depth
 
-A run may be a pattern: run='runs/*-cifar10-*'. Exit codes as in train.
+A run is a path, name, hash, the beginning of one, or a pattern: run='*-cifar10-*'. Exit codes as in train.
 """
 
-import glob
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +17,13 @@ from typing import List, Optional
 
 from dropkey.config import identity
 from dropkey.config.check import in_range, require
+from dropkey.config.run_lookup import find_runs
 from dropkey.config.script_args import arg, parse, run_script
 from dropkey.metrics import Metric
 from dropkey.records import RunDirectory
 
 HEADS = ("rollout", "mean", "all")
 MOST = 8  # columns of compare
-
-
 ACTIONS = ("compare", "maps", "entropy", "gallery", "masks", "schedules")
 OF_RUNS = ACTIONS[:4]
 
@@ -33,10 +31,10 @@ OF_RUNS = ACTIONS[:4]
 @dataclass
 class Args:
     action: str = arg("", "what to draw", choices=ACTIONS)
-    run: List[str] = arg([], f"{', '.join(OF_RUNS)}: run directories or patterns, with commas")
+    run: List[str] = arg([], f"{', '.join(OF_RUNS)}: runs or patterns, with commas")
     images: List[int] = arg([], "compare, maps: positions in the test split, such as 0,5,7; empty: evenly over it")
-    head: str = arg("rollout", "maps: rollout over layers; or of one layer mean, all, or a head's number")
-    layer: int = arg(-1, "maps: the layer of a head, negative from the end")
+    head: str = arg("rollout", "rollout over layers; or of one layer mean, all (maps), or a head's number")
+    layer: int = arg(-1, "compare, maps: the layer of a head, from 0; negative from the end")
     root: Optional[str] = arg(None, "directory of the runs' images, if it has moved")
     ratio: float = arg(0.3, "masks, schedules: drop ratio")
     grid: int = arg(14, "masks: side of the grid of keys")
@@ -164,6 +162,7 @@ def gallery(args: Args) -> None:
     from dropkey.analysis.gallery import write_gallery
 
     require(len(args.run) == 1 or not args.output, "gallery writes a page into each run; output= takes a single run")
+    require(args.output.endswith(".html") or not args.output, f"output={args.output}: the name of a page ends in .html")
     for run in args.run:
         path = Path(args.output) if args.output else Path(run) / "gallery.html"
         write_gallery(run, path, args.root)
@@ -190,20 +189,12 @@ def schedules(args: Args) -> Path:
     return path
 
 
-def matching(run: str) -> list[str]:
-    """The run directories that a pattern means, or the one named."""
-    if not glob.has_magic(run):
-        return [run]
-    found = sorted(path for path in glob.glob(run) if (Path(path) / "checkpoints" / "last.pt").exists())
-    require(bool(found), f"run={run} matches no run that has trained")
-    return found
-
-
 def main(words: list[str]) -> None:
     args = parse(Args, words, __doc__)
     if args.action in OF_RUNS:
         require(bool(args.run), f"{args.action} takes run=<run directory>[,<another>]")
-        args.run = list(dict.fromkeys(run for pattern in args.run for run in matching(pattern)))
+        args.run = [str(run) for run in find_runs(",".join(args.run)) if (run / "checkpoints" / "last.pt").exists()]
+        require(bool(args.run), "none of these runs has trained")
     actions = (compare, maps, entropy, gallery, masks, schedules)
     path = {action.__name__: action for action in actions}[args.action](args)
     if path:

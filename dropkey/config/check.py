@@ -259,9 +259,18 @@ def check(cfg: TrainConfig) -> TrainConfig:
         f"trainer.batch_size={trainer.batch_size} is not divisible by processes x trainer.grad_accum_steps = {parts}",
     )
     if cfg.init_from is not None:
-        require(Path(cfg.init_from).exists(), f"init_from={cfg.init_from} does not exist")
+        cfg.init_from = start_of(cfg)
         require(not cfg.model.pretrained, "init_from and model.pretrained=true both give weights; take one")
     return cfg
+
+
+def start_of(cfg: TrainConfig) -> str:
+    """`init_from` as a path that exists."""
+    if Path(cfg.init_from).exists():
+        return cfg.init_from
+    from dropkey.config.run_lookup import find_run  # which composes configs
+
+    return str(find_run(cfg.init_from, cfg.output, key="init_from"))
 
 
 def check_evaluation(cfg: EvalConfig) -> EvalConfig:

@@ -57,7 +57,8 @@ def canonical(cfg: TrainConfig) -> dict[str, object]:
         keys["data.root"] = str(Path(cfg.data.root).resolve())
     if cfg.init_from is not None:
         start = Path(cfg.init_from).resolve()
-        keys["init_from"] = str(start) if start.is_file() else start.name  # tables name runs before they exist
+        by_hash = re.search(r"-([0-9a-f]{10})$", start.name)  # a run; tables name runs before they exist
+        keys["init_from"] = str(start) if start.is_file() else by_hash.group(1) if by_hash else start.name
     return keys
 
 
@@ -119,9 +120,16 @@ def evaluation_name(cfg: EvalConfig) -> str:
 
 
 def run_directory(cfg: TrainConfig) -> Path:
-    """<output>/<model>-<regularizer>-<data>-s<seed>-<hash>; every process of a job computes the same one."""
-    parts = (model_label(cfg), cfg.regularizer.name, data_label(cfg), f"s{cfg.seed}", run_hash(cfg))
-    return Path(cfg.output) / "-".join(parts)
+    """<output>/<model>-<regularizer>-<ratio>-<data>-s<seed>-<hash>; every process of a job computes the same one.
+
+    The hash alone identifies a run: a directory that ends in it is taken whatever its name (renamed, or of an earlier
+    version)."""
+    none = cfg.regularizer.name == "none"
+    regularizer = "none" if none else f"{cfg.regularizer.name}-{cfg.regularizer.ratio:g}"
+    name = "-".join((model_label(cfg), regularizer, data_label(cfg), f"s{cfg.seed}", run_hash(cfg)))
+    path = Path(cfg.output) / name
+    others = [] if path.exists() else [one for one in Path(cfg.output).glob(f"*-{run_hash(cfg)}") if one.is_dir()]
+    return min(others, default=path)
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> list[str]:

@@ -135,7 +135,7 @@ class TrainConfig:
     seed: int = 0  # initialisation, data order, augmentation, masks
     output: str = "runs"  # directory that holds run directories
     overwrite: bool = False  # start over, even where the run has a checkpoint or is finished
-    init_from: Optional[str] = None  # weights to start from: a run directory or a checkpoint file
+    init_from: Optional[str] = None  # weights to start from: a run (path, name or hash) or a checkpoint file
     task: TaskConfig = field(default_factory=TaskConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     regularizer: RegularizerConfig = field(default_factory=RegularizerConfig)
@@ -158,7 +158,7 @@ class EvaluationConfig:
 
 @dataclass
 class EvalConfig:
-    run: Optional[str] = None  # a run directory
+    run: Optional[str] = None  # a run: its path, name, hash, or the beginning of one
     checkpoint: Optional[str] = None  # or one checkpoint file of a run
     root: Optional[str] = None  # where the run's own data is now; null: where it was in training
     data: Optional[DataConfig] = None  # another data set of the same classes; null: the run's own
