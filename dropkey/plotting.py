@@ -155,7 +155,7 @@ def curves(records: list[dict], title: str, path: Path, split: str, metric: Metr
 def draw_loss(axis: "Axes", records: list[dict], split: str) -> None:
     for key, color, label in (("train_loss", COLORS[0], "training"), ("eval_loss", COLORS[1], split)):
         if points := over_epochs(records, key):
-            axis.plot(*zip(*points, strict=True), color=color, label=label)
+            axis.plot(*zip(*points, strict=True), "o-" if len(points) == 1 else "-", color=color, label=label)
     axis.set(xlabel="epoch", ylabel="loss")
     axis.legend()
     axis.grid()

@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from matplotlib.text import Text
 from torch import nn
 
 import runs
@@ -375,6 +376,15 @@ def test_each_map_shows_the_predicted_class_and_a_wrong_one_the_true_class_in_re
         assert good or (axis.get_xlabel().startswith("✗ ") and axis.get_xlabel().endswith(f", is {true}"))
         assert axis.spines["left"].get_visible() is not good
         assert (axis.xaxis.label.get_color() == map_figures.WRONG) is not good
+
+
+@pytest.mark.parametrize("images", ["0", "0,1,2,3,4,5,6,7"])
+def test_every_word_of_a_figure_of_maps_lies_within_it(images, two, monkeypatch):
+    figure = shown(monkeypatch, map_figures, "maps", f"run={','.join(two)}", f"images={images}", "head=all")
+    figure.draw_without_rendering()
+    for text in figure.findobj(Text):
+        box = text.get_window_extent()
+        assert not text.get_text() or figure.bbox.x0 <= box.x0 <= box.x1 <= figure.bbox.x1, text.get_text()
 
 
 def test_compare_has_a_row_per_image_a_column_per_run_and_their_entropy(two, monkeypatch):

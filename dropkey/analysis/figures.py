@@ -104,8 +104,10 @@ def head_entropies(group: list[dict]) -> list[list[float]]:
 
 
 def layer_ticks(kinds: list[str]) -> list[str]:
-    """Numbers of layers from 1; where kinds differ, each run of one kind has its name below the middle number."""
-    ticks = [str(number) for number in range(1, len(kinds) + 1)]
+    """Numbers of layers from 1, of more than 16 not all; where kinds differ, each run of one kind has its name below
+    the middle number."""
+    step = 1 + (len(kinds) - 1) // 16
+    ticks = ["" if number % step else str(number + 1) for number in range(len(kinds))]
     end = 0
     for kind, run in itertools.groupby(kinds) if len(set(kinds)) > 1 else ():
         begin, end = end, end + len(list(run))

@@ -127,21 +127,23 @@ def split_of(trained: Trained) -> str:
 
 def curves(trained: Trained) -> list[str]:
     """Loss and metric over epochs."""
-    records, drawn = trained.run.records(), []
-    for draw, more in ((draw_loss, ()), (draw_metric, (trained.task.metrics[0],))):
-        with style():
-            figure, ((axis,),) = subplots(1, 1, (4.8, 3.2))
-            draw(axis, records, split_of(trained), *more)
-        drawn.append(as_svg(figure))
-    return drawn
+    records, split = trained.run.records(), split_of(trained)
+    return [
+        chart(lambda axis: draw_loss(axis, records, split)),
+        chart(lambda axis: draw_metric(axis, records, split, trained.task.metrics[0])),
+    ]
 
 
 def entropy(trained: Trained, root: Optional[str]) -> str:
     record, _ = record_entropy(trained.run.path, root)
-    return as_svg(figures.entropy_figure([[record]], [""]))
+    return chart(lambda axis: figures.draw_entropy(axis, [[record]], [""]))
 
 
-def as_svg(figure) -> str:
+def chart(draw: Callable) -> str:
+    """What `draw` draws on an axis, as an address inside the page."""
+    with style():
+        figure, ((axis,),) = subplots(1, 1, (4.8, 3.2))
+        draw(axis)
     return data_uri(save(figure).encode(), "svg+xml")
 
 

@@ -52,7 +52,7 @@ def plot_maps(pictures: Tensor, titles: list[str], runs: list[Seen], path: Path)
             parts = [run.label] * (len(runs) > 1) + [run.maps.names[i]] * (len(run.maps.names) > 1 or len(runs) == 1)
             axis.set_ylabel("\n".join(wrapped(part, 22) for part in parts), fontsize=8)
         captions = [*dict.fromkeys(run.maps.caption for run in runs), f"{SCALE}; {FRAME}"]
-        figure.supxlabel("\n".join(captions), fontsize=8)
+        figure.supxlabel("\n".join(wrapped(text, int(15 * size[0])) for text in captions), fontsize=8)
         save(figure, path)
 
 
