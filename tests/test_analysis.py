@@ -4,6 +4,7 @@ import base64
 import json
 import math
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -435,6 +436,24 @@ def test_entropy_of_many_runs_is_legible(count):
     else:
         titles = [" ".join(axis.get_title(loc="left").split()) for axis in axes]
         assert titles == [f"{name}, 2 seeds" for name in names] and not figure.legends
+
+
+TEXT = (Path(__file__).parents[1] / "docs" / "pictures.md").read_text()
+COMMANDS = [shlex.split(line, comments=True)[2:] for line in re.findall(r"^python scripts/visualize.py .*$", TEXT, re.M)]
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_commands_of_the_page_on_pictures_work(words, two, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    places = {"$RUN": two[1], "runs/*-digits-*": f"{Path(two[0]).parent}/*"}
+    for name, place in places.items():
+        words = [word.replace(name, place) for word in words]
+    kind, _, file = said(capsys, *words)[-1].partition(" ")
+    assert kind in ("picture", "page") and Path(file).stat().st_size > 5000
+
+
+def test_the_page_on_pictures_shows_every_action():
+    assert {words[0] for words in COMMANDS} == set(visualize.ACTIONS)
 
 
 @pytest.mark.parametrize("words", [["masks", "ratio=0.2", "grid=7"], ["schedules", "layers=1"], ["schedules"]])
