@@ -365,8 +365,8 @@ def test_each_error_has_its_exit_code_and_survives_pickling(error, code, monkeyp
     copy = pickle.loads(pickle.dumps(failure))
     assert (type(copy), str(copy), copy.exit_code, copy.one_process) == (error, "why", code, True)
     failure.one_process = False
-    prefix = "" if error is Interrupted else "error: "
-    assert command_line(monkeypatch, capsys, task=fails({0: failure}, [])) == (code, "", f"{prefix}why\n")
+    text = "why; go on with: python train.py\n" if error is Interrupted else "error: why\n"
+    assert command_line(monkeypatch, capsys, task=fails({0: failure}, [])) == (code, "", text)
 
 
 def test_an_unexpected_exception_keeps_its_traceback(monkeypatch, capsys):
@@ -405,11 +405,15 @@ def test_a_mistake_in_one_job_is_found_before_the_first_begins(monkeypatch, caps
     assert "seed: Value 'many'" in error
 
 
-@pytest.mark.parametrize("stop, text", [(Interrupted("all saved", 2), "all saved\n"), (KeyboardInterrupt(), "")])
+@pytest.mark.parametrize(
+    "stop, text",
+    [(Interrupted("all saved", 2), "all saved; go on with: python train.py -m"), (KeyboardInterrupt(), "")],
+)
 def test_an_interruption_ends_a_multirun(stop, text, monkeypatch, capsys, tmp_path):
     seen = []
     words = ("-m", "seed=0,1", f"output={tmp_path}")
-    assert command_line(monkeypatch, capsys, *words, task=fails({0: stop}, seen)) == (130, "", text)
+    code, out, error = command_line(monkeypatch, capsys, *words, task=fails({0: stop}, seen))
+    assert (code, out) == (130, "") and error.startswith(text)
     assert seen == [0]
 
 

@@ -25,7 +25,7 @@ def main(cfg: DictConfig) -> None:
 
 
 def evaluate(cfg: EvalConfig) -> None:
-    if cfg.run is not None:
+    if cfg.run is not None and cfg.checkpoint is None:
         cfg.run = str(find_run(cfg.run))
     cfg = check_evaluation(cfg)
     directory = Path(cfg.run) if cfg.run else Path(cfg.checkpoint).resolve().parent.parent

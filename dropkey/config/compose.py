@@ -15,8 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dropkey.config.check import nearest
-from dropkey.config.identity import flatten
-from dropkey.config.schema import DataConfig, EvalConfig, TrainConfig
+from dropkey.config.schema import DataConfig, EvalConfig, TrainConfig, flatten
 from dropkey.errors import ConfigError
 from dropkey.invocation import invocation
 
@@ -24,7 +23,7 @@ PACKAGE = Path(__file__).parents[1]
 INSTALLED = (PACKAGE / "configs").exists()  # they travel in the wheel; in a checkout they are beside the package
 CONFIGS = (PACKAGE if INSTALLED else PACKAGE.parent) / "configs"
 SCHEMAS = {"train": TrainConfig, "eval": EvalConfig}
-FREE = ("task.args", "model.args", "optim.args")  # arguments of constructors, which the schema does not know
+FREE = ("task.args", "model.args", "optim.args", "optim.lr_scale")  # keys that the schema does not know
 REFUSALS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, AssertionError)  # of a composition
 
 

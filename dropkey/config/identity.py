@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dropkey.config.check import family
-from dropkey.config.schema import EvalConfig, TrainConfig
+from dropkey.config.schema import EvalConfig, TrainConfig, flatten
 
 # Keys that do not change the result: where files are, what is logged, how fast it runs.
 NO_EFFECT = (
@@ -23,17 +23,8 @@ NO_EFFECT = (
     "trainer.log_every",
     "trainer.find_unused_parameters",
 )
-
-
-def flatten(tree: dict, prefix: str = "") -> dict[str, object]:
-    """{'a': {'b': 1}} -> {'a.b': 1}"""
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        elif value != {}:
-            flat[prefix + key] = value
-    return flat
+# Keys that came later, at the value at which they change nothing: left out, so that earlier runs keep their hash.
+NEUTRAL = {"schedule.over": "depth", "optim.layer_decay": None}
 
 
 def has_no_effect(key: str) -> bool:
@@ -48,11 +39,13 @@ def canonical(cfg: TrainConfig) -> dict[str, object]:
     constant schedule.
     """
     keys = {key: value for key, value in flatten(asdict(cfg)).items() if not has_no_effect(key)}
+    keys = {key: value for key, value in keys.items() if key not in NEUTRAL or value != NEUTRAL[key]}
     if cfg.regularizer.name == "none":
         keys = {k: v for k, v in keys.items() if not k.startswith(("regularizer.", "schedule."))}
         keys["regularizer.name"] = "none"
     elif cfg.schedule.name == "constant":
         del keys["schedule.end"]
+        keys.pop("schedule.over", None)
     if cfg.data.name == "folder":  # a folder is identified by its path, a named data set is the same anywhere
         keys["data.root"] = str(Path(cfg.data.root).resolve())
     if cfg.init_from is not None:
@@ -88,6 +81,17 @@ def model_label(cfg: TrainConfig) -> str:
 def data_label(cfg: TrainConfig | EvalConfig) -> str:
     name = cfg.data.name if cfg.data.name != "folder" else Path(cfg.data.root).resolve().name
     return re.sub(r"[^\w.]+", "_", name) or "folder"
+
+
+def regularizer_label(cfg: TrainConfig) -> str:
+    """dropkey 0.3 decreasing, dropkey_block 0.1 constant (window 3), no regularizer."""
+    regularizer, schedule = cfg.regularizer, cfg.schedule
+    if regularizer.name == "none":
+        return "no regularizer"
+    window = "" if regularizer.window is None else f" (window {regularizer.window})"
+    end = f" to {schedule.end:g}" if schedule.end and schedule.name != "constant" else ""
+    over = " over training" if schedule.over == "training" and schedule.name != "constant" else ""
+    return f"{regularizer.name} {regularizer.ratio:g} {schedule.name}{end}{over}{window}"
 
 
 def training_facts(cfg: TrainConfig) -> str:
