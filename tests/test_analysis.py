@@ -439,7 +439,8 @@ def test_entropy_of_many_runs_is_legible(count):
 
 
 TEXT = (Path(__file__).parents[1] / "docs" / "pictures.md").read_text()
-COMMANDS = [shlex.split(line, comments=True)[2:] for line in re.findall(r"^python scripts/visualize.py .*$", TEXT, re.M)]
+LINES = re.findall(r"^python scripts/visualize.py .*$", TEXT, re.M)
+COMMANDS = [shlex.split(line, comments=True)[2:] for line in LINES]
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
