@@ -22,8 +22,9 @@ MAY_IMPORT = {
     "bernoulli": set(),
     "regularizers": {"bernoulli"},
     "plotting": {"errors", "metrics"},
+    "page": set(),
     "records": {"errors", "metrics"},
-    "config": {"errors", "invocation"},
+    "config": {"errors", "invocation", "records"},
     "code_version": {"config"},
     "cli": {"config", "errors"},
     "data": {"config", "errors", "seeds"},
@@ -49,15 +50,17 @@ MAY_IMPORT = {
     },
     "exporting": {"config", "errors", "loading", "records", "tasks"},
     "analysis": {
-        *("build", "code_version", "config", "engine", "errors", "patching", "plotting"),
+        *("build", "code_version", "config", "engine", "errors", "metrics", "page", "patching", "plotting"),
         *("provenance", "records", "regularizers", "schedules", "tasks", "weights"),
     },
     "api": {"commands", "config", "loading", "records"},
+    "multirun": {"config", "run_table"},
+    "run_table": {"config", "errors", "metrics", "records"},
     "commands": {
         *("analysis", "cli", "config", "engine", "errors", "evaluation", "exporting", "invocation", "loading"),
-        *("records", "reproduction", "session", "tasks"),
+        *("metrics", "multirun", "records", "reproduction", "run_table", "session", "tasks"),
     },
-    "reproduction": {"code_version", "config", "errors", "invocation", "metrics", "plotting", "records"},
+    "reproduction": {"code_version", "config", "errors", "invocation", "metrics", "page", "plotting", "records"},
 }
 FILES = [file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py"]
 
