@@ -30,7 +30,7 @@ def run(monkeypatch, capsys, *words: str) -> tuple[object, str, str]:
 # ------------------------------------------------------------------------------------------------------ the program
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if COMMANDS[name].script])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_a_module_and_its_script_starts_the_same(name, monkeypatch):
     module = importlib.import_module(f"dropkey.commands.{name}")
     spec = importlib.util.spec_from_file_location("script", ROOT / COMMANDS[name].script)

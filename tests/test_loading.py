@@ -1,10 +1,9 @@
-"""A trained run as a model: dropkey.load, dropkey predict, dropkey export, docs/models.md."""
+"""A trained run as a model: dropkey.load, dropkey predict, dropkey export. Their commands in docs/models.md: test_readme.py."""
 
 import csv
 import dataclasses
 import json
 import re
-import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -29,7 +28,6 @@ from dropkey.datasets import load as load_data
 from dropkey.errors import ConfigError, DataError, RunError, StorageError
 from dropkey.tasks.preprocessing import ImageTransform
 
-ROOT = Path(__file__).parents[1]
 T2T = ("model=t2t_vit_small_image", "model.mlp_ratio=2", "data.image_size=16", "trainer.max_steps=1")
 FOLDER = ("data=folder", "data.image_size=12", "model.patch_size=3", "trainer.batch_size=8", "data.num_workers=0")
 
@@ -507,39 +505,3 @@ def test_a_model_that_torch_cannot_capture_ends_in_one_line(digits, tmp_path):
     trained.model.forward = lambda x: x if x.sum() > 0 else -x
     with pytest.raises(ConfigError, match=r"torch\.export cannot capture vit_tiny_patch16_224: \S.*"):
         exporting.export(trained, "torch_export", tmp_path / "out.pt2")
-
-
-# ------------------------------------------------------------------------------------------------------- docs/models.md
-
-TEXT = (ROOT / "docs" / "models.md").read_text()
-LINES = [line for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S) for line in block.splitlines()]
-COMMANDS = {"predict": predict, "export": export}
-
-
-@pytest.fixture
-def place(digits, pictures, tmp_path, monkeypatch) -> Path:
-    """A directory in which the commands of the documentation have what they name."""
-    (tmp_path / "more").mkdir()
-    (pictures / "broken.png").unlink()
-    shutil.copy(pictures / "0.png", tmp_path / "more")
-    shutil.copytree(digits.path, tmp_path / "runs" / "vit_4x64-dropkey-0.3-digits-s0-0123456789")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.mark.parametrize("line", LINES)
-def test_the_commands_of_the_documentation_work(line, place, capsys):
-    words = shlex.split(line, comments=True)
-    assert words[:3] == ["python", "-m", "dropkey"]
-    needs_onnx("onnx" if "format=onnx" in words else "")
-    assert not COMMANDS[words[3]].main(words[4:])
-    assert capsys.readouterr().out
-
-
-def test_the_python_of_the_documentation_works(place, capsys):
-    first, second = re.findall(r"```python\n(.*?)```", TEXT, re.S)
-    exec(compile(first, "docs/models.md", "exec"), {})
-    export.main(["run=vit_4x64", "output=digits"])
-    exec(compile(second, "docs/models.md", "exec"), {})
-    (*_, label) = capsys.readouterr().out.splitlines()
-    assert label.isdigit()
