@@ -1,4 +1,4 @@
-"""A trained run as a model: dropkey.load, dropkey predict, dropkey export. Their commands in docs/models.md: test_readme.py."""
+"""A trained run as a model: dropkey.load, dropkey predict, dropkey export. For docs/models.md see test_readme.py."""
 
 import csv
 import dataclasses
