@@ -22,7 +22,7 @@ from dropkey.engine.evaluate import evaluate
 from dropkey.engine.optim import build_autocast, duration
 from dropkey.engine.progress import Progress
 from dropkey.engine.trainer import Trainer
-from dropkey.errors import ConfigError, Diverged, Interrupted, RunError, StorageError
+from dropkey.errors import ConfigError, Diverged, Interrupted, PeerLost, RunError, StorageError
 from dropkey.provenance import device_name, git_commit, peak_memory_mib, versions
 from dropkey.records import RunDirectory
 from dropkey.tasks.base import Task
@@ -164,7 +164,7 @@ def one_line_errors(cfg: TrainConfig, run: RunDirectory) -> Iterator[None]:
     except RuntimeError as error:
         if not is_loss_of_a_peer(error):
             raise
-        raise RunError("another process of this job ended, for the reason it gives; this one stops too") from None
+        raise PeerLost("another process of this job ended, for the reason it gives; this one stops too") from None
 
 
 @contextlib.contextmanager
