@@ -55,7 +55,7 @@ def train(cfg: TrainConfig, run: RunDirectory) -> dict:
             progress.info(weights.start_from(model, cfg.init_from))
 
         # 2. Where people see it.
-        watched = "test" if data.val is None else "val"
+        watched = progress.split = "test" if data.val is None else "val"
         introduce(cfg, run, task, data, model, report, dist, progress)
         tracker = tracking.start(cfg, run.path, progress.info) if dist.is_main else tracking.NoOpTracker()
 

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from dropkey import cli
 from dropkey.config.check import check
 from dropkey.config.compose import CONFIGS, register_schemas, typed
+from dropkey.config.device import check_device
 from dropkey.config.identity import run_directory
 from dropkey.config.schema import TrainConfig
 from dropkey.engine import tracking
@@ -49,6 +50,7 @@ def train(cfg: TrainConfig) -> float:
     elif run.status().get("state") == "diverged" and not cfg.overwrite:
         raise Diverged(f"{run.path} diverged before: {run.status()['reason']}; overwrite=true trains it again")
     else:
+        check_device("trainer.device", cfg.trainer.device)
         from dropkey import session  # imports torch and timm: seconds, so after the checks
 
         try:

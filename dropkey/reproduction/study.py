@@ -11,6 +11,7 @@ from typing import Optional
 from rich.console import Console
 
 from dropkey.config.check import require
+from dropkey.config.device import check_device
 from dropkey.errors import ConfigError
 from dropkey.invocation import invocation
 from dropkey.records import clock
@@ -174,6 +175,9 @@ class Study:
             launcher.slots = slurm.queue_slots(args.jobs, args.gpus_per_run, int(args.slurm.get("cpus_per_task", 1)))
         else:
             launcher.slots = slots.slots(args.jobs, args.gpus, args.per_gpu, args.gpus_per_run)
+            for job in jobs:
+                if state(job)[0] != DONE and job not in recorded:
+                    check_device("trainer.device", job.config.trainer.device)
         outdated = {} if args.mixed else planning.outdated(jobs, recorded, args.retry)
         if outdated and args.outdated == "refuse":
             raise ConfigError(
