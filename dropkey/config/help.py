@@ -30,7 +30,8 @@ def two_columns(pairs: Iterable[tuple[str, str]], left: int = LEFT) -> str:
         if len(name) > left:
             lines.append(f"  {name}")
             name = ""
-        lines += [f"  {word:<{left}}  {part}".rstrip() for word, part in zip([name, *[""] * len(text)], text)]
+        names = [name, *[""] * (len(text) - 1)]
+        lines += [f"  {word:<{left}}  {part}".rstrip() for word, part in zip(names, text, strict=True)]
     return "\n".join(lines)
 
 
