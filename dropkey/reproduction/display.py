@@ -28,7 +28,8 @@ MARKS = {
 }
 SHOWN = 8  # seeds with a mark each
 GAP = 2  # blanks between columns
-NARROWEST = 20  # columns of a row's name, which may be cut to these
+NARROWEST = 20  # columns of a row's name in a plan, which may be cut to these
+SHORTEST = 12  # the same in an event's line
 LEGEND = "  ".join(f"{mark} {name}" for name, (mark, _) in MARKS.items())
 
 
@@ -147,7 +148,7 @@ def watch(console: Console, others: Sequence[Job] = ()) -> Callable[[Launcher, s
         label = " · ".join([row, *seed])
         if console.is_terminal or "COLUMNS" in os.environ:  # in a file, lines may be long
             room = console.width - len(f"{word:<6} ") - len(end) - (len(label) - len(row))
-            label = " · ".join([cut(row, max(room, NARROWEST)), *seed])
+            label = " · ".join([cut(row, max(room, SHORTEST)), *seed])
         console.print(f"{word:<6} {label}{end}")
         if one.state in (FAILED, DIVERGED):
             console.print("\n".join(describe(one.job, one.state, one.reason).split("\n")[1:]))

@@ -12,7 +12,7 @@ from dropkey.records import RunDirectory
 from dropkey.reproduction.jobs import Job, share_left
 
 STARTUP = 10.0  # seconds around the epochs (imports, reading data, the last evaluation) while none is measured
-LONGEST_STARTUP = 300.0  # above, a run has waited in a queue or was interrupted
+LONGEST_STARTUP = 300.0  # above, a job has waited in Slurm's queue
 COST = ("task.", "model.", "data.", "augment.", "trainer.")  # the keys that decide the time of an epoch
 FORWARD = 0.4  # time per sample of an evaluation / of a training step
 
@@ -38,8 +38,8 @@ class Forecast:
                     found[key].append(seconds / done / work(job))
                     if summary:
                         self.summaries.setdefault(key, summary)
-                if summary and (wall := wall_seconds(job)) is not None:
-                    starts.append(wall - seconds)
+                if summary and job.claim.exists():
+                    starts += [float(took) - seconds for took in job.claim.read_text().split()]
             self.paces = {key: median(values) for key, values in found.items()} | self.paces
         self.startup = median([s for s in starts if 0 <= s <= LONGEST_STARTUP] or [STARTUP])
 
@@ -80,15 +80,6 @@ def work(job: Job) -> float:
     """Epochs x images x blocks, as far as the config says how many; comparable where a key is shared."""
     config = job.config
     return config.trainer.epochs * (config.data.max_train_samples or 1) * (config.model.depth or 1)
-
-
-def wall_seconds(job: Job) -> Optional[float]:
-    """From the job's last start by a launcher to its result."""
-    files = job.claim, job.run / job.result
-    if not all(file.exists() for file in files):
-        return None
-    start, end = (file.stat().st_mtime for file in files)
-    return end - start
 
 
 def makespan(todo: Sequence[tuple[Job, float]], slots: int) -> float:

@@ -47,7 +47,7 @@ class Job:
 
     @property
     def claim(self) -> Path:
-        """Locked by the launcher that runs the job; written when it starts."""
+        """Locked by the launcher that runs the job; then holds the seconds that it took, if it was not interrupted."""
         return self.run / f".claim-{Path(self.result).stem}"
 
     @property

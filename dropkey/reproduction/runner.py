@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import os
 import signal
 import subprocess
 import time
@@ -164,6 +163,8 @@ class Launcher:
             one.leave_to_other()
         elif found in (DONE, DIVERGED):
             one.state, one.reason = found, reason
+            if one.share_left == 1:
+                one.job.claim.write_text(f"{time.monotonic() - one.started:.1f}")
         else:
             saved = not one.job.evaluation and RunDirectory(one.job.run).status().get("state") == INTERRUPTED
             if not saved and found != FAILED:
@@ -212,7 +213,6 @@ def claimed(job: Job) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise Busy(f"{job.label} is being run by another launcher") from None
-        os.utime(file.fileno())
         yield
 
 

@@ -196,7 +196,7 @@ class Study:
         states = launcher.run(display.watch(self.console, tuned))
         left = [one for one in states if one.state != DONE]
         for one in left:
-            if one.state != runner.WAITING:  # stopped before its turn
+            if one.state in (FAILED, DIVERGED):
                 self.console.print(display.describe(one.job, one.state, one.reason))
         return left, launcher.stopped
 
