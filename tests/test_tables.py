@@ -318,9 +318,11 @@ def test_an_interrupted_run_needs_only_what_is_left(mini_jobs):
     finish(row(mini_jobs, "none"))
     job = row(mini_jobs, "dropkey")
     RunDirectory(job.run).set_status("interrupted")
-    RunDirectory(job.run).append({"kind": "epoch", "step": 1, "epoch": job.config.trainer.epochs - 5, "seconds": 9.0})
+    epochs = job.config.trainer.epochs
+    done = {"epoch": epochs - 5, "seconds": 50.0 * (epochs - 5) / epochs}
+    RunDirectory(job.run).append({"kind": "epoch", "step": 1, **done})
     seconds, size, _ = planning.estimate([row(mini_jobs, "none"), job])
-    assert seconds == pytest.approx(50 * 5 / job.config.trainer.epochs + forecast.STARTUP) and size == 0
+    assert seconds == pytest.approx(50 * 5 / epochs + forecast.STARTUP) and size == 0
 
 
 # ---------------------------------------------------------------------------------------------------------- slots
