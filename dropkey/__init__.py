@@ -10,6 +10,8 @@ import importlib
 
 __version__ = "0.1.0"
 _HOME = {
+    "train": "dropkey.api",
+    "compose": "dropkey.config.compose",
     "attention": "dropkey.operator",
     "apply": "dropkey.patching",
     "undo": "dropkey.patching",

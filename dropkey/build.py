@@ -1,9 +1,11 @@
 """The regularized model of a task, from the config."""
 
+from typing import Callable
+
 import torch
 from torch import nn
 
-from dropkey import patching
+from dropkey import patching, schedules
 from dropkey.config.schema import TrainConfig
 from dropkey.engine.distributed import DistContext
 from dropkey.errors import ConfigError
@@ -40,7 +42,7 @@ def regularize(model: nn.Module, cfg: TrainConfig) -> patching.Report:
             model,
             regularizer.name,
             regularizer.ratio,
-            schedule.name,
+            schedule.name if schedule.over == "depth" else "constant",
             end=schedule.end,
             window=regularizer.window,
             layers=tuple(regularizer.layers),
@@ -68,6 +70,29 @@ def try_grids(task: Task, model: nn.Module, batch) -> None:
         raise ConfigError(f"regularizer.window: {error}; take regularizer=dropkey for this model") from None
     finally:
         model.train(mode)
+
+
+def last_ratio(cfg: TrainConfig) -> float:
+    """The peak ratio at the end of training."""
+    ramps = cfg.schedule.over == "training" and cfg.schedule.name == "decreasing"
+    return cfg.schedule.end if ramps else cfg.regularizer.ratio
+
+
+def microbatch_hook(cfg: TrainConfig, model: nn.Module, steps: int) -> Callable[[int, int], None]:
+    """What a training of so many steps calls before each forward pass, with the step and the number of the
+    microbatch: it seeds masks, and sets the ratio where that follows the steps."""
+    ramps = cfg.schedule.over == "training" and cfg.regularizer.name != "none"
+    values = schedules.ratios(cfg.schedule.name, cfg.regularizer.ratio, cfg.schedule.end, steps) if ramps else None
+    latest = None
+
+    def prepare(step: int, microbatch: int) -> None:
+        nonlocal latest
+        if ramps and step != latest:
+            patching.set_ratio(model, values[step])
+            latest = step
+        seed_microbatch(cfg.seed, model, step, microbatch)
+
+    return prepare
 
 
 def seed_microbatch(seed: int, model: nn.Module, step: int, microbatch: int) -> None:

@@ -4,7 +4,7 @@ import copy
 from pathlib import Path
 
 from dropkey import datasets, patching, tasks, weights
-from dropkey.build import build_regularized
+from dropkey.build import build_regularized, last_ratio
 from dropkey.code_version import code_of
 from dropkey.config import identity
 from dropkey.config.schema import EvalConfig, TrainConfig
@@ -54,8 +54,9 @@ def evaluate_run(cfg: EvalConfig, trained: TrainConfig, directory: Path) -> tupl
         if options.monte_carlo == 0:
             result = evaluate(predict, scores, loader, dist, autocast=autocast)
         else:
-            if trained.regularizer.name == "none" or trained.regularizer.ratio == 0:
+            if trained.regularizer.name == "none" or last_ratio(trained) == 0:
                 raise ConfigError(f"eval.monte_carlo={options.monte_carlo}: this run has no regularizer to keep on")
+            patching.set_ratio(model, last_ratio(trained))
 
             def reseed(batch: int, index: int) -> None:
                 patching.seed_masks(model, derive_seed(trained.seed, "monte carlo", batch, index, dist.rank))

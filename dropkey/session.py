@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dropkey import plotting, tasks, weights
-from dropkey.build import build_regularized, seed_microbatch
+from dropkey.build import build_regularized, microbatch_hook
 from dropkey.code_version import code_of
 from dropkey.config import compose, identity
 from dropkey.config.schema import TrainConfig
@@ -50,7 +50,7 @@ def train(cfg: TrainConfig, run: RunDirectory) -> dict:
         if dist.any(stop.number != 0)[0]:
             raise stop.interrupted(f"interrupted before the first step of {run.path}, nothing is lost")
         train_loader = task.train_loader(data, dist)
-        _, progress.epochs = duration(cfg.trainer.epochs, cfg.trainer.max_steps, len(train_loader))
+        steps, progress.epochs = duration(cfg.trainer.epochs, cfg.trainer.max_steps, len(train_loader))
         if cfg.init_from is not None and not resumes:
             progress.info(weights.start_from(model, cfg.init_from))
 
@@ -67,7 +67,7 @@ def train(cfg: TrainConfig, run: RunDirectory) -> dict:
                 model=model,
                 train_loader=train_loader,
                 eval_loader=task.eval_loader(data, watched, dist),
-                seed_microbatch=lambda step, microbatch: seed_microbatch(cfg.seed, model, step, microbatch),
+                seed_microbatch=microbatch_hook(cfg, model, steps),
                 options=cfg.trainer,
                 optim=cfg.optim,
                 run=run,
@@ -194,6 +194,8 @@ def introduce(cfg, run, task, data, model, report, dist, progress) -> None:
     progress.info(f"model  {cfg.model.name}, {weights.parameter_count(model):,} parameters{patch}")
     progress.info(f"data   {cfg.data.name}: {task.describe_data(data)}")
     progress.info(f"device {processes}{dist.device.type}, amp {cfg.trainer.amp}")
+    if cfg.schedule.over == "training" and cfg.regularizer.name != "none":
+        progress.info(f"ratio  {identity.regularizer_label(cfg)}, in all layers alike")
     progress.info(str(report))
 
 

@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "engine": {"config", "errors", "metrics", "records", "seeds"},
     "weights": {"engine", "errors"},
     "provenance": {"__version__", "engine", "records"},
-    "build": {"config", "engine", "errors", "operator", "patching", "regularizers", "seeds", "tasks"},
+    "build": {"config", "engine", "errors", "operator", "patching", "regularizers", "schedules", "seeds", "tasks"},
     "session": {
         *("build", "code_version", "config", "engine", "errors", "plotting", "provenance"),
         *("records", "tasks", "weights"),
@@ -48,6 +48,7 @@ MAY_IMPORT = {
         *("build", "code_version", "config", "engine", "errors", "patching", "plotting"),
         *("provenance", "records", "regularizers", "schedules", "tasks", "weights"),
     },
+    "api": {"commands", "config", "loading", "records"},
     "commands": {
         *("analysis", "cli", "config", "engine", "errors", "evaluation", "invocation", "records", "reproduction"),
         *("session", "tasks"),

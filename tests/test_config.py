@@ -159,7 +159,7 @@ WRONG = {
     "output=${nope}": "output: Interpolation key 'nope' not found",
     "regularizer.ratio=1.0": "regularizer.ratio=1.0 must be in [0, 1)",
     "table=schedule": "a table is many runs: python scripts/reproduce.py run table=",
-    "init_from=/nowhere": "init_from=/nowhere does not exist",
+    "init_from=/nowhere": "init_from=/nowhere means no run",
     "seed=0,1": "add --multirun",
     "--config-dir nowhere": "nowhere",
     "--config-name nowhere": "nowhere",
@@ -412,8 +412,8 @@ def test_each_error_has_its_exit_code_and_survives_pickling(error, code, monkeyp
     copy = pickle.loads(pickle.dumps(failure))
     assert (type(copy), str(copy), copy.exit_code, copy.one_process) == (error, "why", code, True)
     failure.one_process = False
-    prefix = "" if error is Interrupted else "error: "
-    assert command_line(monkeypatch, capsys, task=fails({0: failure}, [])) == (code, "", f"{prefix}why\n")
+    text = "why; go on with: python train.py\n" if error is Interrupted else "error: why\n"
+    assert command_line(monkeypatch, capsys, task=fails({0: failure}, [])) == (code, "", text)
 
 
 def test_an_unexpected_exception_keeps_its_traceback(monkeypatch, capsys):
@@ -452,11 +452,15 @@ def test_a_mistake_in_one_job_is_found_before_the_first_begins(monkeypatch, caps
     assert "seed: Value 'many'" in error
 
 
-@pytest.mark.parametrize("stop, text", [(Interrupted("all saved", 2), "all saved\n"), (KeyboardInterrupt(), "")])
+@pytest.mark.parametrize(
+    "stop, text",
+    [(Interrupted("all saved", 2), "all saved; go on with: python train.py -m"), (KeyboardInterrupt(), "")],
+)
 def test_an_interruption_ends_a_multirun(stop, text, monkeypatch, capsys, tmp_path):
     seen = []
     words = ("-m", "seed=0,1", f"output={tmp_path}")
-    assert command_line(monkeypatch, capsys, *words, task=fails({0: stop}, seen)) == (130, "", text)
+    code, out, error = command_line(monkeypatch, capsys, *words, task=fails({0: stop}, seen))
+    assert (code, out) == (130, "") and error.startswith(text)
     assert seen == [0]
 
 
@@ -573,7 +577,7 @@ def test_a_folder_is_known_by_its_path_and_a_named_set_is_not():
 def test_the_directory_names_what_a_person_looks_for():
     cfg = check(compose(["model=vit_9x192", "data=cifar100", "regularizer=dropout", "seed=3"]))
     name = identity.run_directory(cfg).name
-    assert name == f"vit_9x192-dropout-cifar100-s3-{identity.run_hash(cfg)}"
+    assert name == f"vit_9x192-dropout-0.1-cifar100-s3-{identity.run_hash(cfg)}"
 
 
 def test_a_saved_config_loads_to_the_same_run(tmp_path):

@@ -221,7 +221,7 @@ def starts(tmp_path) -> list[str]:
 def test_run_refuses_to_add_to_outdated_runs_before_it_trains(outdated, tmp_path):
     with pytest.raises(ConfigError) as error:
         reproduce.main(["run", *outdated])
-    assert "1 finished runs cannot be compared with new runs: vit_2x32-dropkey-digits-s0-" in str(error.value)
+    assert "1 finished runs cannot be compared with new runs: vit_2x32-dropkey-0.3-digits-s0-" in str(error.value)
     assert "because the code of engine has changed" in str(error.value)
     assert all(way in str(error.value) for way in ("outdated=retrain", "mixed=true", "output="))
     assert starts(tmp_path) == []
@@ -229,7 +229,7 @@ def test_run_refuses_to_add_to_outdated_runs_before_it_trains(outdated, tmp_path
 
 def test_plan_names_outdated_runs(outdated, capsys):
     reproduce.main(["plan", *outdated])
-    assert "cannot be compared with new runs: vit_2x32-dropkey-digits-s0-" in capsys.readouterr().out
+    assert "cannot be compared with new runs: vit_2x32-dropkey-0.3-digits-s0-" in capsys.readouterr().out
 
 
 def test_outdated_runs_are_trained_again_on_request(outdated, tmp_path):

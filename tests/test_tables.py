@@ -401,14 +401,14 @@ def test_runs_that_raise_exit_die_or_diverge_leave_the_others_going(six, tmp_pat
 
 
 def test_what_depends_on_a_failed_run_says_so(mini, tmp_path, stand_in, monkeypatch):
-    monkeypatch.setenv("BEHAVIOUR", '{"dropkey-digits": "exit"}')
+    monkeypatch.setenv("BEHAVIOUR", '{"-dropkey-": "exit"}')
     jobs = launched(tables.load(str(mini), "smoke", (0,)), tmp_path / "runs")
     assert sum("it needs" in job.reason for job in jobs.values()) == 2
     assert collections.Counter(job.state for job in jobs.values()) == {DONE: 1, FAILED: 3}
 
 
 def test_a_run_that_somebody_stops_is_left_to_be_resumed_and_so_is_what_needs_it(mini, tmp_path, stand_in, monkeypatch):
-    monkeypatch.setenv("BEHAVIOUR", '{"dropkey-digits": "stop"}')
+    monkeypatch.setenv("BEHAVIOUR", '{"-dropkey-": "stop"}')
     table = tables.load(str(mini), "smoke", (0,))
     jobs = launched(table, tmp_path / "runs")
     assert collections.Counter(job.state for job in jobs.values()) == {DONE: 1, INTERRUPTED: 3}

@@ -327,9 +327,10 @@ def test_harmless_keys_may_change_between_sessions(tmp_path, monkeypatch):
 def test_interruption_says_how_to_go_on(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "seed=0", "overwrite=true", "logger.tags=[a b]"])
     runs.on_step(monkeypatch, 2, runs.send(2))
-    with pytest.raises(
-        Interrupted, match=r"all saved in .*; go on with: python train.py seed=0 'logger.tags="
-    ) as error:
+    with (
+        pytest.raises(Interrupted, match=r"all saved in .*; go on with: python train.py seed=0 'logger.tags=") as error,
+        training.way_on(),
+    ):
         training.train(runs.config(tmp_path))
     assert "overwrite" not in str(error.value)
     assert error.value.exit_code == 130

@@ -1,4 +1,4 @@
-"""Evaluates a run: dropkey eval run=runs/<directory> [eval.split=val] [eval.monte_carlo=16] [data=...].
+"""Evaluates a run: dropkey eval run=<run> [eval.split=val] [eval.monte_carlo=16] [data=...].
 
 The result is printed and written as JSON into the run directory. Exit codes as in train.
 """
@@ -12,6 +12,7 @@ from dropkey import cli
 from dropkey.config.check import check_evaluation
 from dropkey.config.compose import CONFIGS, load, register_schemas, typed
 from dropkey.config.device import check_device
+from dropkey.config.run_lookup import find_run
 from dropkey.config.schema import EvalConfig
 from dropkey.errors import ConfigError
 
@@ -25,6 +26,8 @@ def main(cfg: DictConfig) -> None:
 
 
 def evaluate(cfg: EvalConfig) -> None:
+    if cfg.run is not None and cfg.checkpoint is None:
+        cfg.run = str(find_run(cfg.run))
     cfg = check_evaluation(cfg)
     directory = Path(cfg.run) if cfg.run else Path(cfg.checkpoint).resolve().parent.parent
     if not (directory / "config.yaml").exists():

@@ -129,5 +129,5 @@ def search(words: list[str]) -> None:
 def start() -> None:
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # the heartbeat
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    with cli.command():
+    with cli.command(), train.way_on():
         print(as_started(__doc__)) if {"-h", "--help"} & set(sys.argv) else search(sys.argv[1:])

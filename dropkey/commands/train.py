@@ -4,9 +4,11 @@ Exit codes: 0 done, 2 config, 3 data, 4 diverged, 5 storage, 6 another process i
 130 / 143 interrupted and saved.
 """
 
+import contextlib
 import os
 import shlex
 import sys
+from typing import Iterator
 
 import hydra
 from omegaconf import DictConfig
@@ -27,7 +29,7 @@ register_schemas()
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")
 def main(cfg: DictConfig) -> float:
-    with cli.job():
+    with cli.job(), way_on():
         return train(typed(cfg))
 
 
@@ -53,11 +55,7 @@ def train(cfg: TrainConfig) -> float:
         check_device("trainer.device", cfg.trainer.device)
         from dropkey import session  # imports torch and timm: seconds, so after the checks
 
-        try:
-            summary = session.train(cfg, run)
-        except Interrupted as stopped:
-            message, number = stopped.args
-            raise Interrupted(f"{message}; go on with: {this_command()}", number) from None
+        summary = session.train(cfg, run)
         if cli.is_first():
             print_result(summary)
             averaged = "" if cfg.regularizer.name == "none" else " eval.monte_carlo=16"
@@ -65,8 +63,17 @@ def train(cfg: TrainConfig) -> float:
     return summary["objective"]
 
 
+@contextlib.contextmanager
+def way_on() -> Iterator[None]:
+    """An interruption then names the command line that goes on: as it was given, without overwrite=true."""
+    try:
+        yield
+    except Interrupted as stopped:
+        message, number = stopped.args
+        raise Interrupted(f"{message}; go on with: {this_command()}", number) from None
+
+
 def this_command() -> str:
-    """The command line that continues this run: as it was given, without overwrite=true."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
     start = invocation(processes=int(os.environ.get("LOCAL_WORLD_SIZE", processes)))
     words = [word for word in sys.argv[1:] if not word.lstrip("+").lower().startswith("overwrite=")]

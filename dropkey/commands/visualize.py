@@ -5,10 +5,9 @@ entropy    entropy of attention over depth, as table, record and plot: run=<run>
 masks      keys dropped by DropKey, DropKey-Block and DropKey-Cross
 schedules  drop ratio over depth
 
-A run may be a pattern: run='runs/*-cifar10-*'. Exit codes as in train.
+A run is a path, name, hash, the beginning of one, or a pattern: run='*-cifar10-*'. Exit codes as in train.
 """
 
-import glob
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import List, Optional
 
 from dropkey.config import identity
 from dropkey.config.check import in_range, require
+from dropkey.config.run_lookup import find_runs
 from dropkey.config.script_args import arg, parse, run_script
 
 HEADS = ("rollout", "mean", "all")
@@ -24,7 +24,7 @@ HEADS = ("rollout", "mean", "all")
 @dataclass
 class Args:
     action: str = arg("", "what to draw", choices=("maps", "entropy", "masks", "schedules"))
-    run: List[str] = arg([], "maps, entropy: run directories or patterns, with commas")
+    run: List[str] = arg([], "maps, entropy: runs or patterns, with commas")
     images: List[int] = arg([], "maps: positions in the test split, such as 0,5,7; empty: six, evenly over it")
     head: str = arg("rollout", "maps: rollout over layers; or of one layer mean, all, or a head's number")
     layer: int = arg(-1, "maps: the layer of a head, negative from the end")
@@ -85,20 +85,12 @@ def schedules(args: Args, path: Path) -> None:
     figures.plot_schedules(args.ratio, args.layers, path)
 
 
-def matching(run: str) -> list[str]:
-    """The run directories that a pattern means, or the one named."""
-    if not glob.has_magic(run):
-        return [run]
-    found = sorted(path for path in glob.glob(run) if (Path(path) / "checkpoints" / "last.pt").exists())
-    require(bool(found), f"run={run} matches no run that has trained")
-    return found
-
-
 def main(words: list[str]) -> None:
     args = parse(Args, words, __doc__)
     if args.action in ("maps", "entropy"):
         require(bool(args.run), f"{args.action} takes run=<run directory>[,<another>]")
-        args.run = [run for pattern in args.run for run in matching(pattern)]
+        args.run = [str(run) for run in find_runs(",".join(args.run)) if (run / "checkpoints" / "last.pt").exists()]
+        require(bool(args.run), "none of these runs has trained")
     directory = Path(args.run[0]) if len(args.run) == 1 else Path("pictures")
     path = Path(args.output) if args.output else directory / f"{args.action}.png"
     {"maps": maps, "entropy": entropy, "masks": masks, "schedules": schedules}[args.action](args, path)

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import math
 import os
 import re
 from functools import lru_cache, reduce
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Iterable
 
 from dropkey.config import schema
-from dropkey.config.schema import EvalConfig, ModelConfig, RegularizerConfig, ScheduleConfig, TrainConfig
+from dropkey.config.schema import EvalConfig, ModelConfig, RegularizerConfig, ScheduleConfig, TrainConfig, flatten
 from dropkey.errors import ConfigError
 
 FEW = 10  # choices that a message lists in full
@@ -47,12 +48,13 @@ VALUES = (  # the range or the choices that the values of some keys must be in; 
         "trainer.ema_decay",
     ),
     ("in [0, 1]", "augment.hflip augment.random_erasing augment.mixup_prob"),
-    ("in [0.1, 1]", "data.crop_pct"),
+    ("in [0.1, 1]", "data.crop_pct optim.layer_decay"),
     ((1, 3), "data.channels"),
     (schema.REGULARIZER_NAMES, "regularizer.name"),
     (schema.LAYERS, "regularizer.layers"),
     (schema.IMPLS, "regularizer.impl"),
     (schema.SCHEDULES, "schedule.name"),
+    (schema.OVER, "schedule.over"),
     (schema.AMP, "trainer.amp"),
     (schema.DEVICES, "trainer.device eval.device"),
     (("wandb", "none"), "logger.name"),
@@ -233,6 +235,12 @@ def check_warmup(optim: schema.OptimConfig, trainer: schema.TrainerConfig) -> No
     )
 
 
+def check_lr_scale(scales: dict) -> None:
+    for key, value in flatten(scales).items():
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        require(number and value >= 0, f"optim.lr_scale.{key}={value} must be a number from 0, which freezes that part")
+
+
 def check(cfg: TrainConfig) -> TrainConfig:
     """The config with derived values filled in.
 
@@ -253,15 +261,25 @@ def check(cfg: TrainConfig) -> TrainConfig:
         augment.crop_padding < size, f"augment.crop_padding={augment.crop_padding} must be below data.image_size={size}"
     )
     check_warmup(cfg.optim, trainer)
+    check_lr_scale(cfg.optim.lr_scale)
     parts = trainer.grad_accum_steps * int(os.environ.get("WORLD_SIZE", 1))
     require(
         trainer.batch_size % parts == 0,
         f"trainer.batch_size={trainer.batch_size} is not divisible by processes x trainer.grad_accum_steps = {parts}",
     )
     if cfg.init_from is not None:
-        require(Path(cfg.init_from).exists(), f"init_from={cfg.init_from} does not exist")
+        cfg.init_from = start_of(cfg)
         require(not cfg.model.pretrained, "init_from and model.pretrained=true both give weights; take one")
     return cfg
+
+
+def start_of(cfg: TrainConfig) -> str:
+    """`init_from` as a path that exists."""
+    if Path(cfg.init_from).exists():
+        return cfg.init_from
+    from dropkey.config.run_lookup import find_run  # which composes configs
+
+    return str(find_run(cfg.init_from, cfg.output, key="init_from"))
 
 
 def check_evaluation(cfg: EvalConfig) -> EvalConfig:

@@ -16,8 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dropkey.config import help
 from dropkey.config.check import nearest
-from dropkey.config.identity import flatten
-from dropkey.config.schema import DataConfig, EvalConfig, TrainConfig
+from dropkey.config.schema import DataConfig, EvalConfig, TrainConfig, flatten
 from dropkey.errors import ConfigError
 from dropkey.invocation import invocation
 
@@ -25,7 +24,7 @@ PACKAGE = Path(__file__).parents[1]
 INSTALLED = (PACKAGE / "configs").exists()  # they travel in the wheel; in a checkout they are beside the package
 CONFIGS = (PACKAGE if INSTALLED else PACKAGE.parent) / "configs"
 SCHEMAS = {"train": TrainConfig, "eval": EvalConfig}
-FREE = ("task.args", "model.args", "optim.args")  # arguments of constructors, which the schema does not know
+FREE = ("task.args", "model.args", "optim.args", "optim.lr_scale")  # keys that the schema does not know
 REFUSALS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, AssertionError)  # of a composition
 
 

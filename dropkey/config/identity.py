@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dropkey.config.check import family
-from dropkey.config.schema import EvalConfig, TrainConfig
+from dropkey.config.schema import EvalConfig, TrainConfig, flatten
 
 # Keys that do not change the result: where files are, what is logged, how fast it runs.
 NO_EFFECT = (
@@ -23,17 +23,8 @@ NO_EFFECT = (
     "trainer.log_every",
     "trainer.find_unused_parameters",
 )
-
-
-def flatten(tree: dict, prefix: str = "") -> dict[str, object]:
-    """{'a': {'b': 1}} -> {'a.b': 1}"""
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        elif value != {}:
-            flat[prefix + key] = value
-    return flat
+# Keys that came later, at the value at which they change nothing: left out, so that earlier runs keep their hash.
+NEUTRAL = {"schedule.over": "depth", "optim.layer_decay": None}
 
 
 def has_no_effect(key: str) -> bool:
@@ -48,16 +39,19 @@ def canonical(cfg: TrainConfig) -> dict[str, object]:
     constant schedule.
     """
     keys = {key: value for key, value in flatten(asdict(cfg)).items() if not has_no_effect(key)}
+    keys = {key: value for key, value in keys.items() if key not in NEUTRAL or value != NEUTRAL[key]}
     if cfg.regularizer.name == "none":
         keys = {k: v for k, v in keys.items() if not k.startswith(("regularizer.", "schedule."))}
         keys["regularizer.name"] = "none"
     elif cfg.schedule.name == "constant":
         del keys["schedule.end"]
+        keys.pop("schedule.over", None)
     if cfg.data.name == "folder":  # a folder is identified by its path, a named data set is the same anywhere
         keys["data.root"] = str(Path(cfg.data.root).resolve())
     if cfg.init_from is not None:
         start = Path(cfg.init_from).resolve()
-        keys["init_from"] = str(start) if start.is_file() else start.name  # tables name runs before they exist
+        by_hash = re.search(r"-([0-9a-f]{10})$", start.name)  # a run; tables name runs before they exist
+        keys["init_from"] = str(start) if start.is_file() else by_hash.group(1) if by_hash else start.name
     return keys
 
 
@@ -87,6 +81,17 @@ def model_label(cfg: TrainConfig) -> str:
 def data_label(cfg: TrainConfig | EvalConfig) -> str:
     name = cfg.data.name if cfg.data.name != "folder" else Path(cfg.data.root).resolve().name
     return re.sub(r"[^\w.]+", "_", name) or "folder"
+
+
+def regularizer_label(cfg: TrainConfig) -> str:
+    """dropkey 0.3 decreasing, dropkey_block 0.1 constant (window 3), no regularizer."""
+    regularizer, schedule = cfg.regularizer, cfg.schedule
+    if regularizer.name == "none":
+        return "no regularizer"
+    window = "" if regularizer.window is None else f" (window {regularizer.window})"
+    end = f" to {schedule.end:g}" if schedule.end and schedule.name != "constant" else ""
+    over = " over training" if schedule.over == "training" and schedule.name != "constant" else ""
+    return f"{regularizer.name} {regularizer.ratio:g} {schedule.name}{end}{over}{window}"
 
 
 def training_facts(cfg: TrainConfig) -> str:
@@ -119,9 +124,16 @@ def evaluation_name(cfg: EvalConfig) -> str:
 
 
 def run_directory(cfg: TrainConfig) -> Path:
-    """<output>/<model>-<regularizer>-<data>-s<seed>-<hash>; every process of a job computes the same one."""
-    parts = (model_label(cfg), cfg.regularizer.name, data_label(cfg), f"s{cfg.seed}", run_hash(cfg))
-    return Path(cfg.output) / "-".join(parts)
+    """<output>/<model>-<regularizer>-<ratio>-<data>-s<seed>-<hash>; every process of a job computes the same one.
+
+    The hash alone identifies a run: a directory that ends in it is taken whatever its name (renamed, or of an earlier
+    version)."""
+    none = cfg.regularizer.name == "none"
+    regularizer = "none" if none else f"{cfg.regularizer.name}-{cfg.regularizer.ratio:g}"
+    name = "-".join((model_label(cfg), regularizer, data_label(cfg), f"s{cfg.seed}", run_hash(cfg)))
+    path = Path(cfg.output) / name
+    others = [] if path.exists() else [one for one in Path(cfg.output).glob(f"*-{run_hash(cfg)}") if one.is_dir()]
+    return min(others, default=path)
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> list[str]:

@@ -12,6 +12,7 @@ REGULARIZER_NAMES = (
     *("dropkey_block_column", "dropkey_cross_column", "dropattention"),
 )
 SCHEDULES = ("constant", "decreasing", "increasing")
+OVER = ("depth", "training")
 LAYERS = ("self", "class", "cross", "outlook", "token")
 IMPLS = ("auto", "reference", "cpu", "triton", "sdpa")
 DATASETS = ("digits", "cifar10", "cifar100", "imagenet", "folder")
@@ -51,8 +52,9 @@ class RegularizerConfig:
 
 @dataclass
 class ScheduleConfig:
-    name: str = "decreasing"  # of the ratio over depth, one of SCHEDULES
+    name: str = "decreasing"  # of the ratio, one of SCHEDULES
     end: float = 0.0  # the ratio at the low end of a decreasing or increasing schedule
+    over: str = "depth"  # depth: from layer to layer; training: from step to step, the same ratio in all layers
 
 
 @dataclass
@@ -98,6 +100,8 @@ class OptimConfig:
     warmup_lr: float = 1e-6  # where the warm-up begins
     min_lr: float = 1e-6  # where the cosine ends
     clip_grad_norm: Optional[float] = None  # largest gradient norm; null: no clipping
+    lr_scale: Dict[str, Any] = field(default_factory=dict)  # factor on lr for parts of the model: {head: 10}
+    layer_decay: Optional[float] = None  # factor on lr from each layer to the one before it; null: off
     args: Dict[str, Any] = field(default_factory=dict)  # further arguments of the optimizer, such as betas
 
 
@@ -135,7 +139,7 @@ class TrainConfig:
     seed: int = 0  # initialisation, data order, augmentation, masks
     output: str = "runs"  # directory that holds run directories
     overwrite: bool = False  # start over, even where the run has a checkpoint or is finished
-    init_from: Optional[str] = None  # weights to start from: a run directory or a checkpoint file
+    init_from: Optional[str] = None  # weights to start from: a run (path, name or hash) or a checkpoint file
     task: TaskConfig = field(default_factory=TaskConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     regularizer: RegularizerConfig = field(default_factory=RegularizerConfig)
@@ -158,8 +162,19 @@ class EvaluationConfig:
 
 @dataclass
 class EvalConfig:
-    run: Optional[str] = None  # a run directory
+    run: Optional[str] = None  # a run: its path, name, hash, or the beginning of one
     checkpoint: Optional[str] = None  # or one checkpoint file of a run
     root: Optional[str] = None  # where the run's own data is now; null: where it was in training
     data: Optional[DataConfig] = None  # another data set of the same classes; null: the run's own
     eval: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+def flatten(tree: dict, prefix: str = "") -> dict[str, object]:
+    """{'a': {'b': 1}} -> {'a.b': 1}"""
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        elif value != {}:
+            flat[prefix + key] = value
+    return flat

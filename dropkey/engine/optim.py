@@ -6,12 +6,12 @@ import math
 from typing import Callable
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, list_optimizers, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
 from dropkey.config.check import nearest
-from dropkey.config.schema import OptimConfig
+from dropkey.config.schema import OptimConfig, flatten
 from dropkey.errors import ConfigError
 
 
@@ -23,6 +23,8 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimiz
     """
     if optim.name not in list_optimizers():
         raise ConfigError(f"optim.name={optim.name} is not in timm{nearest(optim.name, list_optimizers())}")
+    scales = flatten(optim.lr_scale)
+    parts = parts_of(model, list(scales))
     try:
         return create_optimizer_v2(
             model,
@@ -30,10 +32,48 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimiz
             lr=optim.lr,
             weight_decay=optim.weight_decay,
             momentum=optim.momentum,
+            param_group_fn=(lambda model: parameter_groups(model, optim, scales, parts)) if scales else None,
+            layer_decay=optim.layer_decay,
             **optim.args,
         )
     except (TypeError, ValueError) as error:
         raise ConfigError(f"optim.args={optim.args}: {optim.name} says: {error}") from None
+
+
+def parts_of(model: nn.Module, prefixes: list[str]) -> dict[nn.Parameter, str]:
+    """The longest of the dotted prefixes that each parameter's name begins with; parameters without one are left out.
+
+    Raises:
+        ConfigError: a prefix that no name begins with.
+    """
+    found = {}
+    for prefix in sorted(prefixes, key=len):
+        inside = [p for name, p in model.named_parameters() if f"{name}.".startswith(f"{prefix}.")]
+        if not inside:
+            tops = {name.partition(".")[0] for name, _ in model.named_parameters()}
+            raise ConfigError(f"optim.lr_scale.{prefix} is no part of the model{nearest(prefix, tops)}")
+        found |= dict.fromkeys(inside, prefix)
+    return found
+
+
+def parameter_groups(model: nn.Module, optim: OptimConfig, scales: dict[str, float], parts: dict) -> list[dict]:
+    """timm's groups, each split by the part of the model, with `lr_scale`, which timm's schedules multiply by."""
+    exempt = {"no_weight_decay_list": getattr(model, "no_weight_decay", set)()}
+    if optim.layer_decay is None:
+        groups = param_groups_weight_decay(model, optim.weight_decay, **exempt)
+    else:
+        groups = param_groups_layer_decay(model, optim.weight_decay, layer_decay=optim.layer_decay, **exempt)
+    split = []
+    for group in groups:
+        for part in dict.fromkeys(parts.get(p) for p in group["params"]):
+            inside = [p for p in group["params"] if parts.get(p) == part]
+            split.append({**group, "params": inside, "lr_scale": group.get("lr_scale", 1.0) * scales.get(part, 1.0)})
+    return split
+
+
+def base_lr(optimizer: torch.optim.Optimizer) -> float:
+    """The learning rate of a part with factor 1."""
+    return max((g["lr"] / g["lr_scale"] if g.get("lr_scale") else g["lr"]) for g in optimizer.param_groups)
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, optim: OptimConfig, steps: int, per_epoch: int):

@@ -16,7 +16,7 @@ from dropkey.config.schema import OptimConfig, TrainerConfig
 from dropkey.engine import checkpoint
 from dropkey.engine.distributed import DistContext, StopSignal
 from dropkey.engine.evaluate import evaluate
-from dropkey.engine.optim import build_autocast, build_optimizer, build_schedule, duration
+from dropkey.engine.optim import base_lr, build_autocast, build_optimizer, build_schedule, duration
 from dropkey.engine.progress import Progress
 from dropkey.engine.state import State
 from dropkey.errors import Diverged
@@ -182,7 +182,7 @@ class Trainer:
         here.samples += self.options.batch_size
         here.seconds += seconds
         here.training_seconds += seconds
-        lr = self.state.optimizer.param_groups[0]["lr"]
+        lr = base_lr(self.state.optimizer)
         if here.global_step % self.options.log_every == 0:
             mean = self.dist.mean(loss)
             self.record({"kind": "step", "step": here.global_step, "epoch": here.epoch + 1, "loss": mean, "lr": lr})
