@@ -24,6 +24,7 @@ class Command:
 COMMANDS = {
     "train": Command("trains a run: regularizer=dropkey schedule=decreasing; with -m several", "train.py"),
     "eval": Command("measures a run on a split: run=runs/<directory>", "eval.py"),
+    "runs": Command("lists runs, filtered and grouped: regularizer=dropkey state=failed", "scripts/runs.py"),
     "reproduce": Command("makes a table of the paper: plan table=schedule scale=cpu", "scripts/reproduce.py"),
     "visualize": Command("draws attention, its entropy, masks: maps run=runs/<directory>", "scripts/visualize.py"),
     "search": Command("looks for the best settings: optim.lr=log:1e-4..1e-2", "scripts/search.py", "sweeps"),

@@ -2,7 +2,9 @@
 
 import contextlib
 import io
-from collections.abc import Iterator, Sequence
+import math
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
@@ -15,8 +17,10 @@ if TYPE_CHECKING:
 
 # Paul Tol's "bright" and "muted" schemes, which any kind of colour vision tells apart.
 COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#332288", "#dd7733", "#222222", "#44aa99")
-GREY, INK, PALE = "#666666", "#222222", "#dde5ee"
-MARKERS = "osD^vPX"  # their number and that of the colors have no common divisor, so that 70 lines differ
+GREY, SILVER, INK, PALE, WRONG = "#666666", "#cccccc", "#222222", "#dde5ee", "#cc3311"
+MARKERS = "osD^vPX"
+DASHES = ("-", "--", ":", "-.")
+CROWD = 4  # more lines than this are not told apart in one panel: draw `panels`
 SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
 STYLE = {
     **{"font.size": 9, "axes.titlesize": 9.5, "axes.titlelocation": "left", "axes.edgecolor": INK, "text.color": INK},
@@ -36,11 +40,71 @@ def style() -> Iterator[None]:
 
 
 def subplots(rows: int, columns: int, size: tuple[float, float], **options) -> tuple["Figure", "Sequence"]:
-    """A figure of `size` inches and its axes (an array, rows x columns), free of pyplot: nothing needs to be closed."""
+    """A figure of `size` inches and its axes (an array, rows x columns)."""
+    figure = new_figure(size)
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def new_figure(size: tuple[float, float]) -> "Figure":
+    """Free of pyplot: nothing needs to be closed."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=size, layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+    return Figure(figsize=size, layout="constrained")
+
+
+def looks(count: int) -> list[dict]:
+    """For each of `count` lines a colour, a marker and dashes. No colour is repeated: beyond those of `COLORS` they are
+    taken from a colour map."""
+    from matplotlib import colormaps
+
+    colors = COLORS[:count]
+    if count > len(COLORS):
+        colors = [colormaps["turbo"](0.04 + 0.92 * i / (count - 1)) for i in range(count)]
+    return [
+        {
+            "color": color,
+            "marker": MARKERS[i % len(MARKERS)],
+            "linestyle": DASHES[i % len(DASHES) if count > CROWD else 0],
+        }
+        for i, color in enumerate(colors)
+    ]
+
+
+def panels(figure: "Figure", count: int, columns: int = 4) -> list["Axes"]:
+    """Small multiples: `count` axes of one scale, `columns` in a line."""
+    lines = math.ceil(count / columns)
+    axes = list(figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat)
+    for axis in axes[count:]:
+        axis.remove()
+    for axis in axes[max(0, count - columns) : count]:  # the lowest of its column
+        axis.tick_params(labelbottom=True)
+    return axes[:count]
+
+
+def legend_below(figure: "Figure", axes: Iterable["Axes"]) -> None:
+    """A legend of everything named in `axes`, under the figure's axes, in as many columns as its width holds. Labels
+    too long for a line are wrapped, and the figure grows by the legend's height."""
+    named = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    if not named:
+        return
+    labels = list(named)
+    room = figure.get_figwidth() * figure.dpi * 0.98
+    longest = max(map(len, labels))
+    choices = [(columns, longest) for columns in range(len(labels), 0, -1)]
+    choices += [(1, length) for length in range(longest - 5, 10, -5)]
+    for columns, length in choices:
+        shown = [wrapped(label, max(length, 10)) for label in labels]
+        legend = figure.legend(list(named.values()), shown, loc="outside lower center", ncols=columns)
+        extent = legend.get_window_extent()
+        if extent.width <= room:
+            break
+        legend.remove()
+    figure.set_figheight(figure.get_figheight() + extent.height / figure.dpi)
+
+
+def wrapped(text: str, width: int) -> str:
+    """The text in lines of at most `width` characters, where words allow it; its own lines stay."""
+    return "\n".join(line for part in text.split("\n") for line in textwrap.wrap(part, width))
 
 
 def save(figure: "Figure", path: Optional[Path] = None) -> Optional[str]:
@@ -80,27 +144,34 @@ def curves(records: list[dict], title: str, path: Path, split: str, metric: Metr
         records: lines of metrics.jsonl; those of epochs hold `train_loss` and, after an evaluation, `eval_<key>` and
             perhaps `eval_loss`.
     """
-    epochs = [record for record in records if record["kind"] == "epoch"]
-
-    def line(axis: "Axes", key: str, color: str, label: Optional[str] = None) -> list[tuple]:
-        points = [(record["epoch"], record[key]) for record in epochs if key in record]
-        if points:
-            axis.plot(*zip(*points, strict=True), color=color, label=label)
-        return points
-
     with style():
         figure, ((left, right),) = subplots(1, 2, (9, 3.4))
-        line(left, "train_loss", COLORS[0], "training")
-        line(left, "eval_loss", COLORS[1], split)
-        if points := line(right, f"eval_{metric.key}", COLORS[1]):
-            pick = max if metric.higher_is_better else min
-            epoch, best = pick(points, key=lambda point: point[1])
-            right.plot(epoch, best, "o", color=COLORS[1], markersize=4)
-            right.set_title(f"last {metric.format(points[-1][1])}, best {metric.format(best)} (epoch {epoch})")
-        left.set(title=title, xlabel="epoch", ylabel="loss")
-        left.legend()
-        unit = f" ({metric.unit})" if metric.unit else ""
-        right.set(xlabel="epoch", ylabel=f"{metric.label} on the {split} split{unit}")
-        for axis in (left, right):
-            axis.grid()
+        draw_loss(left, records, split)
+        draw_metric(right, records, split, metric)
+        left.set_title(title)
         save(figure, path)
+
+
+def draw_loss(axis: "Axes", records: list[dict], split: str) -> None:
+    for key, color, label in (("train_loss", COLORS[0], "training"), ("eval_loss", COLORS[1], split)):
+        if points := over_epochs(records, key):
+            axis.plot(*zip(*points, strict=True), "o-" if len(points) == 1 else "-", color=color, label=label)
+    axis.set(xlabel="epoch", ylabel="loss")
+    axis.legend()
+    axis.grid()
+
+
+def draw_metric(axis: "Axes", records: list[dict], split: str, metric: Metric) -> None:
+    """With a dot at the best epoch."""
+    if points := over_epochs(records, f"eval_{metric.key}"):
+        epoch, best = (max if metric.higher_is_better else min)(points, key=lambda point: point[1])
+        axis.plot(*zip(*points, strict=True), color=COLORS[1])
+        axis.plot(epoch, best, "o", color=COLORS[1], markersize=4)
+        axis.set_title(f"last {metric.format(points[-1][1])}, best {metric.format(best)} (epoch {epoch})")
+    unit = f" ({metric.unit})" if metric.unit else ""
+    axis.set(xlabel="epoch", ylabel=f"{metric.label} on the {split} split{unit}")
+    axis.grid()
+
+
+def over_epochs(records: list[dict], key: str) -> list[tuple[int, float]]:
+    return [(record["epoch"], record[key]) for record in records if record["kind"] == "epoch" and key in record]

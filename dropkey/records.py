@@ -9,11 +9,14 @@ import platform
 import shutil
 import socket
 import tempfile
+import time
 from pathlib import Path
 from typing import Callable, Iterator, Optional
 
 from dropkey.errors import Busy, StorageError
 from dropkey.metrics import Metric
+
+PATIENCE = 0.3  # seconds: `is_locked` of another process holds the lock for a moment
 
 
 def replace_file(path: Path, write: Callable, verify: Optional[Callable[[Path], None]] = None) -> None:
@@ -66,6 +69,19 @@ def write_json(path: Path, content: dict) -> None:
     replace_file(path, lambda file: file.write(text.encode()))
 
 
+def locked_within(file, seconds: float) -> bool:
+    """Whether the file could be locked in that time."""
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.02)
+
+
 class RunDirectory:
     """A run on disk: config.yaml, status.json, metrics.jsonl, summary.json, log.txt, curves.png, checkpoints/."""
 
@@ -86,6 +102,27 @@ class RunDirectory:
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         process = {"host": socket.gethostname(), "pid": os.getpid()}
         write_json(self.path / "status.json", {"state": state, "time": now, **process, **details})
+
+    def state(self) -> tuple[str, str]:
+        """(state, reason) of the run now: "missing" where it never started, "interrupted" where its process is gone."""
+        status = self.status()
+        found = status.get("state", "missing")
+        if found == "running" and not self.is_locked():
+            found = "interrupted"
+        if found == "done" and not self.summary():
+            found = "interrupted"
+        return found, status.get("reason", "") if found in ("failed", "diverged") else ""
+
+    def is_locked(self) -> bool:
+        """Whether a training holds the run now; its lock is released however it ends."""
+        try:
+            with open(self.path / ".lock", "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
 
     @property
     def finished(self) -> bool:
@@ -161,9 +198,7 @@ class RunDirectory:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self.path / ".lock", "a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not locked_within(file, PATIENCE):
                 holder = self.status()
                 raise Busy(
                     f"{self.path} is being trained by process {holder.get('pid')} on {holder.get('host')}; "

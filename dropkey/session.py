@@ -4,6 +4,7 @@ import contextlib
 import errno
 import logging
 import os
+import shutil
 import sys
 from typing import Iterator
 
@@ -22,7 +23,7 @@ from dropkey.engine.evaluate import evaluate
 from dropkey.engine.optim import build_autocast, duration
 from dropkey.engine.progress import Progress
 from dropkey.engine.trainer import Trainer
-from dropkey.errors import ConfigError, Diverged, Interrupted, PeerLost, RunError, StorageError
+from dropkey.errors import ConfigError, DataError, Diverged, Interrupted, PeerLost, RunError, StorageError
 from dropkey.provenance import device_name, git_commit, peak_memory_mib, versions
 from dropkey.records import RunDirectory
 from dropkey.tasks.base import Task
@@ -110,6 +111,7 @@ def recorded_status(cfg: TrainConfig, run: RunDirectory, dist: DistContext) -> I
     if not dist.is_main:
         yield
         return
+    new = not run.path.exists()
     with run.lock():
         prepare_directory(cfg, run)
         run.set_status("running")
@@ -120,6 +122,11 @@ def recorded_status(cfg: TrainConfig, run: RunDirectory, dist: DistContext) -> I
             raise
         except Diverged as error:
             run.set_status("diverged", reason=str(error))
+            raise
+        except (ConfigError, DataError) as error:
+            run.set_status("failed", reason=str(error))
+            if new and not (run.path / "log.txt").exists():  # nothing has been trained: nothing is left behind
+                shutil.rmtree(run.path)
             raise
         except BaseException as error:
             try:

@@ -1,22 +1,29 @@
 """What analysis sees is what the model computes; records and pictures come out of real runs."""
 
+import base64
 import json
 import math
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from matplotlib.text import Text
 from torch import nn
 
 import runs
 import tiny_models
 from dropkey import patching
 from dropkey.analysis import entropy as entropies
-from dropkey.analysis import trained
+from dropkey.analysis import figures, map_figures, trained
+from dropkey.analysis import gallery as galleries
+from dropkey.analysis.answers import Answer, answers, confusions, worst
 from dropkey.analysis.capture import attention_weights
 from dropkey.analysis.entropy import measure_entropy, row_entropy
+from dropkey.analysis.labels import file_stem, labels
 from dropkey.analysis.maps import attention_maps, rollout
 from dropkey.commands import visualize
 from dropkey.errors import ConfigError
@@ -337,15 +344,117 @@ def test_a_record_of_other_code_or_of_an_unfinished_run_is_made_again(two, monke
     assert entropies.record_entropy(two[1])[1] is False
 
 
-def test_maps_of_one_run_lie_in_it(two, capsys):
-    said(capsys, "maps", f"run={two[0]}", "images=0,3", "head=all")
-    assert is_png(Path(two[0]) / "maps.png")
-
-
-def test_maps_of_several_runs_are_side_by_side_in_pictures(two, capsys, tmp_path, monkeypatch):
+def test_maps_of_several_runs_heads_and_layers_do_not_overwrite_one_another(two, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    said(capsys, "maps", f"run={Path(two[0]).parent}/*", "images=1")
-    assert is_png("pictures/maps.png")
+    both, names = ",".join(two), []
+    for words in (["head=all"], ["head=0"], ["head=0", "layer=0"], ["head=mean"], [], ["images=0,3"]):
+        for run in (*two, both):
+            line = said(capsys, "maps", f"run={run}", *words)[-1]
+            names.append(Path(line.removeprefix("picture ")))
+            assert is_png(names[-1])
+    assert len(set(names)) == len(names) == 18
+    assert names[0] == Path(two[0]) / "maps-layer1-heads.png"  # of one run: in it
+    assert names[2].match("pictures/maps-layer1-heads-*-none+dropkey_0.1-digits-s0-*.png")
+    assert names[-1].match("pictures/maps-rollout-images0+3-*.png")
+
+
+def shown(monkeypatch, draw, *words):
+    """The figure that a command saves."""
+    found = []
+    monkeypatch.setattr(draw, "save", lambda figure, path: found.append(figure))
+    visualize.main(list(words))
+    return found[0]
+
+
+def test_each_map_shows_the_predicted_class_and_a_wrong_one_the_true_class_in_red(two, monkeypatch):
+    figure = shown(monkeypatch, map_figures, "maps", f"run={two[0]}", "images=0,1,2,3,4,5,6,7")
+    opened = trained.open_run(two[0])
+    maps = [axis for axis in figure.get_axes() if axis.get_xlabel()]
+    known = [opened.dataset.classes[opened.dataset.test.targets[i]] for i in range(8)]
+    right = [axis.get_xlabel() == f"✓ {true}" for axis, true in zip(maps, known, strict=True)]
+    assert not all(right)  # after one epoch
+    for axis, true, good in zip(maps, known, right, strict=True):
+        assert good or (axis.get_xlabel().startswith("✗ ") and axis.get_xlabel().endswith(f", is {true}"))
+        assert axis.spines["left"].get_visible() is not good
+        assert (axis.xaxis.label.get_color() == map_figures.WRONG) is not good
+
+
+@pytest.mark.parametrize("images", ["0", "0,1,2,3,4,5,6,7"])
+def test_every_word_of_a_figure_of_maps_lies_within_it(images, two, monkeypatch):
+    figure = shown(monkeypatch, map_figures, "maps", f"run={','.join(two)}", f"images={images}", "head=all")
+    figure.draw_without_rendering()
+    for text in figure.findobj(Text):
+        box = text.get_window_extent()
+        assert not text.get_text() or figure.bbox.x0 <= box.x0 <= box.x1 <= figure.bbox.x1, text.get_text()
+
+
+def test_compare_has_a_row_per_image_a_column_per_run_and_their_entropy(two, monkeypatch):
+    figure = shown(monkeypatch, map_figures, "compare", f"run={','.join(reversed(two))}", "images=0,5,9")
+    maps, beside = figure.subfigs
+    assert len(maps.axes) == 3 * 3
+    headings = [axis.title for axis in maps.axes[:3]]
+    assert headings[1].get_text().startswith("no regularizer\ntop-1 ")  # the baseline comes first
+    assert headings[2].get_text().startswith("dropkey 0.1")
+    lines = [line for line in beside.axes[0].lines if line.get_linestyle() == "-"]
+    assert [line.get_color() for line in lines] == [heading.get_color() for heading in headings[1:]]
+    records = [json.loads((Path(run) / "entropy.json").read_text()) for run in two]
+    for line, record in zip(lines, records, strict=True):
+        wanted = [sum(layer["normalised"]) / len(layer["normalised"]) for layer in record["layers"]]
+        assert list(line.get_ydata()) == pytest.approx(wanted)
+
+
+def test_answers_are_those_of_the_summary(two):
+    opened = trained.open_run(two[1])
+    found = answers(opened, opened.spread(10**6))
+    assert 100 * sum(one.right for one in found) / len(found) == pytest.approx(opened.run.summary()["top1"], abs=1e-3)
+    assert all(one.right == (one.true == one.predicted) and 0.1 <= one.confidence <= 1 for one in found)
+    assert [one.position for one in found] == list(range(len(found)))
+
+
+def test_the_worst_mistakes_are_the_surest_and_confusions_are_counted():
+    pairs = [("a", "b", 0.5), ("a", "a", 0.9), ("a", "b", 0.7), ("b", "a", 0.6)]
+    found = [Answer(i, true, said, true == said, sure) for i, (true, said, sure) in enumerate(pairs)]
+    assert [one.position for one in worst(found, 2)] == [2, 3]
+    assert confusions(found, 5) == [("a", "b", 2), ("b", "a", 1)]
+
+
+def heads_of(layers: int, seed: int) -> dict:
+    values = torch.rand(layers, 3, generator=torch.Generator().manual_seed(seed)).tolist()
+    return {"layers": [{"kind": "self", "normalised": heads} for heads in values]}
+
+
+@pytest.mark.parametrize("count", [2, 4, 5, 23])
+def test_entropy_of_many_runs_is_legible(count):
+    names = [f"dropkey 0.{i} decreasing, t2t_vit_small_image, max_train_samples {i}" for i in range(count)]
+    figure = figures.entropy_figure([[heads_of(4, i), heads_of(4, 99)] for i in range(count)], names)
+    figure.draw_without_rendering()
+    axes = figure.get_axes()
+    if count <= 4:
+        legend = figure.legends[0].get_window_extent()
+        assert figure.bbox.x0 <= legend.x0 and legend.x1 <= figure.bbox.x1
+        assert len({line.get_color() for line in axes[0].lines}) == count
+    else:
+        titles = [" ".join(axis.get_title(loc="left").split()) for axis in axes]
+        assert titles == [f"{name}, 2 seeds" for name in names] and not figure.legends
+
+
+TEXT = (Path(__file__).parents[1] / "docs" / "pictures.md").read_text()
+LINES = re.findall(r"^python scripts/visualize.py .*$", TEXT, re.M)
+COMMANDS = [shlex.split(line, comments=True)[2:] for line in LINES]
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_commands_of_the_page_on_pictures_work(words, two, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    places = {"$RUN": two[1], "runs/*-digits-*": f"{Path(two[0]).parent}/*"}
+    for name, place in places.items():
+        words = [word.replace(name, place) for word in words]
+    kind, _, file = said(capsys, *words)[-1].partition(" ")
+    assert kind in ("picture", "page") and Path(file).stat().st_size > 5000
+
+
+def test_the_page_on_pictures_shows_every_action():
+    assert {words[0] for words in COMMANDS} == set(visualize.ACTIONS)
 
 
 @pytest.mark.parametrize("words", [["masks", "ratio=0.2", "grid=7"], ["schedules", "layers=1"], ["schedules"]])
@@ -359,9 +468,12 @@ def test_pictures_without_runs(capsys, tmp_path, words):
 @pytest.mark.parametrize(
     "words, message",
     [
-        ([], "an action is missing; choices: maps, entropy"),
-        (["entrpy"], "choices: maps, entropy"),
+        ([], "an action is missing; choices: compare, maps, entropy"),
+        (["entrpy"], "choices: compare, maps, entropy"),
         (["maps"], "maps takes run="),
+        (["gallery"], "gallery takes run="),
+        (["gallery", "run=RUN", "output=page.png"], "the name of a page ends in .html"),
+        (["compare", "run=RUN", "head=all"], "compare draws one map of each run"),
         (["maps", "runs=x"], "did you mean run?"),
         (["maps", "run=nowhere"], "run=nowhere means no run"),
         (["maps", "run=nowhere/*"], "run=nowhere/* matches no run"),
@@ -379,15 +491,85 @@ def test_bad_input_is_refused_in_one_line(two, words, message):
     assert message in refused(*[word.replace("RUN", two[0]) for word in words])
 
 
-def test_legends_name_what_differs(tmp_path):
-    configs = [
-        runs.config(tmp_path, "regularizer=none"),
-        runs.config(tmp_path, "regularizer.ratio=0.3", "schedule=constant"),
-        runs.config(tmp_path, "regularizer.ratio=0.3", "schedule=constant", "seed=1", "trainer.epochs=5"),
-    ]
-    names = trained.labels(configs, seeds=False)
-    assert names[0] == "no regularizer, epochs 3" and names[2] == "dropkey 0.3 constant, epochs 5"
-    assert trained.labels(configs[:2], seeds=True) == ["no regularizer", "dropkey 0.3 constant"]
+LABELED = [
+    (["regularizer=none"], ["regularizer.ratio=0.3"], "no regularizer", "dropkey 0.3 decreasing"),
+    (["optim.lr=0.001"], ["optim.lr=0.002"], "lr 0.001", "lr 0.002"),
+    (["schedule.end=0.1"], ["schedule.end=0.05"], "dropkey 0.1 decreasing to 0.1", "dropkey 0.1 decreasing to 0.05"),
+    (["model.num_heads=1"], ["model.num_heads=2"], "num_heads 1", "num_heads 2"),
+    (["model.depth=2"], ["model.depth=3"], "vit_2x32", "vit_3x32"),
+    (["logger=none"], ["trainer.log_every=9"], "dropkey 0.1 decreasing", "dropkey 0.1 decreasing"),
+]
+
+
+@pytest.mark.parametrize(("one", "other", "first", "second"), LABELED, ids=lambda value: str(value))
+def test_legends_name_what_differs_and_nothing_else(one, other, first, second, tmp_path):
+    assert labels([runs.config(tmp_path, *one), runs.config(tmp_path, *other)], seeds=False) == [first, second]
+
+
+def test_seeds_are_named_only_where_they_are_apart(tmp_path):
+    configs = [runs.config(tmp_path, f"seed={seed}") for seed in (0, 1)]
+    assert labels(configs, seeds=True) == ["seed 0", "seed 1"]
+    assert len(set(labels(configs, seeds=False))) == 1
+
+
+def test_a_difference_is_named_even_where_the_regularizer_tells_runs_apart(tmp_path):
+    configs = [runs.config(tmp_path, "regularizer=none"), runs.config(tmp_path, "trainer.epochs=5")]
+    assert labels(configs, seeds=False) == ["no regularizer, epochs 3", "dropkey 0.1 decreasing, epochs 5"]
+
+
+def test_pictures_of_different_runs_have_different_names(tmp_path):
+    configs = [runs.config(tmp_path, *words) for words in (["seed=1"], ["seed=2"], ["regularizer.ratio=0.2"])]
+    assert file_stem(configs[:2]).startswith("vit_2x32-dropkey_0.1-digits-s1+2-")
+    assert len({file_stem(chosen) for chosen in (configs, configs[:2], configs[1:], configs[::-1])}) == 4
+    assert len(file_stem([runs.config(tmp_path, f"seed={seed}") for seed in range(100, 140)])) < 100
+
+
+# ---------------------------------------------------------------------------------------------------------- gallery
+
+
+@pytest.fixture(scope="module")
+def gallery(two):
+    visualize.main(["gallery", f"run={two[1]}"])
+    return (Path(two[1]) / "gallery.html").read_text()
+
+
+def test_the_gallery_needs_nothing_from_elsewhere_and_fits_a_phone(gallery):
+    assert not re.search(r'(src|href)="(?!data:image/(jpeg|svg\+xml);base64,)', gallery) and "<script" not in gallery
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in gallery
+    assert gallery.count("<table") == gallery.count('<div class="wide"><table')
+
+
+def test_the_gallery_tells_config_result_and_mistakes(two, gallery):
+    opened = trained.open_run(two[1])
+    found = answers(opened, opened.spread(10**6))
+    wrong = sum(not one.right for one in found)
+    assert "<h1>dropkey 0.1 decreasing: vit_2x32 on digits, seed 0</h1>" in gallery
+    assert f"<b>{opened.run.summary()['top1']:.2f} %</b><span>top-1</span>" in gallery
+    assert f"{wrong} of {len(found)} test images are wrong" in gallery
+    first = worst(found, 1)[0]
+    mistakes = gallery.split("Worst mistakes")[1]
+    assert f"<b>✗ {first.predicted}</b>, is {first.true}<br>{100 * first.confidence:.0f} % sure" in mistakes
+    assert mistakes.count('<figure class="wrong">') == min(wrong, 12)
+
+
+def test_pictures_of_the_gallery_are_pictures(gallery):
+    svg, jpeg = (
+        [base64.b64decode(text) for text in re.findall(rf"data:image/{kind};base64,([^\"]+)", gallery)]
+        for kind in (r"svg\+xml", "jpeg")
+    )
+    assert len(svg) == 3 and all(b"</svg>" in one for one in svg)  # loss, metric, entropy
+    assert len(jpeg) > 2 * 12 + 4 and all(one[:2] == b"\xff\xd8" for one in jpeg)
+
+
+def test_a_gallery_without_maps_says_why(two, tmp_path, monkeypatch):
+    def none(*args, **options):
+        raise ConfigError("attends in windows")
+
+    monkeypatch.setattr(galleries, "attention_maps", none)
+    monkeypatch.setattr(galleries, "head_maps", none)
+    galleries.write_gallery(two[0], tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert text.count("attends in windows") == 2 and "Every head" not in text and "Most frequent" in text
 
 
 def test_images_are_spread_over_the_split_so_that_every_class_is_seen(two):

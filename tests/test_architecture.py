@@ -22,8 +22,9 @@ MAY_IMPORT = {
     "bernoulli": set(),
     "regularizers": {"bernoulli"},
     "plotting": {"errors", "metrics"},
+    "page": set(),
     "records": {"errors", "metrics"},
-    "config": {"errors", "invocation"},
+    "config": {"errors", "invocation", "records"},
     "code_version": {"config"},
     "cli": {"config", "errors"},
     "data": {"config", "errors", "seeds"},
@@ -45,15 +46,17 @@ MAY_IMPORT = {
         *("provenance", "records", "seeds", "session", "tasks", "weights"),
     },
     "analysis": {
-        *("build", "code_version", "config", "engine", "errors", "patching", "plotting"),
+        *("build", "code_version", "config", "engine", "errors", "metrics", "page", "patching", "plotting"),
         *("provenance", "records", "regularizers", "schedules", "tasks", "weights"),
     },
     "api": {"commands", "config", "loading", "records"},
+    "multirun": {"config", "run_table"},
+    "run_table": {"config", "errors", "metrics", "records"},
     "commands": {
-        *("analysis", "cli", "config", "engine", "errors", "evaluation", "invocation", "records", "reproduction"),
-        *("session", "tasks"),
+        *("analysis", "cli", "config", "engine", "errors", "evaluation", "invocation", "metrics", "multirun"),
+        *("records", "reproduction", "run_table", "session", "tasks"),
     },
-    "reproduction": {"code_version", "config", "errors", "invocation", "metrics", "plotting", "records"},
+    "reproduction": {"code_version", "config", "errors", "invocation", "metrics", "page", "plotting", "records"},
 }
 FILES = [file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py"]
 

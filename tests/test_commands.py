@@ -54,7 +54,7 @@ def test_the_help_of_each_command_names_it_as_it_was_started(name, monkeypatch, 
 
 
 def test_a_command_that_does_not_exist_ends_in_one_line_with_the_choices(monkeypatch, capsys):
-    error = "error: dropkey trian does not exist; choices: train, eval, reproduce, visualize, search\n"
+    error = "error: dropkey trian does not exist; choices: train, eval, runs, reproduce, visualize, search\n"
     assert run(monkeypatch, capsys, "trian") == (2, "", error)
 
 

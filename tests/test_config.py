@@ -512,10 +512,10 @@ def test_the_shell_completes_options_and_keys(monkeypatch, capsys):
 
 
 def test_a_local_file_changes_training_and_leaves_evaluation_alone(tmp_path):
-    """The example of the README, as configs/local/default.yaml of a copy of the configs."""
+    """The example of docs/configuration.md, as configs/local/default.yaml of a copy of the configs."""
     shutil.copytree(CONFIGS, tmp_path / "configs", ignore=shutil.ignore_patterns("local"))
-    readme = (ROOT / "README.md").read_text()
-    (example,) = re.findall(r"```yaml\n(.*?)```", readme, re.S)
+    text = (ROOT / "docs" / "configuration.md").read_text()
+    (example,) = re.findall(r"```yaml\n(.*?)```", text, re.S)
     (tmp_path / "configs" / "local").mkdir()
     (tmp_path / "configs" / "local" / "default.yaml").write_text(example)
     register_schemas()

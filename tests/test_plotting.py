@@ -61,3 +61,34 @@ def test_curves_show_the_best_epoch_of_the_metric(tmp_path, metric, title):
 def test_curves_of_a_run_that_was_never_evaluated(tmp_path):
     plotting.curves([{"kind": "epoch", "epoch": 1, "train_loss": 2.0}], "a run", tmp_path / "a.png", "test", ERROR)
     assert (tmp_path / "a.png").exists()
+
+
+@pytest.mark.parametrize("count", [1, 4, 10, 11, 40])
+def test_no_colour_is_repeated(count):
+    looks = plotting.looks(count)
+    assert len(looks) == len({str(look["color"]) for look in looks}) == count
+
+
+LONG = "dropkey_cross 0.3 decreasing (window full), t2t_vit_small_image, max_train_samples 1000"
+
+
+@pytest.mark.parametrize("labels", [["a"], ["a", "b", "c"], [LONG + str(i) for i in range(12)], [LONG * 3, "a"]])
+def test_a_legend_lies_within_the_figure_and_leaves_the_axes_their_height(labels):
+    with plotting.style():
+        figure, axes = plotting.subplots(1, 1, (4.8, 3.2))
+        for label in labels:
+            axes[0, 0].plot([0, 1], label=label)
+        plotting.legend_below(figure, axes.flat)
+        figure.draw_without_rendering()
+    frame, legend, panel = figure.bbox, figure.legends[0].get_window_extent(), axes[0, 0].get_window_extent()
+    assert frame.x0 <= legend.x0 and legend.x1 <= frame.x1 and frame.y0 <= legend.y0
+    assert legend.y1 <= panel.y0 and panel.height > 2 * figure.dpi
+    assert [" ".join(text.get_text().split()) for text in figure.legends[0].get_texts()] == labels
+
+
+def test_panels_have_one_scale_and_each_column_has_numbers_below():
+    figure = plotting.new_figure((8, 4))
+    axes = plotting.panels(figure, 6)
+    axes[0].plot([0, 5], [0, 7])
+    assert len({axis.get_ylim() for axis in axes}) == 1 and len(figure.get_axes()) == 6
+    assert [axis.xaxis.get_tick_params()["labelbottom"] for axis in axes] == [False, False, True, True, True, True]

@@ -1,4 +1,4 @@
-"""Every command and every piece of Python in README.md works."""
+"""Every command and every piece of Python in README.md and docs/ works."""
 
 import fnmatch
 import importlib.util
@@ -17,14 +17,19 @@ import runs
 from dropkey import cli, invocation
 from dropkey.commands import eval as evaluating
 from dropkey.commands import reproduce, search, train, visualize
+from dropkey.commands import runs as listing
 from dropkey.config.check import check
 from dropkey.config.compose import CONFIGS, compose
 from dropkey.config.identity import run_directory
+from dropkey.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
-TEXT = (ROOT / "README.md").read_text()
-BASH = [line for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S) for line in block.splitlines()]
+README = (ROOT / "README.md").read_text()
+PAGES = {file: file.read_text() for file in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+TEXT = "\n".join(PAGES.values())
+LINES = [line for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S) for line in block.splitlines()]
+BASH = list({tuple(shlex.split(line, comments=True)): line for line in LINES}.values())  # each command once
 
 
 def of_a_checkout(words: list[str]) -> list[str]:
@@ -34,7 +39,9 @@ def of_a_checkout(words: list[str]) -> list[str]:
     return shlex.split(shlex.join(words).replace("-m dropkey.train", "train.py"))
 
 
-COMMANDS = [of_a_checkout(shlex.split(line, comments=True)) for line in BASH if not line.startswith("RUN=")]
+COMMANDS = [
+    of_a_checkout(shlex.split(line, comments=True)) for line in BASH if not line.startswith(("RUN=", "PYTHONPATH="))
+]
 PYTHON = re.findall(r"```python\n(.*?)```", TEXT, re.S)
 TRAIN = [words[words.index("train.py") + 1 :] for words in COMMANDS if "train.py" in words]
 EVAL = [words[2:] for words in COMMANDS if "eval.py" in words]
@@ -55,23 +62,21 @@ def named(words: list[str], run) -> list[str]:
 
 
 def test_the_commands_name_the_run_that_make_train_leaves():
-    (pattern,) = re.findall(r"^RUN=\$\(ls -d (\S+)\)", TEXT, re.M)
+    (pattern,) = set(re.findall(r"^RUN=\$\(ls -d (\S+)\)", TEXT, re.M))
     assert fnmatch.fnmatch(str(run_directory(check(compose()))), pattern)
-    assert TEXT.count("$RUN") == 6
 
 
 def test_every_line_is_of_a_kind_that_is_tested_here():
-    known = {"python", "torchrun", "make", "sbatch", "wandb", "eval", "pip", "dropkey"}
+    known = {"python", "torchrun", "make", "sbatch", "wandb", "eval", "pip", "dropkey", "pytest", "source"}
     assert {words[0] for words in COMMANDS} <= known
     assert len(TRAIN) >= 12 and len(EVAL) >= 3 and len(PYTHON) >= 3
 
 
 def test_what_pip_installs_exists():
     """That it works: test_packaging.py."""
-    extras = [re.findall(r"\[(\w+)\]", words[2]) for words in COMMANDS if words[0] == "pip"]
-    assert extras == [[], ["train"], ["sweeps"]]
+    named = {extra for words in COMMANDS if words[0] == "pip" for extra in re.findall(r"\[(\w+)\]", words[2])}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert {"train", "sweeps"} < project["optional-dependencies"].keys()
+    assert {"train"} <= named <= project["optional-dependencies"].keys()
 
 
 @pytest.mark.parametrize("words", TRAIN, ids=" ".join)
@@ -124,7 +129,8 @@ def of(name: str) -> list[list[str]]:
 
 def test_every_script_of_the_readme_is_run_here():
     assert {words[1] for words in SCRIPTS} == {
-        f"scripts/{name}.py" for name in ("benchmark", "coverage", "reproduce", "search", "visualize")
+        f"scripts/{name}.py"
+        for name in ("benchmark", "coverage", "export", "predict", "reproduce", "runs", "search", "visualize")
     }
 
 
@@ -132,12 +138,13 @@ def test_every_script_of_the_readme_is_run_here():
 def test_benchmark_takes_what_it_is_told(words, monkeypatch, tmp_path):
     """What it then does: test_benchmark.py."""
     script = load_script("scripts/benchmark.py", monkeypatch)
-    assert words[0] in (*script.MEASURED, "all")
+    assert words[0] in (*script.MEASURED, "all", "tune")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(script, "picture", lambda *args: None)
     row = {"way": "plain", "failed": "not measured here", "shape": [1], "dtype": "none"}
     monkeypatch.setattr(script, "MEASURED", {name: lambda *args: [row] for name in script.MEASURED})
+    monkeypatch.setattr(script, "tune", lambda *args: [row])
     script.main([*words, f"output={tmp_path}"])
 
 
@@ -160,9 +167,23 @@ def test_search_takes_what_it_is_told(words, monkeypatch, tmp_path):
 @pytest.mark.parametrize("words", of("visualize"), ids=" ".join)
 def test_pictures_are_drawn(words, run, monkeypatch, capsys, tmp_path):
     words = [word.replace("runs/*-digits-*", str(run.path)) for word in named(words, run)]
-    visualize.main([*words, f"output={tmp_path}/picture.png"])
-    assert "picture " in capsys.readouterr().out
-    assert (tmp_path / "picture.png").stat().st_size > 5000
+    picture = tmp_path / ("page.html" if words[0] == "gallery" else "picture.png")
+    visualize.main([*words, f"output={picture}"])
+    assert str(picture) in capsys.readouterr().out
+    assert picture.stat().st_size > 5000
+
+
+@pytest.mark.parametrize("words", of("runs"), ids=" ".join)
+def test_runs_are_listed(words, run, monkeypatch, capsys, tmp_path):
+    """What it then shows: test_runs.py."""
+    monkeypatch.chdir(tmp_path)
+    given = [word for word in named(words, run) if "=" not in word or word.startswith("csv")]
+    if "delete" in given:  # nothing has failed here
+        with pytest.raises(ConfigError, match="no others are deleted"):
+            listing.main([*given, f"output={run.path.parent}"])
+        return
+    listing.main([*given, f"output={run.path.parent}"])
+    assert "digits" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words", of("reproduce"), ids=" ".join)
@@ -182,9 +203,34 @@ def test_tables_are_planned(words, monkeypatch, tmp_path):
 def test_the_readme_shows_the_verdicts_of_the_committed_study():
     report = (ROOT / "results" / "best-cpu" / "report.md").read_text()
     (claims,) = re.findall(r"(?:^\|.*\n)+", report.split("## Claims")[1].split("A claim")[0], re.M)
-    assert claims in TEXT
+    assert claims in README
     for name in ("report.md", "claims.svg"):
-        assert f"](results/best-cpu/{name})" in TEXT
+        assert f"](results/best-cpu/{name})" in README
+
+
+def test_the_readme_is_read_in_minutes():
+    assert len(README.splitlines()) <= 200
+
+
+def test_the_report_that_the_readme_shows_is_what_apply_prints():
+    import timm
+
+    import dropkey
+
+    printed = str(dropkey.apply(timm.create_model("vit_small_patch16_224"), "dropkey", ratio=0.1)).splitlines()
+    (shown,) = re.findall(r"```\n(dropkey \(decreasing\).*?)```", README, re.S)
+    head, *lines = (line for line in shown.splitlines() if line != "...")
+    assert head.split(", impl")[0] == printed[0].split(", impl")[0] and set(lines) <= set(printed)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", PAGES[page]):
+        file, _, anchor = target.partition("#")
+        assert (page.parent / file).exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)", (page.parent / file).read_text(), re.M)
+            assert anchor in {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
 
 
 def test_make_table_reproduces_a_table():
@@ -205,11 +251,12 @@ def test_sweep_definitions_exist(words):
 
 
 @pytest.mark.parametrize("code", PYTHON, ids=lambda code: code.strip().splitlines()[-1][:40])
-def test_python_examples_run(code, monkeypatch):
+def test_python_examples_run(code, monkeypatch, tmp_path):
     from dropkey import regularizers
 
     monkeypatch.setattr(regularizers, "REGULARIZERS", dict(regularizers.REGULARIZERS))
     names = {}
+    monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), names)
     if "drophead" in code:
         import torch
@@ -240,9 +287,7 @@ def test_the_slurm_script_is_sound_and_hands_its_arguments_on():
         check(compose(words[2:]))
 
 
-def test_pictures_and_options_that_the_readme_names_exist():
-    for path in re.findall(r"!\[.*?\]\((.*?)\)", TEXT):
-        assert (ROOT / path).exists()
+def test_every_option_is_named():
     for file in CONFIGS.glob("*/*.yaml"):
         if file.parent.name != "local" and file.stem != "scales":
             assert re.sub(r"_?(d?\d+|tiny|small|base)$", "", file.stem) in TEXT, file

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from dropkey.errors import ConfigError
+from dropkey.plotting import COLORS, GREY
 from dropkey.records import RunDirectory
-from dropkey.reproduction import content, report, results, sentences, tables, versions
+from dropkey.reproduction import content, pictures, report, results, sentences, tables, versions
 from dropkey.reproduction.comparison import Comparison, compare
 from dropkey.reproduction.jobs import Job, composed
 
@@ -182,6 +183,92 @@ def test_a_row_that_is_trained_in_another_way_is_named_beside_the_baselines_trai
     rows = {**table.rows, "Dropout": tables.Row("Dropout", of="DropKey")}
     text = sentences.about(compare(dataclasses.replace(table, rows=rows), head, found, []))
     assert "ViT 2 x 32: digits; 'Dropout': digits, 9 epochs, starting from the runs of 'DropKey'." in text
+
+
+def rows_of(comparison: Comparison) -> dict[str, list[str]]:
+    return {label: line for label, *line in content.recipes(comparison)[1]}
+
+
+def test_the_report_states_regularizer_ratio_and_overrides_of_every_row(written):
+    found = rows_of(golden_comparison())
+    assert found["no regularizer"] == ["none", "–", "regularizer=none"]
+    line = "regularizer=dropkey regularizer.ratio=0.3 schedule="
+    assert found["DropKey, decreasing"] == ["dropkey", "0.3 → 0", f"{line}decreasing"]
+    assert found["DropKey, constant"] == ["dropkey", "0.3", f"{line}constant"]
+    assert found["best DropKey"] == [
+        "dropkey",
+        "0 → 0.3",
+        "regularizer=dropkey schedule=increasing regularizer.ratio=0.3",
+    ]
+    text = (written / "report.md").read_text()
+    assert "| Dropout | dropout | 0.3 → 0 | regularizer=dropout" in text
+    assert "In every row of 'ViT 2 x 32': `experiment=digits_few`." in text
+
+
+def test_a_row_made_from_another_names_it_and_one_that_waits_for_tuning_says_so():
+    table, head, found = changed()
+    tuned = tables.Row("tuned", of="DropKey, constant", overrides=("regularizer=none", "trainer.epochs=5"))
+    averaged = tables.Row("averaged", of="Dropout", evaluate=("eval.monte_carlo=4",))
+    rows = {**table.rows, "tuned": tuned, "averaged": averaged}
+    lines = rows_of(compare(dataclasses.replace(table, rows=rows, chosen={}), head, found, []))
+    assert lines["tuned"][2] == "regularizer=none trainer.epochs=5; starts from the runs of 'DropKey, constant'"
+    assert lines["averaged"][2] == "eval.monte_carlo=4; starts from the runs of 'Dropout'"
+    assert lines["best DropKey"][2] == "best of 2 candidates, not known yet"
+
+
+def with_rows(count: int) -> Comparison:
+    """The golden table with copies of a row, `count` rows in all."""
+    table, head, found = changed()
+    names = [f"copy {i}" for i in range(count - len(table.rows))]
+    copies = {name: dataclasses.replace(table.rows["Dropout"], label=name) for name in names}
+    found = found + [{**entry, "row": name} for name in names for entry in found if entry["row"] == "Dropout"]
+    return compare(dataclasses.replace(table, rows={**table.rows, **copies}), head, found, [])
+
+
+def figure_of(draw, comparison: Comparison, monkeypatch):
+    """The figure that a function of pictures.py saves."""
+    monkeypatch.setattr(pictures, "save", lambda figure: figure)
+    figure = draw(comparison)
+    figure.draw_without_rendering()
+    return figure
+
+
+@pytest.mark.parametrize("draw", [pictures.curves, pictures.entropy])
+def test_many_rows_are_small_multiples_beside_the_baseline(draw, monkeypatch):
+    comparison = with_rows(9)
+    axes = figure_of(draw, comparison, monkeypatch).get_axes()
+    rows = [row for row in comparison.table.rows if row != "no regularizer"]
+    assert [axis.get_title(loc="left") for axis in axes] == rows * (2 if draw is pictures.curves else 1)
+    for axis in axes:
+        lines = [line for line in axis.lines if line.get_linestyle() == "-"]
+        assert [line.get_color() for line in lines] == [GREY, COLORS[0]]
+
+
+@pytest.mark.parametrize("draw", [pictures.curves, pictures.entropy])
+def test_few_rows_share_a_panel_in_different_colours(draw, monkeypatch):
+    comparison = golden_comparison()
+    rows = dict(list(comparison.table.rows.items())[:4])
+    comparison = dataclasses.replace(comparison, table=dataclasses.replace(comparison.table, rows=rows))
+    figure = figure_of(draw, comparison, monkeypatch)
+    assert len({line.get_color() for line in figure.get_axes()[0].lines}) == 4
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(rows)
+
+
+@pytest.mark.parametrize("rows", [4, 5])
+def test_bars_of_entropy_stay_between_0_and_1(rows, monkeypatch):
+    table, head, found = changed(
+        heads=lambda entry: [[entry["seed"] % 2 * 1.0] * 2, [0.99 + 0.01 * (entry["seed"] % 2)] * 2]
+    )
+    table = dataclasses.replace(table, rows=dict(list(table.rows.items())[:rows]), claims=())
+    figure = figure_of(pictures.entropy, compare(table, head, found, []), monkeypatch)
+    ends = [
+        point[1]
+        for axis in figure.get_axes()
+        for bars in axis.collections
+        for line in bars.get_segments()
+        for point in line
+    ]
+    assert ends and all(0 <= end <= 1 for end in ends)
 
 
 def test_every_claim_has_a_verdict_with_its_rule(written):
@@ -538,6 +625,13 @@ def test_the_page_needs_nothing_from_elsewhere(written):
     assert "<script" not in page
 
 
+def test_the_page_fits_a_phone(written):
+    page = (written / "report.html").read_text()
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in page
+    assert page.count("<table") == page.count('<div class="wide"><table') > 3
+    assert re.search(r"\.wide[^{]*\{ overflow-x: auto; \}", page)
+
+
 def test_the_page_is_well_formed(written):
     page = (written / "report.html").read_text()
     body = re.search(r"<main>.*</main>", page, re.S).group()
@@ -580,7 +674,7 @@ def test_special_characters_do_not_break_a_format():
     text = markdown(comparison)
     assert r"| A \| B & C_1 \<50 %> \\ {x} 'y' \"z\" |".replace('\\"', '"') in text
     assert r"A | B \& C\_1 $<$50 \%$>$ \textbackslash{} \{x\}" in report.latex(comparison)
-    page = report.page("a < b", text, DRAWN)
+    page = report.html("a < b", text, DRAWN)
     assert "<td>A | B &amp; C_1 &lt;50 %&gt; \\ {x} 'y' &quot;z&quot;</td>" in page
     assert "<title>a &lt; b</title>" in page
 

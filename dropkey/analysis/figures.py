@@ -1,101 +1,113 @@
-"""The figures of analysis: attention maps, entropy over depth, masks, schedules."""
+"""The figures of analysis: entropy over depth, masks, schedules. Those with images: map_figures.py."""
 
 import itertools
 import math
-import textwrap
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
-from einops import rearrange, repeat
-from torch import Tensor
+from einops import rearrange
 
 from dropkey import regularizers, schedules
-from dropkey.analysis.maps import AttentionMaps
-from dropkey.plotting import COLORS, MARKERS, PALE, image_axis, save, style, subplots
+from dropkey.plotting import (
+    COLORS,
+    CROWD,
+    MARKERS,
+    PALE,
+    SILVER,
+    image_axis,
+    legend_below,
+    looks,
+    new_figure,
+    panels,
+    save,
+    style,
+    subplots,
+    wrapped,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MASKS = (("dropkey", None), ("dropkey_block", 3), ("dropkey_cross", 5), ("dropkey_cross", "full"))  # figure 3
 DRAWS = 4096  # masks over which a mean ratio is taken
-PIXELS = 224  # least width of an image in a figure of maps
-
-
-def plot_maps(images: Tensor, titles: list[str], found: list[AttentionMaps], labels: list[str], path: Path) -> None:
-    """Images in the first row, below them every map of every run, as colors over a faint image.
-
-    Args:
-        images: B C H W in [0, 1].
-        titles: one per image.
-        found: for each run, maps of these images.
-        labels: one per run.
-    """
-    rows = [(label, i, run) for label, run in zip(labels, found, strict=True) for i in range(len(run.names))]
-    size = (1.4 * len(titles) + 0.4, 1.4 * (1 + len(rows)) + 0.7)
-    with style():
-        figure, axes = subplots(1 + len(rows), len(titles), size)
-        figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, hspace=0, wspace=0)
-        for axis in axes.flat:
-            image_axis(axis)
-        factor = max(1, math.ceil(PIXELS / images.shape[-1]))
-        large = repeat(images, "b c h w -> b c (h i) (w j)", i=factor, j=factor)
-        for column, (image, title) in enumerate(zip(large, titles, strict=True)):
-            axes[0, column].imshow(rearrange(image, "c h w -> h w c").expand(-1, -1, 3).numpy())
-            axes[0, column].set_title(title, fontsize=8, loc="center")
-            for axis, (_, i, run) in zip(axes[1:, column], rows, strict=True):
-                axis.imshow(overlay(image, run.values[column, i]).numpy())
-        for axis, (label, i, run) in zip(axes[1:, 0], rows, strict=True):
-            parts = [label] * (len(found) > 1) + [run.names[i]] * (len(run.names) > 1 or len(found) == 1)
-            axis.set_ylabel("\n".join(line for part in parts for line in textwrap.wrap(part, 22)), fontsize=8)
-        captions = [*dict.fromkeys(run.caption for run in found), "each map from 0 (black) to its own maximum (light)"]
-        figure.supxlabel("\n".join(captions), fontsize=8)
-        save(figure, path)
-
-
-def overlay(image: Tensor, values: Tensor) -> Tensor:
-    """A map (h w) upsampled over an image (C H W), as colors H W 3.
-
-    Colors are multiplied by the image's brightness, as a mixture would turn bright pixels into other colors of the
-    scale. Upsampling is bilinear, because bicubic draws dark rings around peaks.
-    """
-    from matplotlib import colormaps
-
-    large = F.interpolate(values[None, None].float().cpu(), size=image.shape[-2:], mode="bilinear")[0, 0]
-    colors = torch.as_tensor(colormaps["inferno"]((large / large.max()).numpy())[..., :3]).float()
-    brightness = image.mean(0).unsqueeze(-1)
-    return (colors * (0.7 + 0.3 * brightness) + 0.12 * brightness).clamp(max=1)
+ENTROPY = "attention entropy / log K"
 
 
 def plot_entropy(records: list[list[dict]], labels: list[str], path: Path) -> None:
-    """Normalised entropy over depth: a dot for each head, a line through the means over heads.
+    """Saves `entropy_figure`."""
+    save(entropy_figure(records, labels), path)
+
+
+def entropy_figure(records: list[list[dict]], labels: list[str]) -> "Figure":
+    """Normalised entropy over depth: a dot for each head, a line through the means over heads. Many lines get a panel
+    each, where the others are grey.
 
     Args:
         records: for each line the entropy.json of its runs, which differ in the seed alone.
         labels: one per line.
     """
-    deepest = max((group[0]["layers"] for group in records), key=len)
-    width = max(4.8, 1.6 + 0.42 * len(deepest))
-    columns = max(1, int(width / (0.6 + 0.07 * max(map(len, labels)))))  # of the legend, in 8 point
+    labels = [
+        label + (f", {len(group)} seeds" if len(group) > 1 else "")
+        for group, label in zip(records, labels, strict=True)
+    ]
     with style():
-        figure, ((axis,),) = subplots(1, 1, (width, 3.2 + 0.2 * math.ceil(len(labels) / columns)))
-        for index, (group, label) in enumerate(zip(records, labels, strict=True)):
-            color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
-            shift = 0.34 * ((index + 0.5) / len(records) - 0.5)  # lines side by side, not on top of each other
-            means = []
-            for number, _ in enumerate(group[0]["layers"]):
-                heads = [value for record in group for value in record["layers"][number]["normalised"]]
-                means.append((number + 1 + shift, sum(heads) / len(heads)))
-                axis.plot([means[-1][0]] * len(heads), heads, marker, color=color, alpha=0.5, markersize=3.5, mew=0)
-            label += f", {len(group)} seeds" if len(group) > 1 else ""
-            axis.plot(*zip(*means, strict=True), "-", marker=marker, color=color, markersize=5.5, label=label)
-        axis.set_xticks(range(1, len(deepest) + 1), layer_ticks([layer["kind"] for layer in deepest]))
-        axis.set(xlabel="attention layer", ylabel="attention entropy / log K")
+        if len(records) > CROWD:
+            return entropy_panels(records, labels)
+        figure, ((axis,),) = subplots(1, 1, (max(4.8, 1.6 + 0.42 * max(len(one[0]["layers"]) for one in records)), 3.2))
+        draw_entropy(axis, records, labels)
+        if len(records) > 1:
+            legend_below(figure, [axis])
+    return figure
+
+
+def draw_entropy(axis, records: list[list[dict]], labels: list[str]) -> None:
+    """Lines of entropy over depth, side by side so that none hides another; see `plot_entropy`."""
+    for index, (group, label, look) in enumerate(zip(records, labels, looks(len(records)), strict=True)):
+        shift = 0.34 * ((index + 0.5) / len(records) - 0.5)
+        places, means = [], []
+        for number, heads in enumerate(head_entropies(group), start=1):
+            places.append(number + shift)
+            means.append(sum(heads) / len(heads))
+            one = {"marker": look["marker"], "color": look["color"], "linestyle": "none"}
+            axis.plot([places[-1]] * len(heads), heads, **one, alpha=0.45, markersize=3.5, markeredgewidth=0)
+        axis.plot(places, means, **look, markersize=5.5, label=label)
+    deepest = max((group[0]["layers"] for group in records), key=len)
+    axis.set_xticks(range(1, len(deepest) + 1), layer_ticks([layer["kind"] for layer in deepest]))
+    axis.set(xlabel="attention layer", ylabel=ENTROPY)
+    axis.grid(axis="y")
+
+
+def entropy_panels(records: list[list[dict]], labels: list[str]) -> "Figure":
+    """A panel for each line of `plot_entropy`, the others in grey behind it."""
+    lines = math.ceil(len(records) / 4)
+    figure = new_figure((10, 0.6 + 1.95 * lines))
+    means = [[sum(heads) / len(heads) for heads in head_entropies(group)] for group in records]
+    axes = panels(figure, len(records))
+    for axis, group, own, label in zip(axes, records, means, labels, strict=True):
+        for other in means:
+            axis.plot(range(1, len(other) + 1), other, color=SILVER, linewidth=0.8)
+        for number, heads in enumerate(head_entropies(group), start=1):
+            axis.plot([number] * len(heads), heads, "o", color=COLORS[0], alpha=0.45, markersize=3, markeredgewidth=0)
+        axis.plot(range(1, len(own) + 1), own, "o-", color=COLORS[0], markersize=4, linewidth=1.8)
+        axis.set_title(wrapped(label, 34), fontsize=8.5)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(axis="y")
-        figure.legend(loc="outside upper left", ncols=columns)
-        save(figure, path)
+    figure.supxlabel("attention layer", fontsize=9)
+    figure.supylabel(ENTROPY, fontsize=9)
+    return figure
+
+
+def head_entropies(group: list[dict]) -> list[list[float]]:
+    """For each layer the normalised entropy of every head of every run."""
+    layers = range(len(group[0]["layers"]))
+    return [[value for record in group for value in record["layers"][layer]["normalised"]] for layer in layers]
 
 
 def layer_ticks(kinds: list[str]) -> list[str]:
-    """Numbers of layers from 1; where kinds differ, each run of one kind has its name below the middle number."""
-    ticks = [str(number) for number in range(1, len(kinds) + 1)]
+    """Numbers of layers from 1, of more than 16 not all; where kinds differ, each run of one kind has its name below
+    the middle number."""
+    step = 1 + (len(kinds) - 1) // 16
+    ticks = ["" if number % step else str(number + 1) for number in range(len(kinds))]
     end = 0
     for kind, run in itertools.groupby(kinds) if len(set(kinds)) > 1 else ():
         begin, end = end, end + len(list(run))

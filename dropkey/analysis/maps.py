@@ -24,6 +24,7 @@ class AttentionMaps:
     values: Tensor  # B M h w, each map of sum 1
     names: list[str]  # one per map
     caption: str  # which layers and queries
+    layer: Optional[int]  # in forward order from 0; None: rollout
 
 
 def attention_maps(model: nn.Module, images: Tensor, head: str = "rollout", layer: int = -1) -> AttentionMaps:
@@ -48,17 +49,28 @@ def attention_maps(model: nn.Module, images: Tensor, head: str = "rollout", laye
         part = "all" if len(chosen) == len(layers) else f"the last {len(chosen)} of"
         caption = f"rollout over {part} {len(layers)} attention layers"
         caption += "" if part == "all" else " (those with the same tokens)"
+        number = None
     else:
         if not -len(layers) <= layer < len(layers):
             raise ConfigError(f"layer={layer}: {type(model).__name__} has {len(layers)} attention layers, from 0")
-        last = layers[layer]
+        number = layer % len(layers)
+        last = layers[number]
         if last.windows > 1:
             raise ConfigError(no_map(last, model) + "; choose another layer=")
         values, names = select_heads(relevant_attention(last, model), head)
-        caption = f"attention layer {layer % len(layers) + 1} of {len(layers)}, {last.name or type(model).__name__}"
+        caption = f"attention layer {number + 1} of {len(layers)}, {last.name or type(model).__name__}"
     query = "the pool's query" if last.weights.shape[-2] == 1 else "mean over queries"
     query = "class token" if has_class_token(last, model) else query
-    return AttentionMaps(on_grid(values, last, model), names, f"{caption}; {query}")
+    return AttentionMaps(on_grid(values, last, model), names, f"{caption}; {query}", number)
+
+
+def head_maps(model: nn.Module, images: Tensor) -> dict[int, Tensor]:
+    """Number of the layer -> maps of its heads (B H h w), for each layer that attends over the whole image."""
+    return {
+        number: on_grid(relevant_attention(layer, model), layer, model)
+        for number, layer in enumerate(attention_weights(model, images))
+        if layer.windows == 1
+    }
 
 
 def select_heads(values: Tensor, head: str) -> tuple[Tensor, list[str]]:

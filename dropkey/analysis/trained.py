@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dropkey import tasks, weights
 from dropkey.build import build_regularized
-from dropkey.config import compose, identity
+from dropkey.config import compose
 from dropkey.config.schema import RegularizerConfig, TrainConfig
 from dropkey.engine import checkpoint
 from dropkey.engine.distributed import DistContext
@@ -106,34 +106,3 @@ def loaded(task: Task) -> Any:
         _latest.clear()
         _latest[key] = task.load_data()
     return _latest[key]
-
-
-def labels(configs: list[TrainConfig], *, seeds: bool) -> list[str]:
-    """For each run its name in a legend: regularizer, ratio and schedule, then other keys that differ.
-
-    Args:
-        seeds: whether the seed is one of them.
-    """
-    flat = [identity.flatten(dataclasses.asdict(cfg)) for cfg in configs]
-    keys = sorted({key for one in flat for key in one if len({repr(other.get(key)) for other in flat}) > 1})
-    named = ["regularizer.", "schedule.", *([] if seeds else ["seed"])]
-    names = [[regularizer_label(cfg)] for cfg in configs]
-    for part, name_of in (("model.", identity.model_label), ("data.", identity.data_label)):
-        if len({name_of(cfg) for cfg in configs}) > 1:
-            named.append(part)
-            for name, cfg in zip(names, configs, strict=True):
-                name.append(name_of(cfg))
-    for key in keys:
-        if not key.startswith(tuple(named)) and not identity.has_no_effect(key):
-            for name, one in zip(names, flat, strict=True):
-                name.append(f"{key.split('.')[-1]} {one.get(key)}")
-    return [", ".join(name) for name in names]
-
-
-def regularizer_label(cfg: TrainConfig) -> str:
-    """dropkey 0.3 decreasing, dropkey_block 0.1 constant (window 3), no regularizer."""
-    regularizer = cfg.regularizer
-    if regularizer.name == "none":
-        return "no regularizer"
-    window = "" if regularizer.window is None else f" (window {regularizer.window})"
-    return f"{regularizer.name} {regularizer.ratio:g} {cfg.schedule.name}{window}"

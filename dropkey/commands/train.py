@@ -13,11 +13,12 @@ from typing import Iterator
 import hydra
 from omegaconf import DictConfig
 
-from dropkey import cli
+from dropkey import cli, multirun
 from dropkey.config.check import check
 from dropkey.config.compose import CONFIGS, register_schemas, typed
 from dropkey.config.device import check_device
 from dropkey.config.identity import run_directory
+from dropkey.config.run_lookup import sibling
 from dropkey.config.schema import TrainConfig
 from dropkey.engine import tracking
 from dropkey.errors import Diverged, Interrupted
@@ -42,6 +43,7 @@ def train(cfg: TrainConfig) -> float:
     """
     cfg = check(cfg)
     run = RunDirectory(run_directory(cfg))
+    multirun.note_job(run.path)
     if run.finished and not cfg.overwrite:
         summary = run.summary()
         if cli.is_first():
@@ -53,6 +55,8 @@ def train(cfg: TrainConfig) -> float:
         raise Diverged(f"{run.path} diverged before: {run.status()['reason']}; overwrite=true trains it again")
     else:
         check_device("trainer.device", cfg.trainer.device)
+        if cli.is_first() and not multirun.is_job() and (other := sibling(cfg)):
+            print(other)
         from dropkey import session  # imports torch and timm: seconds, so after the checks
 
         summary = session.train(cfg, run)
@@ -85,4 +89,4 @@ def print_result(summary: dict) -> None:
     print(f"run    {summary['run']}  (config.yaml, metrics.jsonl, summary.json, curves.png, checkpoints/)")
 
 
-start = cli.command()(main)
+start = cli.command()(multirun.table_of_jobs()(main))

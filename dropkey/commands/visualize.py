@@ -1,7 +1,9 @@
-"""Pictures of what a regularizer does: dropkey visualize maps|entropy|masks|schedules [key=value ...]
+"""Pictures of what a regularizer does: dropkey visualize ACTION [key=value ...]
 
-maps       where models attend, side by side on the same images: run=<run>[,<run> ...]
+compare    where runs attend, side by side on the same images, and their entropy: run=<run>,<another>
+maps       where one or more runs attend, of a layer's heads or over all layers: run=<run>[,<run> ...]
 entropy    entropy of attention over depth, as table, record and plot: run=<run>[,<run> ...]
+gallery    one HTML page about a run: curves, entropy, maps, worst mistakes; into the run's directory
 masks      keys dropped by DropKey, DropKey-Block and DropKey-Cross
 schedules  drop ratio over depth
 
@@ -17,84 +19,186 @@ from dropkey.config import identity
 from dropkey.config.check import in_range, require
 from dropkey.config.run_lookup import find_runs
 from dropkey.config.script_args import arg, parse, run_script
+from dropkey.metrics import Metric
+from dropkey.records import RunDirectory
 
 HEADS = ("rollout", "mean", "all")
+MOST = 8  # columns of compare
+ACTIONS = ("compare", "maps", "entropy", "gallery", "masks", "schedules")
+OF_RUNS = ACTIONS[:4]
 
 
 @dataclass
 class Args:
-    action: str = arg("", "what to draw", choices=("maps", "entropy", "masks", "schedules"))
-    run: List[str] = arg([], "maps, entropy: runs or patterns, with commas")
-    images: List[int] = arg([], "maps: positions in the test split, such as 0,5,7; empty: six, evenly over it")
-    head: str = arg("rollout", "maps: rollout over layers; or of one layer mean, all, or a head's number")
-    layer: int = arg(-1, "maps: the layer of a head, negative from the end")
-    root: Optional[str] = arg(None, "maps, entropy: directory of the runs' images, if it has moved")
+    action: str = arg("", "what to draw", choices=ACTIONS)
+    run: List[str] = arg([], f"{', '.join(OF_RUNS)}: runs or patterns, with commas")
+    images: List[int] = arg([], "compare, maps: positions in the test split, such as 0,5,7; empty: evenly over it")
+    head: str = arg("rollout", "rollout over layers; or of one layer mean, all (maps), or a head's number")
+    layer: int = arg(-1, "compare, maps: the layer of a head, from 0; negative from the end")
+    root: Optional[str] = arg(None, "directory of the runs' images, if it has moved")
     ratio: float = arg(0.3, "masks, schedules: drop ratio")
     grid: int = arg(14, "masks: side of the grid of keys")
     layers: int = arg(12, "schedules: number of attention layers")
-    output: str = arg("", "file .png, .jpg, .pdf or .svg; empty: in the directory of the one run, or in pictures/")
+    output: str = arg(
+        "", "file .png, .jpg, .pdf or .svg (gallery: .html); empty: in the one run's directory, or pictures/"
+    )
 
 
-def maps(args: Args, path: Path) -> None:
+def maps(args: Args) -> Path:
+    from dropkey.analysis import map_figures
+    from dropkey.analysis.labels import labels
+
+    pictures, titles, found = look(args, args.run, labels(configs_of(args.run), seeds=True), 6)
+    path = path_of(args, f"maps-{kind_of(args, found[0].maps)}")
+    map_figures.plot_maps(pictures, titles, found, path)
+    return path
+
+
+def compare(args: Args) -> Path:
+    from dropkey.analysis import map_figures
+    from dropkey.analysis.labels import labels
+
+    groups = by_seed(args)
+    groups.sort(key=lambda runs: configs_of(runs)[0].regularizer.name != "none")  # what others are compared with
+    require(len(groups) <= MOST, f"compare draws {MOST} runs at most, not {len(groups)} (seeds share a column)")
+    first = [runs[0] for runs in groups]
+    require(args.head != "all", "head=all: compare draws one map of each run; choose rollout, mean or a number")
+    records = [[entropy_of(run, args.root) for run in runs] for runs in groups]
+    pictures, _, found = look(args, first, labels(configs_of(first), seeds=False), 4)
+    for seen, runs in zip(found, groups, strict=True):
+        seen.result = result_of(runs)
+    path = path_of(args, f"compare-{kind_of(args, found[0].maps)}")
+    map_figures.plot_comparison(pictures, found, records, path)
+    return path
+
+
+def entropy(args: Args) -> Path:
+    from dropkey.analysis import figures
+    from dropkey.analysis.labels import labels
+
+    groups = by_seed(args)
+    print(f"{'entropy of attention':<56} {'epoch':>5} {'nats':>7} {'of log K':>9}")
+    records = {}
+    for run in args.run:
+        records[run] = result = entropy_of(run, args.root)
+        print(f"{run:<56} {result['epoch']:>5} {result['mean_nats']:>7.3f} {result['mean']:>9.4f}", flush=True)
+    path = path_of(args, "entropy")
+    names = labels(configs_of([runs[0] for runs in groups]), seeds=False)
+    figures.plot_entropy([[records[run] for run in runs] for runs in groups], names, path)
+    return path
+
+
+def look(args: Args, runs: list[str], names: list[str], count: int) -> tuple:
+    """The same images for every run: as people see them, their names, and what each run sees in them."""
     import torch
 
-    from dropkey.analysis import figures, trained
+    from dropkey.analysis import trained
+    from dropkey.analysis.answers import answers
+    from dropkey.analysis.map_figures import Seen
     from dropkey.analysis.maps import attention_maps
 
     require(args.head in HEADS or args.head.isdigit(), f"head={args.head}: choose {', '.join(HEADS)} or a number")
-    labels = trained.labels([trained.config_of(run) for run in args.run], seeds=True)
     found, shown = [], []
-    for run in args.run:
+    for run, name in zip(runs, names, strict=True):
         opened = trained.open_run(run, args.root)
-        ids = opened.positions(tuple(args.images)) if args.images else opened.spread(6)
+        ids = opened.positions(tuple(args.images)) if args.images else opened.spread(count)
         images, pictures = opened.images(ids)
-        found.append(attention_maps(opened.model, images, args.head, args.layer))
+        found.append(Seen(name, attention_maps(opened.model, images, args.head, args.layer), answers(opened, ids)))
         shown.append(pictures)
-        require(torch.equal(shown[0], shown[-1]), f"run={run} has other images than {args.run[0]}")
-    figures.plot_maps(shown[0], opened.names(ids), found, labels, path)
+        require(torch.equal(shown[0], shown[-1]), f"run={run} has other images than {runs[0]}")
+    return shown[0], opened.names(ids), found
 
 
-def entropy(args: Args, path: Path) -> None:
-    from dropkey.analysis import figures, trained
+def kind_of(args: Args, maps) -> str:
+    """rollout, layer3-mean, layer3-heads or layer3-head1, for the name of a file."""
+    if maps.layer is None:
+        return args.head
+    return f"layer{maps.layer}-" + {"mean": "mean", "all": "heads"}.get(args.head, f"head{args.head}")
+
+
+def result_of(runs: list[str]) -> str:
+    """The first metric on the test split, mean over runs; nothing if one is not finished."""
+    found = [RunDirectory(Path(run)).summary() for run in runs]
+    if not all(found):
+        return ""
+    metric = Metric(**found[0]["metrics"][0])
+    return metric.format(sum(one[metric.key] for one in found) / len(found))
+
+
+def by_seed(args: Args) -> list[list[str]]:
+    """The runs in groups that differ in the seed alone, seeds in order."""
+    groups = defaultdict(list)
+    for run, cfg in zip(args.run, configs_of(args.run), strict=True):
+        groups[identity.group_hash(cfg)].append((cfg.seed, run))
+    return [[run for _, run in sorted(group)] for group in groups.values()]
+
+
+def configs_of(runs: list[str]) -> list:
+    from dropkey.analysis.trained import config_of
+
+    return [config_of(run) for run in runs]
+
+
+def entropy_of(run: str, root: Optional[str]) -> dict:
     from dropkey.analysis.entropy import record_entropy
 
-    configs = [trained.config_of(run) for run in args.run]
-    groups, legend = defaultdict(list), {}
-    print(f"{'entropy of attention':<56} {'epoch':>5} {'nats':>7} {'of log K':>9}")
-    for run, cfg, label in zip(args.run, configs, trained.labels(configs, seeds=False), strict=True):
-        result, _ = record_entropy(run, args.root)
-        print(f"{run:<56} {result['epoch']:>5} {result['mean_nats']:>7.3f} {result['mean']:>9.4f}", flush=True)
-        groups[identity.group_hash(cfg)].append(result)
-        legend[identity.group_hash(cfg)] = label
-    figures.plot_entropy(list(groups.values()), list(legend.values()), path)
+    return record_entropy(run, root)[0]
 
 
-def masks(args: Args, path: Path) -> None:
+def path_of(args: Args, name: str) -> Path:
+    """Where a picture goes. Its name says what is drawn, so that no picture takes the place of another."""
+    from dropkey.analysis.labels import file_stem
+
+    if args.output:
+        return Path(args.output)
+    if args.images:
+        name += "-images" + "+".join(map(str, args.images))
+    if len(args.run) == 1:
+        return Path(args.run[0]) / f"{name}.png"
+    return Path("pictures") / f"{name}-{file_stem(configs_of(args.run))}.png"
+
+
+def gallery(args: Args) -> None:
+    from dropkey.analysis.gallery import write_gallery
+
+    require(len(args.run) == 1 or not args.output, "gallery writes a page into each run; output= takes a single run")
+    require(args.output.endswith(".html") or not args.output, f"output={args.output}: the name of a page ends in .html")
+    for run in args.run:
+        path = Path(args.output) if args.output else Path(run) / "gallery.html"
+        write_gallery(run, path, args.root)
+        print(f"page {path}", flush=True)
+
+
+def masks(args: Args) -> Path:
     from dropkey.analysis import figures
 
     in_range("ratio", args.ratio, "in [0, 1)")
     require(2 <= args.grid <= 64, f"grid={args.grid} must be in [2, 64]")
+    path = Path(args.output or f"pictures/masks-ratio{args.ratio:g}-grid{args.grid}.png")
     figures.plot_masks(args.ratio, args.grid, path)
+    return path
 
 
-def schedules(args: Args, path: Path) -> None:
+def schedules(args: Args) -> Path:
     from dropkey.analysis import figures
 
     in_range("ratio", args.ratio, "in [0, 1)")
     in_range("layers", args.layers, "above 0")
+    path = Path(args.output or f"pictures/schedules-ratio{args.ratio:g}-layers{args.layers}.png")
     figures.plot_schedules(args.ratio, args.layers, path)
+    return path
 
 
 def main(words: list[str]) -> None:
     args = parse(Args, words, __doc__)
-    if args.action in ("maps", "entropy"):
+    if args.action in OF_RUNS:
         require(bool(args.run), f"{args.action} takes run=<run directory>[,<another>]")
         args.run = [str(run) for run in find_runs(",".join(args.run)) if (run / "checkpoints" / "last.pt").exists()]
         require(bool(args.run), "none of these runs has trained")
-    directory = Path(args.run[0]) if len(args.run) == 1 else Path("pictures")
-    path = Path(args.output) if args.output else directory / f"{args.action}.png"
-    {"maps": maps, "entropy": entropy, "masks": masks, "schedules": schedules}[args.action](args, path)
-    print(f"picture {path}")
+    actions = (compare, maps, entropy, gallery, masks, schedules)
+    path = {action.__name__: action for action in actions}[args.action](args)
+    if path:
+        print(f"picture {path}")
 
 
 def start() -> None:

@@ -83,6 +83,31 @@ def load(path: Path, schema: type = TrainConfig) -> TrainConfig | EvalConfig:
         raise ConfigError(f"{path} is not a config of this program: {explain(error, schema)}") from None
 
 
+def read(path: Path) -> TrainConfig:
+    """The same in a fortieth of the time, for lists of many runs: nothing is checked.
+
+    Raises:
+        ConfigError: no YAML file with a mapping.
+    """
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        return filled(TrainConfig, tree)
+    except (OSError, yaml.YAMLError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not a config of this program: {str(error).splitlines()[0]}") from None
+
+
+def filled(schema: type, tree: dict):
+    """An instance of a nested dataclass; keys that it does not have are left out, those that are missing take their
+    defaults."""
+    known = {field.name: field for field in dataclasses.fields(schema) if field.name in tree}
+    return schema(
+        **{
+            name: filled(field.type, tree[name]) if dataclasses.is_dataclass(field.type) else tree[name]
+            for name, field in known.items()
+        }
+    )
+
+
 def save(cfg: TrainConfig, path: Path) -> None:
     path.write_text(OmegaConf.to_yaml(OmegaConf.structured(cfg)), encoding="utf-8")
 

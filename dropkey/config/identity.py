@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dropkey.config.check import family
-from dropkey.config.schema import EvalConfig, TrainConfig, flatten
+from dropkey.config.schema import EvalConfig, ScheduleConfig, TrainConfig, flatten
 
 # Keys that do not change the result: where files are, what is logged, how fast it runs.
 NO_EFFECT = (
@@ -85,13 +85,19 @@ def data_label(cfg: TrainConfig | EvalConfig) -> str:
 
 def regularizer_label(cfg: TrainConfig) -> str:
     """dropkey 0.3 decreasing, dropkey_block 0.1 constant (window 3), no regularizer."""
-    regularizer, schedule = cfg.regularizer, cfg.schedule
+    regularizer = cfg.regularizer
     if regularizer.name == "none":
         return "no regularizer"
     window = "" if regularizer.window is None else f" (window {regularizer.window})"
-    end = f" to {schedule.end:g}" if schedule.end and schedule.name != "constant" else ""
-    over = " over training" if schedule.over == "training" and schedule.name != "constant" else ""
-    return f"{regularizer.name} {regularizer.ratio:g} {schedule.name}{end}{over}{window}"
+    return f"{regularizer.name} {regularizer.ratio:g} {schedule_label(cfg.schedule)}{window}"
+
+
+def schedule_label(schedule: ScheduleConfig) -> str:
+    """decreasing, decreasing to 0.1, increasing over training"""
+    if schedule.name == "constant":
+        return "constant"
+    end = f" {'from' if schedule.name == 'increasing' else 'to'} {schedule.end:g}" if schedule.end else ""
+    return f"{schedule.name}{end}{' over training' if schedule.over == 'training' else ''}"
 
 
 def training_facts(cfg: TrainConfig) -> str:

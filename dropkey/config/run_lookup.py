@@ -5,10 +5,14 @@ import glob
 import os
 from pathlib import Path
 
+from dropkey.config import compose, identity
 from dropkey.config.check import nearest, require
+from dropkey.config.schema import TrainConfig
 from dropkey.errors import ConfigError
+from dropkey.records import RunDirectory
 
 SHOWN = 5  # runs that a message lists
+LATEST, FEW = 50, 3  # runs that `sibling` looks at, and keys that may differ
 
 
 def all_runs(root: str | Path) -> list[Path]:
@@ -75,6 +79,19 @@ def begins(run: str, word: str) -> bool:
 
 
 def default_root() -> str:
-    from dropkey.config.compose import compose
+    return compose.compose().output
 
-    return compose().output
+
+def sibling(cfg: TrainConfig) -> str:
+    """For a run that has not begun: the run with the same name that it might be taken for, and what differs; or ""."""
+    path = identity.run_directory(cfg)
+    known = [] if path.exists() else [one for one in all_runs(cfg.output) if alike(one, path)][-LATEST:]
+    found = [(identity.differences(compose.read(one / "config.yaml"), cfg), one) for one in known]
+    near, other = min(found, key=lambda one: len(one[0]), default=([], None))
+    if not 1 <= len(near) <= FEW:
+        return ""
+    return f"new run; {other.name} ({RunDirectory(other).state()[0]}) differs in {'; '.join(near)}"
+
+
+def alike(one: Path, other: Path) -> bool:
+    return one.name.rpartition("-")[0] == other.name.rpartition("-")[0]

@@ -3,9 +3,11 @@
 from typing import Optional
 
 from dropkey.metrics import Metric
-from dropkey.reproduction import statistics, tuning
+from dropkey.reproduction import results, statistics, tuning
 from dropkey.reproduction.comparison import Cell, Comparison, Finding, contrasts, row_values
+from dropkey.reproduction.jobs import row_overrides
 from dropkey.reproduction.statistics import Estimate
+from dropkey.reproduction.tables import Row, Table
 
 NONE, UNKNOWN = "–", "not known"
 PHASES = ("validation", "test")
@@ -70,6 +72,34 @@ def overview(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
         ours = [mean(comparison.cells[row, column], comparison.metric) for column in table.columns]
         rows.append([row, *ours, *papers(comparison, row)])
     return head, rows
+
+
+def recipes(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """How every row is trained: regularizer, ratio over depth, and the overrides that make it this row. A row that was
+    tuned in each column by itself has a line for each."""
+    table, rows = comparison.table, []
+    known = results.settings_of(comparison.head)
+    for label, row in table.rows.items():
+        lines: dict[tuple, list[str]] = {}
+        for column in table.columns:
+            lines.setdefault(recipe(table, row, column, known.get((label, column), {})), []).append(column)
+        for line, columns in lines.items():
+            rows.append([label if len(lines) == 1 else f"{label}: {', '.join(columns)}", *line])
+    return ["", "regularizer", "ratio, first layer → last", "overrides"], rows
+
+
+def recipe(table: Table, row: Row, column: str, settings: dict) -> tuple[str, str, str]:
+    """Of one row in one column, all but its label; `settings` are the flat keys of its config."""
+    overrides = row_overrides(table, row, column)
+    text = f"best of {len(row.candidates)} candidates, not known yet" if overrides is None else " ".join(overrides)
+    if row.of is not None:
+        text = " ".join(row.evaluate or row.overrides) + f"; starts from the runs of '{row.of}'"
+    name, ratio = settings.get("regularizer.name", NONE), settings.get("regularizer.ratio")
+    if name == "none" or ratio is None:
+        return name, NONE, text
+    end = settings.get("schedule.end", 0.0)
+    shown = {"decreasing": f"{ratio:g} → {end:g}", "increasing": f"{end:g} → {ratio:g}"}
+    return name, shown.get(settings["schedule.name"], f"{ratio:g}"), text
 
 
 def papers(comparison: Comparison, row: str) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Optional
 from dropkey.config import check, identity
 from dropkey.config.compose import compose
 from dropkey.config.schema import EvalConfig, TrainConfig
-from dropkey.errors import Busy, ConfigError
+from dropkey.errors import ConfigError
 from dropkey.records import RunDirectory
 from dropkey.reproduction.tables import Row, Table
 
@@ -164,14 +164,7 @@ def own_state(job: Job) -> tuple[str, str]:
             return DONE, ""
         failure = run.read_json(job.failure.name)
         return (FAILED, failure["reason"]) if failure else (MISSING, "")
-    if run.finished:
-        return DONE, ""
-    status = run.status()
-    found = status.get("state", MISSING)
-    if found == RUNNING:
-        return (RUNNING if is_locked(run) else INTERRUPTED), ""
-    found = INTERRUPTED if found == DONE else found  # done, but its summary is gone
-    return found, status.get("reason", "") if found in (FAILED, DIVERGED) else ""
+    return run.state()
 
 
 def share_left(job: Job) -> float:
@@ -180,12 +173,3 @@ def share_left(job: Job) -> float:
         return 1.0
     epochs = RunDirectory(job.run).records("epoch")
     return 1.0 - (min(epochs[-1]["epoch"] / job.config.trainer.epochs, 1.0) if epochs else 0.0)
-
-
-def is_locked(run: RunDirectory) -> bool:
-    """Whether a training holds the run now; its lock is released however it ends."""
-    try:
-        with run.lock():
-            return False
-    except Busy:
-        return True

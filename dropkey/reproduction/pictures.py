@@ -1,14 +1,33 @@
 """The report's pictures as SVG. The same records give the same bytes."""
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 from dropkey.metrics import Metric
-from dropkey.plotting import COLORS, GREY, INK, PALE, save, style, subplots
+from dropkey.plotting import (
+    COLORS,
+    CROWD,
+    GREY,
+    INK,
+    PALE,
+    legend_below,
+    looks,
+    new_figure,
+    panels,
+    save,
+    style,
+    subplots,
+    wrapped,
+)
 from dropkey.reproduction import content, tuning
 from dropkey.reproduction.comparison import Comparison, contrasts, row_values
 from dropkey.reproduction.statistics import estimate
 
-DASHES = ("-", "--", ":")
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def forest(comparison: Comparison) -> str:
@@ -46,81 +65,113 @@ def name_lines(axis, labels: list[str]) -> None:
     axis.spines["left"].set_visible(False)
 
 
+@dataclass(frozen=True)
+class Block:
+    """What one panel shows of every row, or, where there are many rows, one group of panels."""
+
+    column: str  # of the table
+    label: str  # of the vertical axis
+    draw: Callable[..., None]  # (axis, row, its look, where its marks are between -0.5 and 0.5 beside their place)
+
+
 def curves(comparison: Comparison) -> str:
     """Training loss and the watched metric over epochs: mean over seeds, and a band of one sample deviation. Rows that
     were evaluated, not trained, have none."""
-    metric, count = comparison.metric, len(comparison.table.columns)
-    trained = trained_rows(comparison)
-    with style():
-        size = (11, 0.4 + 3.3 * count + 0.18 * math.ceil(len(trained) / 3))
-        figure, axes = subplots(count, 2, size)
-        for pair, column in zip(axes, comparison.table.columns, strict=True):
-            for row, look in trained.items():
-                lines = [entry["curve"] for entry in comparison.done_in(row, column) if entry.get("curve")]
-                for axis, place in zip(pair, (1, 2), strict=True):
-                    band(axis, lines, place, look, row)
-            pair[0].set(ylabel="training loss", title=column if count > 1 else "")
-            pair[1].set(ylabel=f"{metric.label} ({metric.unit})" if metric.unit else metric.label)
-            for axis in pair:
-                axis.set_xlabel("epoch")
-                axis.grid()
-        legend(figure, axes, 3)
-        return save(figure)
+    columns, metric = comparison.table.columns, comparison.metric
+    top = 100.0 if metric.proportion else math.inf
+    blocks = []
+    for column in columns:
+        blocks.append(Block(column, "training loss", partial(band, comparison, column, 1, math.inf)))
+        blocks.append(Block(column, content.named(metric), partial(band, comparison, column, 2, top)))
+    return drawn(comparison, blocks, "epoch", (len(columns), 2), (11, 0.4 + 3.3 * len(columns)))
 
 
 def entropy(comparison: Comparison) -> str:
     """Normalised entropy of attention over depth: means over heads and seeds, bars of one sample deviation over
     seeds."""
-    count, trained = len(comparison.table.columns), trained_rows(comparison)
+    columns = comparison.table.columns
+    blocks = [Block(column, "entropy of attention / log K", partial(bars, comparison, column)) for column in columns]
+    return drawn(comparison, blocks, "attention layer", (1, len(columns)), (3 + 4.2 * len(columns), 3.2))
+
+
+def drawn(comparison: Comparison, blocks: list[Block], label: str, shape: tuple[int, int], size) -> str:
+    """A panel for each block, in `shape` lines and columns; `label` is that of the horizontal axes."""
+    rows, several = trained_rows(comparison), len(comparison.table.columns) > 1
     with style():
-        size = (3 + 4.2 * count, 3.2 + 0.18 * math.ceil(len(trained) / (1 + count)))
-        figure, axes = subplots(1, count, size, sharey=True)
-        for axis, column in zip(axes[0], comparison.table.columns, strict=True):
-            for number, (row, look) in enumerate(trained.items()):
-                runs = [entry["heads"] for entry in comparison.done_in(row, column) if entry.get("heads")]
-                layers = [estimate([sum(heads) / len(heads) for heads in layer]) for layer in zip(*runs, strict=True)]
-                shift = 0.4 * ((number + 0.5) / len(trained) - 0.5)  # bars side by side
-                places = [layer + shift for layer in range(1, len(layers) + 1)]
-                spread = [one.deviation or 0 for one in layers]
-                lines = {"linewidth": 1.5, "elinewidth": 0.8, "marker": "o", "markersize": 3, **look}
-                axis.errorbar(places, [one.mean for one in layers], spread, label=row, **lines)
-            axis.set(xlabel="attention layer", title=column if count > 1 else "")
-            axis.xaxis.get_major_locator().set_params(integer=True)
+        if crowded(comparison):
+            return save(small_multiples(comparison, blocks, label))
+        figure, axes = subplots(*shape, size)
+        for axis, block in zip(axes.flat, blocks, strict=True):
+            for number, (row, look) in enumerate(rows.items()):
+                block.draw(axis, row, look, (number + 0.5) / len(rows) - 0.5)
+            axis.set(xlabel=label, ylabel=block.label, title=block.column if several else "")
             axis.grid()
-        axes[0][0].set_ylabel("entropy of attention / log K")
-        legend(figure, axes, 1 + count)
+        legend_below(figure, axes.flat)
         return save(figure)
 
 
+def small_multiples(comparison: Comparison, blocks: list[Block], label: str) -> "Figure":
+    """For each block a panel per row, with the baseline in grey."""
+    baseline, rows = comparison.table.baseline, trained_rows(comparison)
+    rows = [row for row in rows if row != baseline]
+    figure = new_figure((10, len(blocks) * (0.7 + 1.7 * math.ceil(len(rows) / 4))))
+    figure.get_layout_engine().set(rect=(0, 0.005, 1, 0.985))
+    for part, block in zip(figure.subfigures(len(blocks), 1, squeeze=False).flat, blocks, strict=True):
+        heading = f"{block.column}: {block.label}" if len(comparison.table.columns) > 1 else block.label
+        part.suptitle(heading, x=0.01, ha="left", fontsize=10, weight="bold")
+        for axis, row in zip(panels(part, len(rows)), rows, strict=True):
+            block.draw(axis, baseline, {"color": GREY}, 0.0)
+            block.draw(axis, row, {"color": COLORS[0]}, 0.0)
+            axis.set_title(wrapped(row, 32), fontsize=8.5)
+            axis.grid()
+        part.supxlabel(label, fontsize=8)
+    return figure
+
+
 def trained_rows(comparison: Comparison) -> dict[str, dict]:
-    """Label -> colour and dashes."""
+    """Label -> colour of its line."""
     trained = [row.label for row in comparison.table.rows.values() if not row.evaluate]
-    looks = [
-        {"color": COLORS[i % len(COLORS)], "linestyle": DASHES[i // len(COLORS) % len(DASHES)]}
-        for i in range(len(trained))
-    ]
-    return dict(zip(trained, looks, strict=True)) | {comparison.table.baseline: {"color": GREY, "linestyle": "-"}}
+    found = {row: {"color": look["color"]} for row, look in zip(trained, looks(len(trained)), strict=True)}
+    return found | {comparison.table.baseline: {"color": GREY}}
 
 
-def band(axis, lines: list[list], place: int, look: dict, label: str) -> None:
-    """One row's mean over seeds, at the epochs that all its seeds have."""
+def crowded(comparison: Comparison) -> bool:
+    """Whether lines of all rows in one panel would hide each other."""
+    return len(trained_rows(comparison)) > CROWD
+
+
+def band(comparison: Comparison, column: str, place: int, top: float, axis, row: str, look: dict, _: float) -> None:
+    """One row's mean over seeds, at the epochs that all its seeds have.
+
+    Args:
+        place: of the value in a point of a curve.
+        top: the largest value that there can be.
+    """
+    lines = [entry["curve"] for entry in comparison.done_in(row, column) if entry.get("curve")]
     values: dict[int, list[float]] = {}
     for point in (point for line in lines for point in line if point[place] is not None):
         values.setdefault(point[0], []).append(point[place])
     found = {epoch: estimate(seen) for epoch, seen in sorted(values.items()) if len(seen) == len(lines)}
     means = [one.mean for one in found.values()]
     if found:
-        axis.plot(list(found), means, label=label, linewidth=1.5, **look)
+        axis.plot(list(found), means, label=row, linewidth=1.5, **look)
     if len(lines) > 1:
         low = [one.mean - one.deviation for one in found.values()]
-        high = [one.mean + one.deviation for one in found.values()]
+        high = [min(top, one.mean + one.deviation) for one in found.values()]
         axis.fill_between(list(found), low, high, color=look["color"], alpha=0.15, linewidth=0)
 
 
-def legend(figure, axes, columns: int) -> None:
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+def bars(comparison: Comparison, column: str, axis, row: str, look: dict, shift: float) -> None:
+    """One row's entropy over depth; no bar leaves [0, 1]."""
+    runs = [entry["heads"] for entry in comparison.done_in(row, column) if entry.get("heads")]
+    layers = [estimate([sum(heads) / len(heads) for heads in layer]) for layer in zip(*runs, strict=True)]
+    if layers:
+        places = [layer + 0.4 * shift for layer in range(1, len(layers) + 1)]
+        below = [min(one.deviation or 0, one.mean) for one in layers]
+        above = [min(one.deviation or 0, 1 - one.mean) for one in layers]
+        lines = {"linewidth": 1.5, "elinewidth": 0.8, "marker": "o", "markersize": 3, **look}
+        axis.errorbar(places, [one.mean for one in layers], (below, above), label=row, **lines)
+    axis.xaxis.get_major_locator().set_params(integer=True)
 
 
 def claims(comparison: Comparison) -> str:
@@ -161,14 +212,14 @@ def tuning_budget(comparison: Comparison) -> str:
     several = len({column for _, column in places}) > 1
     with style():
         figure, axes = subplots(1, 1, (5.2, 3.2))
-        for number, (row, column) in enumerate(places):
+        for (row, column), one in zip(places, looks(len(places)), strict=True):
             curve = tuning.budget_curve(records, row, column)
-            label, color = f"{row}, {column}" if several else row, COLORS[number % len(COLORS)]
-            axes[0][0].plot(range(1, len(curve) + 1), curve, marker="o", markersize=4, color=color, label=label)
+            label = f"{row}, {column}" if several else row
+            axes[0][0].plot(range(1, len(curve) + 1), curve, markersize=4, label=label, **one)
         axes[0][0].set(xlabel="candidates tried", ylabel=f"expected test {content.named(metric)}")
         axes[0][0].xaxis.get_major_locator().set_params(integer=True)
         axes[0][0].grid()
-        legend(figure, axes, 2)
+        legend_below(figure, axes.flat)
         return save(figure)
 
 

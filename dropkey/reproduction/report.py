@@ -13,8 +13,8 @@ from pathlib import Path
 
 import jinja2
 from markdown_it import MarkdownIt
-from markupsafe import Markup
 
+from dropkey.page import page
 from dropkey.records import replace_file
 from dropkey.reproduction import content, pictures, sentences
 from dropkey.reproduction.comparison import Comparison
@@ -48,7 +48,7 @@ def write(comparison: Comparison, directory: Path) -> str:
     text = markdown(comparison, drawn)
     files = {
         "report.md": text,
-        "report.html": page(comparison.table.title, text, drawn),
+        "report.html": html(comparison.table.title, text, drawn),
         "report.tex": latex(comparison),
         "report.csv": comma_separated(comparison),
         "report.json": as_json(comparison),
@@ -73,6 +73,9 @@ def markdown(comparison: Comparison, drawn: dict[str, str]) -> str:
         about=sentences.about(comparison),
         overview=content.overview(comparison),
         overview_caption=sentences.overview_caption(comparison),
+        recipes=content.recipes(comparison),
+        columns=[[column, " ".join(overrides)] for column, overrides in table.columns.items()],
+        crowded=pictures.crowded(comparison),
         claims=content.claims(comparison) if findings else None,
         checks=content.checks(comparison) if findings else None,
         other_metrics=content.other_metrics(comparison) if findings and comparison.metrics[1:] else None,
@@ -89,15 +92,14 @@ def markdown(comparison: Comparison, drawn: dict[str, str]) -> str:
     return re.sub(r"\n{3,}", "\n\n", text)
 
 
-def page(title: str, text: str, drawn: dict[str, str]) -> str:
+def html(title: str, text: str, drawn: dict[str, str]) -> str:
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
 
     def figure(found: re.Match) -> str:
         return f'<figure>\n<svg role="img" aria-label="{found[2]}"{drawn[found[1]].partition("<svg")[2]}</figure>'
 
     body = re.sub(r'<p><img src="(\w+\.svg)" alt="([^"]*)" /></p>', figure, body)
-    template = jinja2.Environment(autoescape=True, **OPTIONS).get_template("report.html.j2")
-    return template.render(title=title, body=Markup(body))
+    return page(title, body)
 
 
 def latex(comparison: Comparison) -> str:

@@ -1,0 +1,11 @@
+"""Draws what a regularizer does; --help says how. The code is in dropkey/commands/runs.py."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dropkey.commands.runs import start
+
+if __name__ == "__main__":
+    start()
