@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 _HOME = {
     "train": "dropkey.api",
     "compose": "dropkey.config.compose",
+    "load": "dropkey.loading",
     "attention": "dropkey.operator",
     "apply": "dropkey.patching",
     "undo": "dropkey.patching",

@@ -24,6 +24,10 @@ class Command:
 COMMANDS = {
     "train": Command("trains a run: regularizer=dropkey schedule=decreasing; with -m several", "train.py"),
     "eval": Command("measures a run on a split: run=runs/<directory>", "eval.py"),
+    "predict": Command("classifies images: run=runs/<directory> photo.jpg", "scripts/predict.py"),
+    "export": Command(
+        "writes a model for timm, torch.export, ONNX: run=runs/<directory> format=onnx", "scripts/export.py"
+    ),
     "runs": Command("lists runs, filtered and grouped: regularizer=dropkey state=failed", "scripts/runs.py"),
     "reproduce": Command("makes a table of the paper: plan table=schedule scale=cpu", "scripts/reproduce.py"),
     "visualize": Command("draws attention, its entropy, masks: maps run=runs/<directory>", "scripts/visualize.py"),

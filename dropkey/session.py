@@ -25,7 +25,7 @@ from dropkey.engine.progress import Progress
 from dropkey.engine.trainer import Trainer
 from dropkey.errors import ConfigError, DataError, Diverged, Interrupted, PeerLost, RunError, StorageError
 from dropkey.provenance import device_name, git_commit, peak_memory_mib, versions
-from dropkey.records import RunDirectory
+from dropkey.records import RunDirectory, write_json
 from dropkey.tasks.base import Task
 
 
@@ -58,6 +58,8 @@ def train(cfg: TrainConfig, run: RunDirectory) -> dict:
         # 2. Where people see it.
         watched = progress.split = "test" if data.val is None else "val"
         introduce(cfg, run, task, data, model, report, dist, progress)
+        if dist.is_main:
+            write_json(run.path / "model.json", task.model_info(data, model))
         tracker = tracking.start(cfg, run.path, progress.info) if dist.is_main else tracking.NoOpTracker()
 
         # 3. Training, then the final evaluation of the last epoch's weights.

@@ -45,6 +45,10 @@ MAY_IMPORT = {
         *("build", "code_version", "config", "datasets", "engine", "errors", "metrics", "patching"),
         *("provenance", "records", "seeds", "session", "tasks", "weights"),
     },
+    "loading": {
+        *("build", "config", "engine", "errors", "patching", "records", "seeds", "tasks", "weights"),
+    },
+    "exporting": {"config", "errors", "loading", "records", "tasks"},
     "analysis": {
         *("build", "code_version", "config", "engine", "errors", "metrics", "page", "patching", "plotting"),
         *("provenance", "records", "regularizers", "schedules", "tasks", "weights"),
@@ -53,8 +57,8 @@ MAY_IMPORT = {
     "multirun": {"config", "run_table"},
     "run_table": {"config", "errors", "metrics", "records"},
     "commands": {
-        *("analysis", "cli", "config", "engine", "errors", "evaluation", "invocation", "metrics", "multirun"),
-        *("records", "reproduction", "run_table", "session", "tasks"),
+        *("analysis", "cli", "config", "engine", "errors", "evaluation", "exporting", "invocation", "loading"),
+        *("metrics", "multirun", "records", "reproduction", "run_table", "session", "tasks"),
     },
     "reproduction": {"code_version", "config", "errors", "invocation", "metrics", "page", "plotting", "records"},
 }

@@ -54,7 +54,8 @@ def test_the_help_of_each_command_names_it_as_it_was_started(name, monkeypatch, 
 
 
 def test_a_command_that_does_not_exist_ends_in_one_line_with_the_choices(monkeypatch, capsys):
-    error = "error: dropkey trian does not exist; choices: train, eval, runs, reproduce, visualize, search\n"
+    choices = "train, eval, predict, export, runs, reproduce, visualize, search"
+    error = f"error: dropkey trian does not exist; choices: {choices}\n"
     assert run(monkeypatch, capsys, "trian") == (2, "", error)
 
 

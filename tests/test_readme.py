@@ -16,7 +16,7 @@ import torch
 import runs
 from dropkey import cli, invocation
 from dropkey.commands import eval as evaluating
-from dropkey.commands import reproduce, search, train, visualize
+from dropkey.commands import export, predict, reproduce, search, train, visualize
 from dropkey.commands import runs as listing
 from dropkey.config.check import check
 from dropkey.config.compose import CONFIGS, compose
@@ -55,6 +55,18 @@ NO_NETWORK = [
 def run(tmp_path_factory):
     """The run that the README's commands speak of, but briefly trained."""
     return runs.train(tmp_path_factory.mktemp("runs"), "regularizer.ratio=0.1")
+
+
+@pytest.fixture
+def elsewhere(run, tmp_path, monkeypatch):
+    """The current directory for one test: in it are a copy of the run, and the pictures that commands name."""
+    from PIL import Image
+
+    shutil.copytree(run.path, tmp_path / "runs" / f"vit_4x64-dropkey-0.1-digits-s0-{run.path.name[-10:]}")
+    for name in ("photo.png", "digit.png", "pictures/1.png", "more/2.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.linear_gradient("L").save(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
 
 
 def named(words: list[str], run) -> list[str]:
@@ -186,6 +198,20 @@ def test_runs_are_listed(words, run, monkeypatch, capsys, tmp_path):
     assert "digits" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("words", of("predict"), ids=" ".join)
+def test_images_are_classified(words, run, elsewhere, capsys):
+    assert predict.main(named(words, run)) == 0
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", of("export"), ids=" ".join)
+def test_models_are_exported(words, run, elsewhere, capsys):
+    if "format=onnx" in words:
+        pytest.importorskip("onnxscript", reason="comes with pip install 'dropkey[export]'")
+    export.main([*named(words, run), "overwrite=true"])
+    assert "check  read again" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("words", of("reproduce"), ids=" ".join)
 def test_tables_are_planned(words, monkeypatch, tmp_path):
     """What the words say can be done; that it then is: test_reproduce.py."""
@@ -251,12 +277,13 @@ def test_sweep_definitions_exist(words):
 
 
 @pytest.mark.parametrize("code", PYTHON, ids=lambda code: code.strip().splitlines()[-1][:40])
-def test_python_examples_run(code, monkeypatch, tmp_path):
+def test_python_examples_run(code, monkeypatch, run, elsewhere):
     from dropkey import regularizers
 
     monkeypatch.setattr(regularizers, "REGULARIZERS", dict(regularizers.REGULARIZERS))
     names = {}
-    monkeypatch.chdir(tmp_path)
+    if "local-dir:digits" in code:
+        export.main(["run=vit_4x64", "output=digits"])
     exec(compile(code, "README.md", "exec"), names)
     if "drophead" in code:
         import torch

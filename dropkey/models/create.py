@@ -26,11 +26,7 @@ def create_model(
     Raises:
         ConfigError: the constructor refuses an argument, or published weights cannot be loaded.
     """
-    sizes = {key: getattr(model, key) for key in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")}
-    arguments = {key: value for key, value in sizes.items() if value is not None}
-    if family(model.name) != "other" or has_fixed_input_size(model.name):
-        arguments["img_size"] = image_size
-    arguments |= {"drop_path_rate": model.drop_path, **model.args}
+    arguments = {"drop_path_rate": model.drop_path, **constructor_arguments(model, image_size)}
     before = timm.layers.use_fused_attn()
     timm.layers.set_fused_attn(fused)  # read by each attention module when it is built
     try:
@@ -43,6 +39,15 @@ def create_model(
         raise ConfigError(f"model.name={model.name} with {arguments}: {reason[:300]}{hint}") from None
     finally:
         timm.layers.set_fused_attn(before)
+
+
+def constructor_arguments(model: ModelConfig, image_size: int) -> dict:
+    """What makes this architecture of timm's; stochastic depth, which matters in training alone, is not among it."""
+    sizes = {key: getattr(model, key) for key in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")}
+    arguments = {key: value for key, value in sizes.items() if value is not None}
+    if family(model.name) != "other" or has_fixed_input_size(model.name):
+        arguments["img_size"] = image_size
+    return {**arguments, **model.args}
 
 
 def has_fixed_input_size(name: str) -> bool:

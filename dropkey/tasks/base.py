@@ -1,7 +1,7 @@
 """What the training loop asks of a task, and nothing else: see `Task`."""
 
 from abc import ABC, abstractmethod
-from typing import Any, Iterator, Optional, Protocol
+from typing import Any, Callable, Iterator, Optional, Protocol
 
 from torch import Tensor, nn
 
@@ -114,3 +114,17 @@ class Task(ABC):
 
     @abstractmethod
     def sample_names(self, data: Any, split: str, ids: Tensor) -> list[str]: ...
+
+    # ------------------------------------------------------------------------- the model in use (dropkey.load)
+
+    def model_info(self, data: Any, model: nn.Module) -> dict:
+        """For model.json: what the model's use must know of its data, and `label_names`; {}: it cannot be used so."""
+        return {}
+
+    def data_facts(self, info: dict) -> Any:
+        """What `build_model` takes in place of the data, made of `model_info`."""
+        raise NotImplementedError
+
+    def transform(self) -> Callable[[Any], Tensor]:
+        """Makes of one sample from anywhere, such as an image file, what the model takes."""
+        raise NotImplementedError

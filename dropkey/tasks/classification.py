@@ -1,6 +1,7 @@
 """Image classification: one class per image."""
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Iterator
 
 import torch
@@ -9,10 +10,11 @@ from torch import Tensor, nn
 
 from dropkey import data as loaders
 from dropkey import datasets
-from dropkey.data.augment import denormalized
+from dropkey.data.augment import denormalized, per_channel
 from dropkey.metrics import Metric
-from dropkey.models import create_model
+from dropkey.models import constructor_arguments, create_model
 from dropkey.tasks.base import Task
+from dropkey.tasks.preprocessing import ImageTransform
 
 SHOWN = 64  # images at a time: with 3,136 tokens (T2T) an image has 40 MB of attention weights in each layer
 BINS = 15  # of the calibration error (Guo et al., 2017)
@@ -104,6 +106,40 @@ class Classification(Task):
         """Class and position, on two lines."""
         targets = getattr(data, split).targets
         return [f"{data.classes[targets[number]]}\n{split} {number}" for number in ids.tolist()]
+
+    def model_info(self, data: loaders.Dataset, model: nn.Module) -> dict:
+        """The classes, the architecture and the preprocessing, as config.json of timm has them."""
+        cfg, size = self.cfg.data, data.image_size
+        own = getattr(model, "pretrained_cfg", None) or {}
+        return {
+            "architecture": self.cfg.model.name.split(".")[0],
+            "num_classes": data.num_classes,
+            "label_names": list(data.classes),
+            "model_args": {
+                "num_classes": data.num_classes,
+                "in_chans": data.channels,
+                **constructor_arguments(self.cfg.model, size),
+            },
+            "pretrained_cfg": {
+                "num_classes": data.num_classes,
+                "input_size": [data.channels, size, size],
+                "fixed_input_size": own.get("fixed_input_size", False),
+                "interpolation": "bicubic",
+                "crop_pct": cfg.crop_pct,
+                "crop_mode": "center",
+                "mean": per_channel(cfg.mean, data.channels),
+                "std": per_channel(cfg.std, data.channels),
+                "first_conv": own.get("first_conv"),
+                "classifier": own.get("classifier"),
+            },
+        }
+
+    def data_facts(self, info: dict) -> SimpleNamespace:
+        channels, size, _ = info["pretrained_cfg"]["input_size"]
+        return SimpleNamespace(image_size=size, channels=channels, num_classes=info["num_classes"])
+
+    def transform(self) -> ImageTransform:
+        return ImageTransform(self.cfg.data)
 
 
 class ClassificationScores:
