@@ -6,12 +6,17 @@ import sys
 from typing import NoReturn
 
 from dropkey import __version__
-from dropkey.errors import ConfigError
+from dropkey.errors import ConfigError, reader_may_leave
 from dropkey.invocation import COMMANDS
 
 
 def main(program: str = "dropkey") -> None:
     """Runs the command that sys.argv names; `program` is what the user typed before it."""
+    with reader_may_leave():
+        run(program)
+
+
+def run(program: str) -> None:
     name, words = (sys.argv[1:2] or ["--help"])[0], sys.argv[2:]
     if name in ("--help", "-h"):
         lines = [f"  {known:<10} {command.about}" for known, command in COMMANDS.items()]

@@ -1,11 +1,13 @@
 """The command line's edge: a failure becomes one line on stderr and the exit code of its class."""
 
 import contextlib
+import json
 import os
 import signal
 import sys
 import time
 import traceback
+from pathlib import Path
 from typing import Iterator
 
 from hydra.core.hydra_config import HydraConfig
@@ -13,7 +15,9 @@ from hydra.types import RunMode
 
 from dropkey.config.compose import REFUSALS, explain
 from dropkey.config.schema import TrainConfig
-from dropkey.errors import ConfigError, Interrupted, RunError
+from dropkey.errors import ConfigError, Interrupted, PeerLost, RunError, reader_may_leave
+
+PATIENCE = 30  # seconds that a process waits for torchrun to end it, when another one has the error to tell
 
 
 @contextlib.contextmanager
@@ -31,6 +35,7 @@ def job() -> Iterator[None]:
             report(failure)
         else:
             traceback.print_exc()
+            tell_torchrun(failure)
         multirun = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
         if multirun and not isinstance(failure, Interrupted):
             raise failure from None
@@ -42,7 +47,8 @@ def command(schema: type = TrainConfig) -> Iterator[None]:
     """Wraps the call of a @hydra.main function; what its jobs have not printed is printed here."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises errors instead of printing them
     try:
-        yield
+        with reader_may_leave():
+            yield
         return
     except KeyboardInterrupt:  # outside a training, where nothing is to be saved
         sys.exit(128 + signal.SIGINT)
@@ -57,13 +63,31 @@ def command(schema: type = TrainConfig) -> Iterator[None]:
 
 
 def report(error: RunError) -> None:
-    """Prints once for all processes of torchrun: in the first one, or in the only one that knows."""
-    if is_first() or error.one_process:
-        prefix = "" if isinstance(error, Interrupted) else "error: "
-        where = f"process {os.environ.get('RANK', 0)}: " if error.one_process else ""
-        print(f"{prefix}{where}{error}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(5)  # torchrun stops all processes when one ends: let the first one print before
+    """Prints once for all processes of torchrun: in the first one, or in the only one that knows.
+
+    The others leave it to torchrun to end them, with code 0, or its report would list each of them, and bury the line.
+    If nothing ends them, no other process knows of the error.
+    """
+    if not speaks(error):
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+        if isinstance(error, Interrupted):  # perhaps by torchrun, which does not ask twice
+            return time.sleep(5)
+        time.sleep(PATIENCE)
+    prefix = "" if isinstance(error, Interrupted) else "error: "
+    where = "" if is_first() else f"process {os.environ['RANK']}: "
+    print(f"{prefix}{where}{error}", file=sys.stderr, flush=True)
+    tell_torchrun(error)
+
+
+def speaks(error: RunError) -> bool:
+    return error.one_process or (is_first() and not isinstance(error, PeerLost))
+
+
+def tell_torchrun(error: RunError) -> None:
+    """Puts the error at the end of torchrun's own report, which has thirty lines of its own before."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        message = {"message": str(error), "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(file).write_text(json.dumps({"message": message}))
 
 
 def is_first() -> bool:

@@ -1,5 +1,11 @@
 """Errors that end a run with one clear line. Each class carries the process's exit code."""
 
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+
 
 class RunError(Exception):
     """Base class.
@@ -52,3 +58,21 @@ class Interrupted(RunError):
     def __init__(self, message: str, signal_number: int):
         super().__init__(message, signal_number)  # what pickle calls the class with
         self.exit_code = 128 + signal_number
+
+
+class PeerLost(RunError):
+    """Another process of a torchrun job ended, for a reason that it gives itself."""
+
+
+@contextlib.contextmanager
+def reader_may_leave() -> Iterator[None]:
+    """In `dropkey train --help | head -3`, `head` leaves first. The program then ends silently, with the exit code of
+    SIGPIPE, as others do."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        sys.exit(128 + signal.SIGPIPE)

@@ -23,7 +23,7 @@ from dropkey.engine.evaluate import evaluate
 from dropkey.engine.optim import build_autocast, duration
 from dropkey.engine.progress import Progress
 from dropkey.engine.trainer import Trainer
-from dropkey.errors import ConfigError, DataError, Diverged, Interrupted, RunError, StorageError
+from dropkey.errors import ConfigError, DataError, Diverged, Interrupted, PeerLost, RunError, StorageError
 from dropkey.provenance import device_name, git_commit, peak_memory_mib, versions
 from dropkey.records import RunDirectory, write_json
 from dropkey.tasks.base import Task
@@ -56,7 +56,7 @@ def train(cfg: TrainConfig, run: RunDirectory) -> dict:
             progress.info(weights.start_from(model, cfg.init_from))
 
         # 2. Where people see it.
-        watched = "test" if data.val is None else "val"
+        watched = progress.split = "test" if data.val is None else "val"
         introduce(cfg, run, task, data, model, report, dist, progress)
         if dist.is_main:
             write_json(run.path / "model.json", task.model_info(data, model))
@@ -173,7 +173,7 @@ def one_line_errors(cfg: TrainConfig, run: RunDirectory) -> Iterator[None]:
     except RuntimeError as error:
         if not is_loss_of_a_peer(error):
             raise
-        raise RunError("another process of this job ended, for the reason it gives; this one stops too") from None
+        raise PeerLost("another process of this job ended, for the reason it gives; this one stops too") from None
 
 
 @contextlib.contextmanager

@@ -4,9 +4,11 @@ import copy
 import dataclasses
 import functools
 import logging
+import os
 import pickle
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +25,7 @@ from dropkey.config import identity
 from dropkey.config.check import check, known_models
 from dropkey.config.compose import CONFIGS, compose, load, register_schemas, save
 from dropkey.config.schema import REGULARIZER_NAMES, EvalConfig, TrainConfig
-from dropkey.errors import ConfigError, DataError, Diverged, Interrupted
+from dropkey.errors import ConfigError, DataError, Diverged, Interrupted, PeerLost
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = sorted((f.parent.name, f.stem) for f in CONFIGS.glob("*/*.yaml") if f.parent.name not in ("local", "table"))
@@ -306,13 +308,58 @@ def test_a_mistake_is_reported_before_torch_and_timm_are_imported():
     assert done.stdout.split() == ["2", "False", "False"]
 
 
-def test_only_the_first_process_of_a_job_reports(monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
+@pytest.fixture
+def second(monkeypatch):
+    """Process 1 of a job; the list of times that it waits for torchrun to end it."""
     waits = []
+    monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(cli.time, "sleep", waits.append)
+    before = signal.getsignal(signal.SIGTERM)
+    yield waits
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_only_the_first_process_of_a_job_reports(second, monkeypatch, capsys):
+    """torchrun ends the others, with code 0, so that its report does not list them."""
+    monkeypatch.setattr(cli.time, "sleep", lambda seconds: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(cli.os, "_exit", sys.exit)
+    assert command_line(monkeypatch, capsys, "regularizer=dropky")[::2] == (0, "")
+
+
+def test_an_error_that_the_first_process_does_not_share_is_told_in_the_end(second, monkeypatch, capsys):
     code, _, error = command_line(monkeypatch, capsys, "regularizer=dropky")
-    assert (code, error) == (2, "")
-    assert waits and waits[0] > 1  # or torchrun would stop the first process before it has printed
+    assert code == 2 and error.startswith("error: process 1: regularizer=dropky does not exist")
+    assert second == [cli.PATIENCE]
+
+
+def test_an_interruption_is_told_by_the_first_process_alone(second, monkeypatch, capsys):
+    def task(cfg):
+        raise Interrupted("saved", signal.SIGTERM)
+
+    assert command_line(monkeypatch, capsys, task=task)[::2] == (143, "")
+    assert second and second[0] < 30  # when torchrun kills
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_lost_another_one_leaves_the_word_to_it(rank, second, monkeypatch, capsys):
+    def task(cfg):
+        raise PeerLost("another process ended")
+
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setattr(cli.time, "sleep", lambda seconds: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(cli.os, "_exit", sys.exit)
+    assert command_line(monkeypatch, capsys, task=task)[::2] == (0, "")
+
+
+def test_torchruns_report_ends_with_the_line(monkeypatch, capsys, tmp_path):
+    """In the form of its own ErrorHandler, whose message its table shows."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    _, _, error = command_line(monkeypatch, capsys, "regularizer=dropky")
+    told = str(ChildFailedError("train.py", {0: ProcessFailure(0, 1, 2, str(file))}))
+    assert error.removeprefix("error: ").strip() in told.splitlines()[-2]
 
 
 def test_an_error_that_one_process_alone_knows_is_printed_by_it(monkeypatch, capsys):
@@ -424,10 +471,17 @@ def test_help_lists_the_groups_and_the_keys_but_no_tables(own, monkeypatch, caps
     code, out, _ = command_line(monkeypatch, capsys, "--help", "--config-dir", str(own))
     assert code == 0
     for group, option in OPTIONS:
-        assert re.search(rf"^ *{group}\b.*: .*\b{option}\b", out, re.MULTILINE), (group, option)
-    for word in ("batch_size:", "torchrun", "mine"):
+        listed = re.search(rf"^  {group}  .*\n(    .*\n)*", out, re.MULTILINE)[0]
+        assert re.search(rf"\b{option}\b", listed), (group, option)
+    for word in ("trainer.batch_size=64 ", "global: over all processes", "torchrun", "mine"):
         assert word in out
     assert "table" not in out
+
+
+def test_help_shows_the_values_of_the_words_beside_it(monkeypatch, capsys):
+    _, out, _ = command_line(monkeypatch, capsys, "--help", "model=vit_6x64", "trainer.epochs=7")
+    assert re.search(r"^  model.depth=6  +blocks$", out, re.MULTILINE)
+    assert re.search(r"^  trainer.epochs=7  +passes over", out, re.MULTILINE)
 
 
 def test_cfg_job_prints_the_composed_config(monkeypatch, capsys):
@@ -458,10 +512,10 @@ def test_the_shell_completes_options_and_keys(monkeypatch, capsys):
 
 
 def test_a_local_file_changes_training_and_leaves_evaluation_alone(tmp_path):
-    """The example of the README, as configs/local/default.yaml of a copy of the configs."""
+    """The example of docs/configuration.md, as configs/local/default.yaml of a copy of the configs."""
     shutil.copytree(CONFIGS, tmp_path / "configs", ignore=shutil.ignore_patterns("local"))
-    readme = (ROOT / "README.md").read_text()
-    (example,) = re.findall(r"```yaml\n(.*?)```", readme, re.S)
+    text = (ROOT / "docs" / "configuration.md").read_text()
+    (example,) = re.findall(r"```yaml\n(.*?)```", text, re.S)
     (tmp_path / "configs" / "local").mkdir()
     (tmp_path / "configs" / "local" / "default.yaml").write_text(example)
     register_schemas()

@@ -130,4 +130,6 @@ def test_the_command_of_the_readme_runs_two_processes_and_a_mistake_is_reported_
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, train, "regularizer=dropky"], env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
-    assert done.stderr.count("regularizer=dropky does not exist") == 1
+    assert done.stderr.count("error: regularizer=dropky does not exist") == 1
+    assert "regularizer=dropky does not exist" in done.stderr.splitlines()[-2]  # below torchrun's own thirty lines
+    assert "NO_OTHER_FAILURES" in done.stderr

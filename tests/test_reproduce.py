@@ -170,7 +170,7 @@ def test_plan_counts_what_is_done_and_takes_the_time_from_finished_runs(finished
 
 def test_plan_says_where_the_time_is_not_known(place):
     done = call(place, "plan", "seeds=1", f"output={place}/elsewhere", f"results={place}/elsewhere")
-    assert "time of 3 jobs: not known until a first run of their model and data is finished" in done.stdout
+    assert "3 jobs of unknown length: no run of their model and data is finished" in done.stdout
     assert "about" not in done.stdout and not (place / "elsewhere").exists()
 
 

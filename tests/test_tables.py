@@ -19,7 +19,7 @@ from dropkey import code_version
 from dropkey.config import check, compose, identity, schema
 from dropkey.errors import Busy, ConfigError
 from dropkey.records import RunDirectory, write_json
-from dropkey.reproduction import jobs, planning, runner, slots, tables, tuning
+from dropkey.reproduction import forecast, jobs, planning, runner, slots, tables, tuning
 from dropkey.reproduction.jobs import DIVERGED, DONE, FAILED, INTERRUPTED, MISSING, RUNNING, Job, distinct, jobs_of
 from dropkey.reproduction.runner import Launcher
 from dropkey.schedules import ratios
@@ -310,7 +310,7 @@ def test_the_time_of_a_table_follows_from_finished_runs(mini_jobs):
     epochs = row(mini_jobs, "dropkey").config.trainer.epochs
     seconds, size, unknown = planning.estimate(distinct(mini_jobs))
     # a training as long, one of 5 epochs, and 4 passes over 100 samples at 0.4 x 1/20 s; each after a start
-    assert seconds == pytest.approx(50 + 50 * 5 / epochs + 4 * 100 * 0.4 / 20 + 3 * planning.STARTUP)
+    assert seconds == pytest.approx(50 + 50 * 5 / epochs + 4 * 100 * 0.4 / 20 + 3 * forecast.STARTUP)
     assert size > 0 and unknown == 0
 
 
@@ -318,9 +318,11 @@ def test_an_interrupted_run_needs_only_what_is_left(mini_jobs):
     finish(row(mini_jobs, "none"))
     job = row(mini_jobs, "dropkey")
     RunDirectory(job.run).set_status("interrupted")
-    RunDirectory(job.run).append({"kind": "epoch", "step": 1, "epoch": job.config.trainer.epochs - 5})
+    epochs = job.config.trainer.epochs
+    done = {"epoch": epochs - 5, "seconds": 50.0 * (epochs - 5) / epochs}
+    RunDirectory(job.run).append({"kind": "epoch", "step": 1, **done})
     seconds, size, _ = planning.estimate([row(mini_jobs, "none"), job])
-    assert seconds == pytest.approx(50 * 5 / job.config.trainer.epochs + planning.STARTUP) and size == 0
+    assert seconds == pytest.approx(50 * 5 / epochs + forecast.STARTUP) and size == 0
 
 
 # ---------------------------------------------------------------------------------------------------------- slots

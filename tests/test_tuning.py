@@ -428,7 +428,7 @@ def test_a_diverged_start_does_not_block_the_verdict(tmp_path, stand_in, monkeyp
     assert study(tmp_path, text)[0] == 1
     report = report_of(tmp_path)
     assert "| better |" in report
-    assert f"passes, seed 1: failed: it needs {job.run.name}, which is diverged" in report
+    assert f"passes, seed 1: failed: it needs {job.label}, which is diverged" in report
 
 
 def test_plan_tells_the_seeds_and_hours_that_a_claim_needs(tmp_path, stand_in, monkeypatch, capsys):

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from dropkey import cli
 from dropkey.config.check import check_evaluation
 from dropkey.config.compose import CONFIGS, load, register_schemas, typed
+from dropkey.config.device import check_device
 from dropkey.config.run_lookup import find_run
 from dropkey.config.schema import EvalConfig
 from dropkey.errors import ConfigError
@@ -34,6 +35,7 @@ def evaluate(cfg: EvalConfig) -> None:
     trained = load(directory / "config.yaml")
     if cfg.eval.monte_carlo and trained.regularizer.name == "none":
         raise ConfigError(f"eval.monte_carlo: {directory} has no regularizer that could be left on")
+    check_device("eval.device", cfg.eval.device)
 
     from dropkey import evaluation  # imports torch and timm: seconds, so after the checks
 

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from dropkey import cli, multirun
 from dropkey.config.check import check
 from dropkey.config.compose import CONFIGS, register_schemas, typed
+from dropkey.config.device import check_device
 from dropkey.config.identity import run_directory
 from dropkey.config.run_lookup import sibling
 from dropkey.config.schema import TrainConfig
@@ -53,6 +54,7 @@ def train(cfg: TrainConfig) -> float:
     elif run.status().get("state") == "diverged" and not cfg.overwrite:
         raise Diverged(f"{run.path} diverged before: {run.status()['reason']}; overwrite=true trains it again")
     else:
+        check_device("trainer.device", cfg.trainer.device)
         if cli.is_first() and not multirun.is_job() and (other := sibling(cfg)):
             print(other)
         from dropkey import session  # imports torch and timm: seconds, so after the checks

@@ -14,6 +14,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dropkey.config import help
 from dropkey.config.check import nearest
 from dropkey.config.schema import DataConfig, EvalConfig, TrainConfig, flatten
 from dropkey.errors import ConfigError
@@ -28,15 +29,22 @@ REFUSALS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, 
 
 
 def register_schemas() -> None:
-    """Makes the schemas known to Hydra, and `${options:<group>}` and `${invocation:<command>}` to the help texts."""
+    """Makes the schemas known to Hydra; `${groups:<name>,...}`, `${keys:<schema>}` and `${invocation:<command>}` to the
+    help texts."""
     for name, schema in SCHEMAS.items():
         node = OmegaConf.structured(schema)
         if schema is TrainConfig:  # so that model.args.qk_norm=true needs no +
             for key in FREE:
                 OmegaConf.set_struct(OmegaConf.select(node, key), False)
         ConfigStore.instance().store(name=f"{name}_schema", node=node)
-    OmegaConf.register_new_resolver("options", lambda group: ", ".join(options(group)), replace=True)
+    OmegaConf.register_new_resolver("groups", groups, replace=True)
+    OmegaConf.register_new_resolver("keys", lambda name, _root_: help.keys(SCHEMAS[name], _root_), replace=True)
     OmegaConf.register_new_resolver("invocation", invocation, replace=True)
+
+
+def groups(*names: str) -> str:
+    """Each group and its options, for --help."""
+    return help.two_columns(((name, ", ".join(options(name))) for name in names), left=12)
 
 
 def options(group: str) -> list[str]:

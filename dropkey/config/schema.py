@@ -87,7 +87,7 @@ class AugmentConfig:
     mixup: float = 0.0  # alpha of mixup's Beta distribution; 0: off
     cutmix: float = 0.0  # alpha of cutmix's Beta distribution; 0: off
     mixup_prob: float = 1.0  # probability that a batch is mixed at all
-    label_smoothing: float = 0.0
+    label_smoothing: float = 0.0  # share of each target that is spread over all classes
 
 
 @dataclass
@@ -97,7 +97,7 @@ class OptimConfig:
     weight_decay: float = 0.05  # not applied to biases, norms and what the model exempts
     momentum: float = 0.9  # of SGD and RMSprop
     warmup_epochs: float = 1.0  # linear warm-up, per step, from warmup_lr
-    warmup_lr: float = 1e-6
+    warmup_lr: float = 1e-6  # where the warm-up begins
     min_lr: float = 1e-6  # where the cosine ends
     clip_grad_norm: Optional[float] = None  # largest gradient norm; null: no clipping
     lr_scale: Dict[str, Any] = field(default_factory=dict)  # factor on lr for parts of the model: {head: 10}
@@ -107,7 +107,7 @@ class OptimConfig:
 
 @dataclass
 class TrainerConfig:
-    epochs: int = 40
+    epochs: int = 40  # passes over the training images
     max_steps: Optional[int] = None  # stop after this many optimizer steps
     batch_size: int = 64  # global: over all processes and microbatches
     grad_accum_steps: int = 1  # microbatches of a process per optimizer step
@@ -128,10 +128,10 @@ class TrainerConfig:
 @dataclass
 class LoggerConfig:
     name: str = "wandb"  # wandb or none; the records on disk are written either way
-    mode: str = "offline"  # offline, or online: sync to the server while training
-    project: str = "dropkey"
+    mode: Optional[str] = None  # offline, or online: sync while training; null: as WANDB_MODE says, else offline
+    project: str = "dropkey"  # of W&B
     entity: Optional[str] = None  # W&B team or user; null: the account's default
-    tags: List[str] = field(default_factory=list)
+    tags: List[str] = field(default_factory=list)  # of the W&B run
 
 
 @dataclass
@@ -157,7 +157,7 @@ class EvaluationConfig:
     weights: str = "last"  # last or best checkpoint of the run
     monte_carlo: int = 0  # average this many passes with the regularizer on; 0: one pass without
     batch_size: Optional[int] = None  # null: as in training
-    device: str = "auto"
+    device: str = "auto"  # one of DEVICES; auto: the first available of cuda, mps, cpu
 
 
 @dataclass

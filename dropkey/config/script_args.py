@@ -20,7 +20,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dropkey.config.check import nearest, require
-from dropkey.errors import ConfigError, RunError
+from dropkey.config.help import two_columns
+from dropkey.errors import ConfigError, RunError, reader_may_leave
 from dropkey.invocation import as_started
 
 HELP = {"--help", "-h"}
@@ -83,21 +84,22 @@ def split(schema: type, words: list[str]) -> tuple[list[str], list[str]]:
 
 def help_text(fields: list[dataclasses.Field], doc: str) -> str:
     """The docstring, commands named as the user starts them; then every key with default, meaning and choices."""
-    lines = [as_started(doc.strip()), "", "Arguments:"]
+    pairs = []
     for field in fields:
         default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
         if not isinstance(default, str):
             default = ",".join(map(str, default)) if isinstance(default, (list, dict)) else json.dumps(default)
         choices = f": {', '.join(field.metadata['choices'])}" if field.metadata["choices"] else ""
         shown = field.name if field.name == "action" else f"{field.name}={default}"
-        lines.append(f"  {shown:<22} {field.metadata['help']}{choices}")
-    return "\n".join(lines)
+        pairs.append((shown, f"{field.metadata['help']}{choices}"))
+    return f"{as_started(doc.strip())}\n\nArguments:\n{two_columns(pairs, left=18)}"
 
 
 def run_script(main: Callable[[list[str]], int | None]) -> typing.NoReturn:
     """Calls `main` with the command line's words and exits with its code; a RunError becomes one line."""
     try:
-        sys.exit(main(sys.argv[1:]))
+        with reader_may_leave():
+            sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except RunError as error:

@@ -1,5 +1,7 @@
 """Console output of a training: a progress bar on a terminal, one line per epoch, and the same lines in log.txt."""
 
+import os
+import sys
 from typing import Callable, Optional, Sequence
 
 from rich.console import Console
@@ -10,6 +12,15 @@ from dropkey.metrics import Metric
 from dropkey.records import clock
 
 
+class Terminal(Console):
+    """Where lines are shown. A training goes on when nobody reads them any more, as in `dropkey train | head`; they are
+    in log.txt too."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Progress:
     """The console and log of a training; silent in all processes but the first.
 
@@ -18,6 +29,8 @@ class Progress:
         metrics: those shown after each evaluation.
         log: also receives each line.
         show: False silences it.
+    Attributes:
+        split: evaluated after each epoch.
     """
 
     def __init__(
@@ -28,7 +41,9 @@ class Progress:
         show: bool = True,
     ):
         self.epochs, self.metrics, self.log, self.show = epochs, metrics, log, show
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.split = "val"
+        self.first: Optional[tuple[int, float]] = None  # epoch and seconds of this process's first line
+        self.console = Terminal(highlight=False, soft_wrap=True)
         self.bar: Optional[Bar] = None
 
     def info(self, text: str) -> None:
@@ -50,11 +65,21 @@ class Progress:
 
     def finish_epoch(self, record: dict) -> None:
         self.close()
-        text = f"epoch {record['epoch']:>{len(str(self.epochs))}}/{self.epochs}  train loss {record['train_loss']:.4f}"
-        for metric in self.metrics:
-            if (value := record.get(f"eval_{metric.key}")) is not None:
-                text += f"  {metric.format(value)}"
-        self.info(f"{text}  {record['samples_per_second']:,.0f} samples/s  {clock(record['seconds'])}")
+        epoch, rate = record["epoch"], record["samples_per_second"]
+        text = f"epoch {epoch:>{len(str(self.epochs))}}/{self.epochs}  train loss {record['train_loss']:.4f}"
+        results = [(metric, record.get(f"eval_{metric.key}")) for metric in self.metrics]
+        if shown := [metric.format(value) for metric, value in results if value is not None]:
+            text += f"  {self.split} {', '.join(shown)}"
+        text += f"  {rate:,.0f} samples/s" if rate else ""
+        left = self.left(epoch, record["seconds"])
+        self.info(text + (f"  {clock(left)} left" if left else f"  took {clock(record['seconds'])}"))
+
+    def left(self, epoch: int, seconds: float) -> float:
+        """Seconds until the last epoch ends, at the pace of this process, without its first epoch, which compiles and
+        fills caches; at the pace of the whole run while there is no other."""
+        before, at = self.first = self.first or (epoch, seconds)
+        pace = (seconds - at) / (epoch - before) if epoch > before else seconds / epoch
+        return pace * (self.epochs - epoch)
 
     def close(self) -> None:
         if self.bar is not None:

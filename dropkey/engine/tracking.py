@@ -29,25 +29,34 @@ class NoOpTracker:
 def start(cfg: TrainConfig, directory: Path, info: Callable[[str], None]):
     """A tracker for the run in `directory`. If W&B cannot be used as asked, one line is logged and it goes offline or
     stays off."""
-    if cfg.logger.name == "none":
+    if cfg.logger.name == "none" or (wanted := mode(cfg, info)) == "disabled":
         return NoOpTracker()
     try:
         import wandb
     except ImportError:
         info("wandb is not installed: records stay on disk only (pip install wandb, or logger=none)")
         return NoOpTracker()
-    modes = ["online", "offline"] if cfg.logger.mode == "online" else ["offline"]
-    for mode in modes:
+    for tried in dict.fromkeys([wanted, "offline"]):
         try:
-            return Wandb(wandb, cfg, mode, directory)
+            return Wandb(wandb, cfg, tried, directory)
         except Exception as error:  # whatever it is, the training matters more
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             wandb.teardown()  # its service would hold the failed run's id
-            if mode == "online":
+            if tried == "online":
                 info(f"W&B is offline: {reason}; upload later with: wandb sync {directory}/wandb/offline-run-*")
             else:
                 info(f"W&B is off for this run: {reason}")
     return NoOpTracker()
+
+
+def mode(cfg: TrainConfig, info: Callable[[str], None]) -> str:
+    """online, offline or disabled: as the config says, else as W&B's own variable says, else offline."""
+    said = os.environ.get("WANDB_MODE") or "offline"
+    found = cfg.logger.mode or {"dryrun": "offline", "run": "online"}.get(said, said)
+    if found not in ("online", "offline", "disabled"):
+        info(f"WANDB_MODE={said} is none of online, offline, disabled: W&B is offline")
+        return "offline"
+    return found
 
 
 def replay(cfg: TrainConfig, run: RunDirectory, info: Callable[[str], None]) -> None:

@@ -111,6 +111,7 @@ class Trainer:
     def train_epoch(self, steps: int) -> None:
         here = self.state.position
         self.wrapped.train()
+        self.epoch_began = here.samples, here.training_seconds
         self.progress.start_epoch(here.epoch + 1, steps, here.step)
         microbatches = self.train_loader.epoch(here.epoch, here.step)  # a generator
         with contextlib.closing(microbatches):
@@ -209,6 +210,7 @@ class Trainer:
     def finish_epoch(self, result: Optional[dict]) -> None:
         """Record, best, checkpoint; afterwards nothing of the epoch is left to be done again."""
         here, watched = self.state.position, self.task.metrics[0]
+        samples, seconds = here.samples - self.epoch_began[0], here.training_seconds - self.epoch_began[1]
         record = {
             "kind": "epoch",
             "step": here.global_step,
@@ -217,7 +219,7 @@ class Trainer:
             "lr": self.state.optimizer.param_groups[0]["lr"],
             **{f"eval_{k}": v for k, v in (result or {}).items() if k != "samples"},
             "seconds": here.seconds,
-            "samples_per_second": here.samples / max(here.training_seconds, 1e-9),
+            "samples_per_second": samples / max(seconds, 1e-9) if samples else None,  # none left after a resume
         }
         here.epoch, here.step, here.loss_sum = here.epoch + 1, 0, 0.0
         better = False

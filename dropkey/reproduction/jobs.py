@@ -30,14 +30,25 @@ class Job:
     config: TrainConfig = field(compare=False)  # of the training
     evaluation: Optional[EvalConfig] = field(default=None, compare=False)  # None for a training
     needs: Optional["Job"] = None  # the training that it starts from
+    cell: tuple[str, ...] = field(default=(), compare=False)  # row, column if there are several, seed: of its first use
 
     @property
     def name(self) -> str:
         return f"{self.run.name} {Path(self.result).stem}" if self.evaluation else self.run.name
 
     @property
+    def label(self) -> str:
+        """DropKey, decreasing · A · seed 3"""
+        return " · ".join(self.cell) or self.name
+
+    @property
     def log(self) -> Path:
         return self.run / f"process{'-' + Path(self.result).stem if self.evaluation else ''}.log"
+
+    @property
+    def claim(self) -> Path:
+        """Locked by the launcher that runs the job; then holds the seconds that it took, if it was not interrupted."""
+        return self.run / f".claim-{Path(self.result).stem}"
 
     @property
     def failure(self) -> Path:
@@ -65,13 +76,18 @@ def jobs_of(table: Table, output: str) -> dict[tuple[str, str, int], Job]:
                 evaluation = composed_evaluation(row.evaluate) if row.evaluate else None
             for seed in table.seeds:
                 needs = found.get((row.of, column, seed))
-                found[row.label, column, seed] = (
+                job = (
                     evaluation_job(row.evaluate, evaluation, needs)
                     if evaluation
                     else training_job(overrides, config, seed, output, needs)
                 )
+                found[row.label, column, seed] = replace(job, cell=cell(table, row.label, column, seed))
     order = {label: number for number, label in enumerate(table.rows)}
     return dict(sorted(found.items(), key=lambda item: (item[0][2], order[item[0][0]])))
+
+
+def cell(table: Table, row: str, column: str, seed: int) -> tuple[str, ...]:
+    return (row, *([column] if len(table.columns) > 1 else []), f"seed {seed}")
 
 
 def row_overrides(table: Table, row: Row, column: str) -> Optional[tuple[str, ...]]:
@@ -137,7 +153,7 @@ def state(job: Job) -> tuple[str, str]:
     if found == MISSING and job.needs is not None:
         start, _ = own_state(job.needs)
         if start in (FAILED, DIVERGED):
-            return FAILED, f"it needs {job.needs.name}, which is {start}"
+            return FAILED, f"it needs {job.needs.label}, which is {start}"
     return found, reason
 
 
@@ -149,3 +165,11 @@ def own_state(job: Job) -> tuple[str, str]:
         failure = run.read_json(job.failure.name)
         return (FAILED, failure["reason"]) if failure else (MISSING, "")
     return run.state()
+
+
+def share_left(job: Job) -> float:
+    """Of a training's epochs."""
+    if job.evaluation:
+        return 1.0
+    epochs = RunDirectory(job.run).records("epoch")
+    return 1.0 - (min(epochs[-1]["epoch"] / job.config.trainer.epochs, 1.0) if epochs else 0.0)

@@ -1,57 +1,61 @@
 """What a table still needs: seeds, time and disk, estimated from finished runs, and which of these are outdated."""
 
 import importlib.metadata
+import time
 from collections.abc import Sequence
 from typing import Optional
 
 from dropkey.code_version import changed_parts, code_of
-from dropkey.config import identity
 from dropkey.config.check import require
 from dropkey.records import RunDirectory
 from dropkey.reproduction.content import NONE
-from dropkey.reproduction.jobs import DIVERGED, DONE, FAILED, INTERRUPTED, RUNNING, Job, state
+from dropkey.reproduction.forecast import Forecast, keys, makespan
+from dropkey.reproduction.jobs import DIVERGED, DONE, FAILED, INTERRUPTED, RUNNING, Job, share_left, state
 from dropkey.reproduction.power import equivalence_seeds, seeds_needed
+from dropkey.reproduction.runner import ELSEWHERE
 from dropkey.reproduction.statistics import Difference
 from dropkey.reproduction.tables import FEWEST, Claim, Table
 
-STARTUP = 10.0  # seconds until the first step: imports, reading data
-COST = ("task.", "model.", "data.", "augment.", "trainer.")  # the keys that decide the time of an epoch
-FORWARD = 0.4  # time per sample of an evaluation / of a training step
 
-
-def estimate(jobs: Sequence[Job]) -> tuple[float, int, int]:
-    """(seconds, bytes, jobs of unknown cost) of the jobs that are not done, one after the other.
-
-    The cost of a job is that of the last finished training which shares the keys in `COST`.
-    """
-    finished = {cost_key(job): job for job in jobs if not job.evaluation and state(job)[0] == DONE}
-    seconds, size, unknown = 0.0, 0, 0
-    for job in jobs:
-        found = state(job)[0]
-        if found in (DONE, FAILED, DIVERGED):
-            continue
-        like = finished.get(cost_key(job))
-        if like is None:
+def estimate(jobs: Sequence[Job], slots: int = 1) -> tuple[float, int, int]:
+    """(seconds, bytes, jobs of unknown cost) until the jobs are done that are not, on so many slots."""
+    states = {job: state(job)[0] for job in jobs}
+    trainings = [job for job in jobs if not job.evaluation]
+    finished = [job for job in trainings if states[job] == DONE]
+    forecast = Forecast(finished, [job for job in trainings if states[job] in (INTERRUPTED, RUNNING)])
+    todo, size, unknown = [], 0, 0
+    sizes = {key: job.run for job in finished for key in keys(job)}
+    for job in (job for job in jobs if states[job] not in (DONE, FAILED, DIVERGED)):
+        seconds = forecast.seconds(job, share_left(job))
+        if seconds is None:
             unknown += 1
             continue
-        summary = RunDirectory(like.run).summary()
-        seconds += STARTUP
-        if job.evaluation:
-            passes = max(1, job.evaluation.eval.monte_carlo)
-            seconds += passes * summary["samples"] * FORWARD / summary["samples_per_second"]
-        else:
-            epochs = RunDirectory(job.run).records("epoch")
-            left = job.config.trainer.epochs - (epochs[-1]["epoch"] if epochs else 0)
-            seconds += summary["seconds"] * left / like.config.trainer.epochs
-            if found not in (INTERRUPTED, RUNNING):
-                size += sum(file.stat().st_size for file in like.run.rglob("*") if file.is_file())
-    return seconds, size, unknown
+        todo.append((job, seconds))
+        like = next((sizes[key] for key in keys(job) if key in sizes), None)
+        if like and not job.evaluation and states[job] not in (INTERRUPTED, RUNNING):
+            size += sum(file.stat().st_size for file in like.rglob("*") if file.is_file())
+    return makespan(todo, slots), size, unknown
 
 
-def cost_key(job: Job) -> str:
-    """Trainings with the same key take the same time per epoch."""
-    keys = identity.canonical(job.config)
-    return str({k: v for k, v in keys.items() if k.startswith(COST) and k != "trainer.epochs"})
+def time_left(launcher, others: Sequence[Job] = ()) -> Optional[float]:
+    """Seconds until the launcher's jobs are over; None while the length of one is not known. It learns most from jobs
+    that it ran itself. `others`: finished trainings that it has no part in."""
+    states = [one for one in launcher.states if not one.over]
+    trainings = [one for one in launcher.states if not one.job.evaluation]
+    own = [one.job for one in trainings if one.state == DONE and one.started]
+    earlier = [one.job for one in trainings if one.state == DONE and not one.started]
+    forecast = Forecast(own, earlier, others, [one.job for one in trainings if one.state == RUNNING])
+    running, waiting, elsewhere, now = [], [], 0, time.monotonic()
+    for one in states:
+        started = one.process is not None
+        seconds = forecast.seconds(one.job, one.share_left if started else share_left(one.job))
+        if seconds is None:
+            return None
+        if started:
+            seconds = max(seconds - (now - one.started), 0.0)
+        elsewhere += one.state == ELSEWHERE
+        (running if started or one.state == ELSEWHERE else waiting).append((one.job, seconds))
+    return makespan([*running, *waiting], len(launcher.slots) + elsewhere)
 
 
 def outdated(jobs: Sequence[Job], recorded: dict[Job, dict], retry: bool = False) -> dict[Job, str]:
@@ -113,8 +117,7 @@ def power(
 
 def hours_per_seed(jobs: Sequence[Job], seeds: int, slots: int) -> Optional[float]:
     """From finished trainings of the same cost; None if one is not known."""
-    finished = {cost_key(job): RunDirectory(job.run).summary()["seconds"] for job in jobs if state(job)[0] == DONE}
     trainings = [job for job in jobs if not job.evaluation]
-    if not all(cost_key(job) in finished for job in trainings):
-        return None
-    return sum(STARTUP + finished[cost_key(job)] for job in trainings) / seeds / slots / 3600
+    forecast = Forecast([job for job in trainings if state(job)[0] == DONE])
+    times = [forecast.seconds(job) for job in trainings]
+    return None if None in times else sum(times) / seeds / slots / 3600

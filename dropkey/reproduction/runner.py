@@ -12,7 +12,18 @@ from typing import Optional
 
 from dropkey.errors import Busy
 from dropkey.records import RunDirectory, write_json
-from dropkey.reproduction.jobs import DIVERGED, DONE, FAILED, INTERRUPTED, MISSING, RUNNING, Job, own_state, state
+from dropkey.reproduction.jobs import (
+    DIVERGED,
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    MISSING,
+    RUNNING,
+    Job,
+    own_state,
+    share_left,
+    state,
+)
 from dropkey.reproduction.slots import Slot
 
 POLL = 0.2  # seconds
@@ -31,6 +42,7 @@ class JobState:
     process: object = None  # poll() -> exit code or None, terminate()
     claim: Optional[contextlib.ExitStack] = None
     started: float = 0.0  # 0: not by this launcher
+    share_left: float = 1.0  # of the work, when it started
     next_check: float = 0.0
 
     @property
@@ -112,7 +124,7 @@ class Launcher:
         base = next((other for other in self.states if other.job == one.job.needs), None)
         if base is not None and base.over and base.state != DONE:
             one.state = INTERRUPTED if base.state == INTERRUPTED else FAILED
-            one.reason = f"it needs {base.job.name}, which is {base.state}"
+            one.reason = f"it needs {base.job.label}, which is {base.state}"
         return base is None or base.state == DONE
 
     def start_job(self, one: JobState, slot: Slot) -> bool:
@@ -134,6 +146,7 @@ class Launcher:
                 one.state, one.reason = found, reason
             return False
         one.job.failure.unlink(missing_ok=True)
+        one.share_left = share_left(one.job)
         command = slot.command(one.job)
         with open(one.job.log, "a") as file:
             file.write(f"$ {' '.join(command)}\n")
@@ -150,6 +163,8 @@ class Launcher:
             one.leave_to_other()
         elif found in (DONE, DIVERGED):
             one.state, one.reason = found, reason
+            if one.share_left == 1:
+                one.job.claim.write_text(f"{time.monotonic() - one.started:.1f}")
         else:
             saved = not one.job.evaluation and RunDirectory(one.job.run).status().get("state") == INTERRUPTED
             if not saved and found != FAILED:
@@ -193,11 +208,11 @@ def claimed(job: Job) -> Iterator[None]:
         Busy: another launcher has it.
     """
     job.run.mkdir(parents=True, exist_ok=True)
-    with open(job.run / f".claim-{Path(job.result).stem}", "a") as file:
+    with open(job.claim, "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Busy(f"{job.name} is being run by another launcher") from None
+            raise Busy(f"{job.label} is being run by another launcher") from None
         yield
 
 

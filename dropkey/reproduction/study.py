@@ -11,6 +11,7 @@ from typing import Optional
 from rich.console import Console
 
 from dropkey.config.check import require
+from dropkey.config.device import check_device
 from dropkey.errors import ConfigError
 from dropkey.invocation import invocation
 from dropkey.records import clock
@@ -82,8 +83,9 @@ class Study:
         jobs = self.jobs()
         recorded = self.earlier.of(table, jobs)
         todo = list(dict.fromkeys([*self.tuning_jobs(), *(job for job in jobs.values() if job not in recorded)]))
-        show(f"{table.title}: {table.about}")
-        show(display.overview(table, jobs, recorded))
+        show(f"{table.title}: {table.about}", soft_wrap=False)  # between words
+        for grid in display.overview(table, jobs, recorded, self.console.width):
+            show(grid)
         show(display.LEGEND, style="dim")
         show(display.counts(todo, len(set(recorded))))
         for line in display.tuned(table, self.tuned):
@@ -98,12 +100,12 @@ class Study:
             if len(lines) > SHOWN:
                 show(f"and {len(lines) - SHOWN} more")
         places = slots.slots(self.args.jobs, self.args.gpus, self.args.per_gpu, self.args.gpus_per_run)
-        seconds, size, unknown = planning.estimate(todo)
+        seconds, size, unknown = planning.estimate(todo, len(places))
         if seconds:
             at_once = f"{len(places)} at a time" if len(places) > 1 else str(places[0])
-            show(f"about {clock(seconds / len(places))} ({at_once}), {size / 2**20:,.0f} MiB")
+            show(f"about {clock(seconds)} ({at_once}), {size / 2**20:,.0f} MiB")
         if unknown:
-            show(f"time of {unknown} jobs: not known until a first run of their model and data is finished")
+            show(f"{unknown} jobs of unknown length: no run of their model and data is finished")
         if self.args.delta:
             known = {} if self.args.deviation else {one.claim: one.difference for one in self.compare().findings}
             hours = planning.hours_per_seed(distinct(jobs), len(table.seeds), len(places))
@@ -174,6 +176,9 @@ class Study:
             launcher.slots = slurm.queue_slots(args.jobs, args.gpus_per_run, int(args.slurm.get("cpus_per_task", 1)))
         else:
             launcher.slots = slots.slots(args.jobs, args.gpus, args.per_gpu, args.gpus_per_run)
+            for job in jobs:
+                if state(job)[0] != DONE and job not in recorded:
+                    check_device("trainer.device", job.config.trainer.device)
         outdated = {} if args.mixed else planning.outdated(jobs, recorded, args.retry)
         if outdated and args.outdated == "refuse":
             raise ConfigError(
@@ -187,10 +192,11 @@ class Study:
                 runner.discard(job)
         needed = {job.needs for job in jobs if job not in recorded or job in outdated}
         launcher.jobs = [job for job in jobs if job not in recorded or job in outdated or job in needed]
-        states = launcher.run(display.watch(self.console.print))
+        tuned = [job for job in self.tuning_jobs() if state(job)[0] == DONE]
+        states = launcher.run(display.watch(self.console, tuned))
         left = [one for one in states if one.state != DONE]
         for one in left:
-            if one.state != runner.WAITING:  # stopped before its turn
+            if one.state in (FAILED, DIVERGED):
                 self.console.print(display.describe(one.job, one.state, one.reason))
         return left, launcher.stopped
 

@@ -12,7 +12,7 @@ from dropkey.config.check import require
 from dropkey.config.schema import OWN_VALIDATION
 from dropkey.metrics import Metric
 from dropkey.records import RunDirectory
-from dropkey.reproduction.jobs import DIVERGED, DONE, Job, composed, named_errors, settings, state, training_job
+from dropkey.reproduction.jobs import DIVERGED, DONE, Job, cell, composed, named_errors, settings, state, training_job
 from dropkey.reproduction.tables import Table
 
 Place = tuple[str, str, int, int]  # row, column, candidate, seed
@@ -34,8 +34,11 @@ def jobs_of(table: Table, output: str) -> dict[Place, Job]:
                     config = composed(overrides)
                     held_out = config.data.val_fraction > 0 or config.data.name in OWN_VALIDATION
                     require(held_out, "best_of needs validation data: set data.val_fraction=0.1, say")
+                own = [word for word in candidate if not all(word in other for other in row.candidates)]
+                label = f"{row.label}, {' '.join(own)}" if own else row.label
                 for seed in table.tuning_seeds:
-                    found[row.label, column, number, seed] = training_job(overrides, config, seed, output, None)
+                    job = training_job(overrides, config, seed, output, None)
+                    found[row.label, column, number, seed] = replace(job, cell=cell(table, label, column, seed))
     return dict(sorted(found.items(), key=lambda item: item[0][3]))
 
 
