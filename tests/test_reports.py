@@ -17,7 +17,7 @@ import pytest
 from dropkey.errors import ConfigError
 from dropkey.plotting import COLORS, GREY
 from dropkey.records import RunDirectory
-from dropkey.reproduction import content, pictures, report, results, sentences, tables, versions
+from dropkey.reproduction import content, pictures, record_file, report, results, sentences, tables, versions
 from dropkey.reproduction.comparison import Comparison, compare
 from dropkey.reproduction.jobs import Job, composed
 
@@ -71,7 +71,7 @@ def test_the_committed_results_are_what_their_records_say(file, tmp_path):
 
 def test_records_survive_writing_and_reading(tmp_path):
     table, head, found = changed()
-    results.write(tmp_path / "r.jsonl", head, found)
+    record_file.write(tmp_path / "r.jsonl", head, found)
     assert results.read(tmp_path / "r.jsonl", table) == (table, head, found)
 
 
