@@ -20,7 +20,7 @@ FORWARD = 0.4  # time per sample of an evaluation / of a training step
 
 class Forecast:
     """Trainings take as long per epoch as those with the same settings that matter for time; where there are none, as
-    those of another regularizer; then as those with another number of images or blocks, in proportion.
+    those of another regularizer; then as those with another number of samples or blocks, in proportion.
 
     Args:
         groups: trainings to learn from, those that say most first: what one group has shown, the next cannot change.
@@ -85,7 +85,7 @@ def keys(job: Job) -> tuple[tuple, ...]:
 
 
 def work(job: Job) -> float:
-    """Epochs x images x blocks, as far as the config says how many; comparable where a key is shared."""
+    """Epochs x samples x blocks, as far as the config says how many; comparable where a key is shared."""
     config = job.config
     return config.trainer.epochs * (config.data.max_train_samples or 1) * (config.model.depth or 1)
 
