@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import itertools
 import re
+import sys
 from pathlib import Path
 
 import hydra
@@ -25,6 +26,7 @@ INSTALLED = (PACKAGE / "configs").exists()  # they travel in the wheel; in a che
 CONFIGS = (PACKAGE if INSTALLED else PACKAGE.parent) / "configs"
 SCHEMAS = {"train": TrainConfig, "eval": EvalConfig}
 FREE = ("task.args", "model.args", "optim.args", "optim.lr_scale")  # keys that the schema does not know
+TOO_LONG = re.compile(r"\d{4301}")  # for Python's int
 REFUSALS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, AssertionError)  # of a composition
 
 
@@ -131,6 +133,8 @@ def explain(error: BaseException, schema: type) -> str:
         return f"{group}={option} does not exist{nearest(option, error.options)}"
     if "Unexpected type for root" in str(error):  # a key below one that is null
         return "data.<key>=... needs data=<set>; root=<directory> says where the run's own data is now"
+    if "integer string conversion" in str(error):  # Python's limit, met by Hydra, which does not say in which word
+        return f"{next((word for word in sys.argv if TOO_LONG.search(word)), 'a value')} has too many digits"
     text = f"{error}\n{error.__cause__ or ''}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     file = re.match(r"In '(.+?)':", text)

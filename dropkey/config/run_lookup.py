@@ -56,6 +56,7 @@ def one_word(word: str, root: str | Path | None, key: str) -> list[Path]:
     if (path / "config.yaml").is_file():
         return [path]
     require(not path.exists() or not path.is_file(), f"{key}={word} is a file; a run is a directory with a config.yaml")
+    require(bool(path.name.strip(".")), f"{key}={word} is no run, which is a directory with a config.yaml")
     inside = os.sep in word.rstrip(os.sep)
     if inside and glob.has_magic(word):
         found = [one for one in map(Path, sorted(glob.glob(word))) if (one / "config.yaml").is_file()]

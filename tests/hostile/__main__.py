@@ -14,9 +14,8 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from hostile import commands, damages, judge, stub  # noqa: E402
-
-from dropkey.invocation import COMMANDS  # noqa: E402
+from dropkey.invocation import COMMANDS
+from hostile import commands, damages, stub
 
 
 def main() -> int:

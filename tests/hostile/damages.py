@@ -9,14 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from hostile.judge import Case
-
 from dropkey import session
 from dropkey.analysis.entropy import record_entropy
 from dropkey.config.check import check
 from dropkey.config.compose import compose
 from dropkey.records import RunDirectory
 from dropkey.reproduction import jobs, tables
+from hostile.judge import Case
 
 TABLE = """
 title: Two rows
@@ -26,7 +25,7 @@ claims: [dropkey > none]
 scales:
   tiny:
     about: seconds
-    seeds: 2
+    seeds: 1
     columns:
       A: >-
         model.depth=2 model.embed_dim=32 model.num_heads=2 data.max_train_samples=48 data.test_fraction=0.05
@@ -213,7 +212,7 @@ def all_cases(world: World) -> Iterator[Damaged]:
     named = commands(world)
     for file in OF_RUN:
         for number, damage in enumerate(damages_of(file)):
-            for place, (name, (command, words)) in enumerate(named.items()):
+            for place, (command, words) in enumerate(named.values()):
                 if (number + place) % 2 == 0:
                     yield Damaged(file, damage, Case(f"{Path(file).name}", command, words))
     of_records = ("reproduce", ("report", *named["reproduce report"][1][1:], f"records={RECORDS}"))

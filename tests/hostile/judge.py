@@ -33,10 +33,12 @@ class Case:
     real: bool = False  # whether the command trains for a step, which shows mistakes that only the model or data know
 
     def __str__(self) -> str:
-        return " ".join([self.command, *(word if len(word) < 80 else f"{word[:60]}...({len(word)})" for word in self.words)])
+        return " ".join(
+            [self.command, *(word if len(word) < 80 else f"{word[:60]}...({len(word)})" for word in self.words)]
+        )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Ended:
     code: int
     out: str
