@@ -65,10 +65,15 @@ def check_values(cfg: TrainConfig | EvalConfig) -> None:
             for item in value if isinstance(value, list) else [] if value is None else [value]:
                 (in_range if isinstance(rule[0], str) else one_of)(key, item, *rule)
     for key, value in flatten(asdict(cfg)).items():
-        texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
-        for text in texts if ".args." not in key else ():
-            require(bool(text.strip()), f"{key} is empty")
-            require("\0" not in text, f"{key} has a character with the code 0")
+        for item in [] if ".args." in key else value if isinstance(value, list) else [value]:
+            require(
+                not isinstance(item, (list, dict)), f"{key} holds {item}, a list or mapping; it takes single values"
+            )
+            if isinstance(item, str):
+                require(bool(item.strip()), f"{key} is empty{'; null stands for none' if key == 'init_from' else ''}")
+                require("\0" not in item, f"{key} has a character with the code 0")
+                longest = max(item.split("/"), key=len)
+                require(len(longest.encode()) < 256, f"{key}={item}: no name may have more than 255 letters")
 
 
 # ------------------------------------------------------------------------------------------------ model and image
@@ -291,9 +296,11 @@ def check_evaluation(cfg: EvalConfig) -> EvalConfig:
         (cfg.run is None) != (cfg.checkpoint is None),
         "an evaluation takes either run=<run directory> or checkpoint=<file in one>",
     )
-    path = cfg.run or cfg.checkpoint
-    require(Path(path).exists(), f"{'run' if cfg.run else 'checkpoint'}={path} does not exist")
     check_values(cfg)
+    path, key = cfg.run or cfg.checkpoint, "run" if cfg.run else "checkpoint"
+    require(Path(path).exists(), f"{key}={path} does not exist")
+    directory = Path(path) if cfg.run else Path(path).resolve().parent.parent
+    require((directory / "config.yaml").is_file(), f"{key}={path}: {directory} is no run, it has no config.yaml")
     if cfg.data is not None:
         check_data(cfg.data)
     return cfg

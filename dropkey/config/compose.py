@@ -1,5 +1,6 @@
 """From configs, overrides and saved files to the typed config; what Hydra refuses becomes one line (ConfigError)."""
 
+import contextlib
 import dataclasses
 import difflib
 import itertools
@@ -59,7 +60,9 @@ def typed(cfg: DictConfig) -> TrainConfig | EvalConfig:
     schema = OmegaConf.get_type(cfg)
     keys = valid_keys(schema)
     for key in flatten(OmegaConf.to_container(cfg)):
-        if key not in keys and not key.startswith(FREE):  # +key=value adds it
+        if (
+            key not in keys and key not in FREE and not key.startswith(tuple(f"{free}." for free in FREE))
+        ):  # +key=value adds it
             raise ConfigError(unknown(key, schema))
     try:
         return OmegaConf.to_object(cfg)
@@ -70,7 +73,8 @@ def typed(cfg: DictConfig) -> TrainConfig | EvalConfig:
 def compose(overrides: list[str] = (), config_name: str = "train") -> TrainConfig | EvalConfig:
     """The config that `dropkey train <overrides>` would run, unchecked. For scripts, notebooks and tests."""
     register_schemas()
-    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+    started = GlobalHydra.instance().is_initialized()  # within a @hydra.main function
+    with contextlib.nullcontext() if started else hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         try:
             return typed(hydra.compose(config_name, list(overrides)))
         except REFUSALS as error:
