@@ -84,8 +84,11 @@ def compose(overrides: list[str] = (), config_name: str = "train") -> TrainConfi
 def load(path: Path, schema: type = TrainConfig) -> TrainConfig | EvalConfig:
     """A run's config.yaml as the typed config; keys that a later version added take their defaults."""
     try:
-        return typed(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path)))
-    except (*REFUSALS, OSError) as error:
+        tree = OmegaConf.load(path)
+        if not OmegaConf.is_dict(tree) or not tree:
+            raise ValueError("it has no keys")
+        return typed(OmegaConf.merge(OmegaConf.structured(schema), tree))
+    except (*REFUSALS, OSError, RecursionError) as error:
         raise ConfigError(f"{path} is not a config of this program: {explain(error, schema)}") from None
 
 
@@ -98,7 +101,7 @@ def read(path: Path) -> TrainConfig:
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         return filled(TrainConfig, tree)
-    except (OSError, yaml.YAMLError, TypeError, AttributeError, UnicodeDecodeError) as error:
+    except (OSError, yaml.YAMLError, TypeError, AttributeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is not a config of this program: {str(error).splitlines()[0]}") from None
 
 

@@ -284,5 +284,23 @@ def script_cases(run: str, image: str, table: str) -> Iterator[Case]:
     yield from argument_cases("export", "export", (f"run={run}", "overwrite=true"))
 
 
+SEARCHES = (  # words, and what the refusal names
+    *(("", "search"), ("optim.lr", "optim.lr"), ("optim.lr=0.1", "search"), ("optim.lr=log:0..1", "optim.lr")),
+    *(("optim.lr=log:-1..1", "optim.lr"), ("optim.lr=1..0.5", "optim.lr"), ("optim.lr=1e-3..inf", "optim.lr")),
+    *(("optim.lr=1e-3..1e999", "optim.lr"), ("optim.lr=0.1..", "optim.lr"), ("optim.lr=log:a,b", "optim.lr")),
+    *(("regularizer.ratio=0..2", "regularizer.ratio"), ("nope=1..2", "nope"), ("regularizer=none,nope", "nope")),
+    *(("optim.lr=0.1,0.2 trials=", "trials"), ("optim.lr=0.1,0.2 trials=²", "trials"), ("trials=x", "trials")),
+    *(("optim.lr=0.1,0.2 trials=-1", "trials"), (f"optim.lr=0.1,0.2 trials={DIGITS}", "trials")),
+    *(("optim.lr=0.1,0.2 trials=0", "trials"), ("optim.lr=0.1,0.2 trials=1.5", "trials")),
+    *(("optim.lr=0.1,0.2 seed=a,b", "seed"), ("optim.lr=0.1,0.2 seed=", "seed"), ("optim.lr=0.1,0.2 seed=-1", "seed")),
+    *((f"optim.lr=1..{DIGITS}", "optim.lr"), ("optim.lr=0.1,0.2 output=/proc/nope", "output"), ("trials", "trials")),
+    *(("optim.lr=0.1,0.2 overwrite=true", "overwrite"), ("optim.lr=0.1,0.2 data.val_fraction=0", "data.val_fraction")),
+    *(("model.depth=1.5..2.5", "model.depth"), ("model.depth=log:0..2", "model.depth"), ("seed=0..3", "seed")),
+    *(("optim.lr=${nope},1", "optim.lr"), ("optim.lr=0.1,0.2 output=${nope}", "output"), ("optim.lr=a..b", "optim.lr")),
+    *(("model.depth=2,4 optim.lr=[1,2]", "optim.lr"), ("optim.lr=0.1,abc", "optim.lr"), ("=1..2", "=1..2"), ("~optim", "")),
+)
+
+
 def all_cases(run: str, image: str, table: str) -> list[Case]:
-    return [*train_cases(), *eval_cases(run), *script_cases(run, image, table)]
+    searches = [Case("search", "search", tuple(words.split()), key, True) for words, key in SEARCHES]
+    return [*train_cases(), *eval_cases(run), *searches, *script_cases(run, image, table)]
