@@ -49,7 +49,7 @@ def decoded(files: Files, data: DataConfig) -> Pixels:
             log.info("decoding %d images of %s once; cached in %s", len(files), files.root, path)
             array = _decode(files, data, shape)
             _write(path, array)
-    return Pixels(array)
+    return Pixels(array, files)
 
 
 def require_room(shape: tuple[int, ...]) -> None:
