@@ -1,14 +1,19 @@
 """What the world around a run does to it: links and pipes among the images, full and read-only disks, readers that
 leave, signals, servers and workers that are gone. Each ends in one line and a documented exit code, or is passed by."""
 
+import errno
 import os
+import stat
 
 import pytest
+import torch
 
 from data_samples import folder_config, image_folder, write_images
+from dropkey.data import cache
 from dropkey.data.images import open_image
 from dropkey.datasets import load
-from dropkey.errors import DataError
+from dropkey.errors import DataError, StorageError
+from dropkey.records import RunDirectory, replace_file, write_json
 
 # ------------------------------------------------------------------------------------------- links among the images
 
@@ -109,3 +114,84 @@ def test_a_data_set_of_one_class_is_refused(tmp_path):
     write_images(tmp_path / "train" / "only", 20)
     with pytest.raises(DataError, match=r"one class.*: only; a classifier needs two or more"):
         load(folder_config(tmp_path))
+
+
+# ------------------------------------------------------------------------------------ files that somebody else placed
+
+
+def test_a_link_in_the_place_of_a_lock_or_cache_file_changes_no_other_file(tmp_path, own_cache, caplog):
+    data = folder_config(image_folder(tmp_path / "images"))
+    expected = load(data).train.images.images.clone()
+    letter = tmp_path / "letter"
+    letter.write_text("dear all")
+    for path in list(own_cache.iterdir()):
+        path.unlink()
+        path.symlink_to(letter)
+    assert torch.equal(load(data).train.images.images, expected)
+    assert letter.read_text() == "dear all" and "cannot lock" in caplog.text
+
+
+def test_the_lock_of_a_run_is_not_taken_through_a_link(tmp_path):
+    (tmp_path / ".lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError), RunDirectory(tmp_path).lock():
+        pass
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_the_cache_is_made_for_its_user_alone(tmp_path, own_cache):
+    load(folder_config(image_folder(tmp_path / "images")))
+    assert stat.S_IMODE(own_cache.stat().st_mode) == 0o700
+
+
+def test_the_cache_of_another_user_is_not_used(tmp_path, own_cache, monkeypatch, caplog):
+    data = folder_config(image_folder(tmp_path / "images"))
+    expected = load(data).train.images.images.clone()
+    files = {path: path.read_bytes() for path in own_cache.iterdir()}
+    monkeypatch.setattr(os, "geteuid", lambda: own_cache.stat().st_uid + 1)
+    monkeypatch.setattr(cache, "_read", None)
+    assert torch.equal(load(data).train.images.images, expected)
+    assert "belongs to another user" in caplog.text
+    assert files == {path: path.read_bytes() for path in own_cache.iterdir()}
+
+
+# ------------------------------------------------------------------------------------------------------- full disks
+
+
+class Full:
+    """A file on a disk that is full after 1,000 bytes."""
+
+    def __init__(self, file):
+        self.file, self.left = file, 1000
+
+    def write(self, content) -> int:
+        if len(content) > self.left:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.left -= len(content)
+        return self.file.write(content)
+
+    def __getattr__(self, name: str):
+        return getattr(self.file, name)
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_full_disk_is_called_so_and_only_a_file_that_was_there_is_intact(tmp_path, exists):
+    path = tmp_path / "last.pt"
+    if exists:
+        path.write_text("old")
+    with pytest.raises(StorageError) as refused:
+        replace_file(path, lambda file: torch.save({"weights": torch.zeros(9999)}, Full(file)))
+    message = str(refused.value)
+    assert str(path) in message and "No space left on device; make room" in message and "\n" not in message
+    assert ("the old file is intact" in message) == exists
+    assert [file.read_text() for file in tmp_path.iterdir()] == (["old"] if exists else [])
+
+
+@pytest.mark.parametrize("place", ["file/run.json", "/proc/nowhere/run.json", "loop/run.json", "x" * 300, "folder"])
+def test_a_place_that_cannot_be_written_is_named(tmp_path, place):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    circular(tmp_path / "loop")
+    with pytest.raises(StorageError) as refused:
+        write_json(tmp_path / place, {})
+    assert str(tmp_path / place) in str(refused.value) and "\n" not in str(refused.value)
+    assert (tmp_path / "file").read_text() == "mine"
