@@ -51,6 +51,8 @@ def require_same_config(run: RunDirectory, cfg: TrainConfig) -> None:
 
 def other_root(run: RunDirectory, cfg: TrainConfig) -> Optional[str]:
     """Where the run's data were, if that is another place than `cfg` says."""
+    if not run.config.is_file():
+        return None
     root = compose.read(run.config).data.root
     return root if Path(root).resolve() != Path(cfg.data.root).resolve() else None
 

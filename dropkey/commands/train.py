@@ -21,7 +21,7 @@ from dropkey.config.identity import run_directory
 from dropkey.config.run_lookup import sibling
 from dropkey.config.schema import TrainConfig
 from dropkey.engine import tracking
-from dropkey.errors import Diverged, Interrupted
+from dropkey.errors import Diverged, Interrupted, Unread
 from dropkey.invocation import invocation
 from dropkey.records import RunDirectory, headline
 
@@ -30,7 +30,7 @@ register_schemas()
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")
 def main(cfg: DictConfig) -> float:
-    with cli.job(), way_on():
+    with cli.job(), way_on(), contextlib.redirect_stdout(Unread(sys.stdout)):
         return train(typed(cfg))
 
 
