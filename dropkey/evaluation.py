@@ -11,7 +11,7 @@ from dropkey.config.schema import EvalConfig, TrainConfig
 from dropkey.engine.distributed import DistContext
 from dropkey.engine.evaluate import evaluate, monte_carlo
 from dropkey.engine.optim import build_autocast
-from dropkey.errors import ConfigError
+from dropkey.errors import ConfigError, StorageError
 from dropkey.metrics import Metric
 from dropkey.provenance import device_name, versions
 from dropkey.records import RunDirectory
@@ -27,7 +27,7 @@ def evaluate_run(cfg: EvalConfig, trained: TrainConfig, directory: Path) -> tupl
         ConfigError, DataError, StorageError: see dropkey.errors.
     """
     options = cfg.eval
-    with DistContext.start(options.device) as dist:
+    with DistContext.start(options.device, "eval.device") as dist:
         settings = copy.deepcopy(trained)
         settings.regularizer.impl = "auto"  # the implementation used in training may not exist here
         if cfg.root is not None:
@@ -77,7 +77,11 @@ def evaluate_run(cfg: EvalConfig, trained: TrainConfig, directory: Path) -> tupl
             "code": code_of(settings, cuda=dist.device.type == "cuda"),
         }
         path = directory / identity.evaluation_name(cfg)
-        save_result(RunDirectory(directory), path.name, result, scores, dist)
+        try:
+            save_result(RunDirectory(directory), path.name, result, scores, dist)
+        except StorageError as error:
+            print(describe_result(result))
+            raise StorageError(f"the result above is not stored: {error}") from error
         return result, path
 
 
