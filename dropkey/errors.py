@@ -4,6 +4,7 @@ import contextlib
 import errno
 import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -21,7 +22,8 @@ class RunError(Exception):
     one_process = False
 
     def __str__(self) -> str:
-        return str(self.args[0])
+        """Without what nobody reads: the middle of a word of several hundred letters."""
+        return re.sub(r"(\S{60})\S{300,}(\S{20})", r"\1...\2", str(self.args[0]))
 
 
 class ConfigError(RunError):

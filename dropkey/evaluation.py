@@ -2,8 +2,9 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
-from dropkey import datasets, patching, tasks, weights
+from dropkey import datasets, origin, patching, tasks, weights
 from dropkey.build import build_regularized, last_ratio
 from dropkey.code_version import code_of
 from dropkey.config import identity
@@ -17,6 +18,7 @@ from dropkey.provenance import device_name, versions
 from dropkey.records import RunDirectory
 from dropkey.seeds import derive_seed
 from dropkey.session import rounded, save_result
+from dropkey.tasks.base import Task
 
 
 def evaluate_run(cfg: EvalConfig, trained: TrainConfig, directory: Path) -> tuple[dict, Path]:
@@ -28,14 +30,7 @@ def evaluate_run(cfg: EvalConfig, trained: TrainConfig, directory: Path) -> tupl
     """
     options = cfg.eval
     with DistContext.start(options.device, "eval.device") as dist:
-        settings = copy.deepcopy(trained)
-        settings.regularizer.impl = "auto"  # the implementation used in training may not exist here
-        if cfg.root is not None:
-            settings.data.root = cfg.root
-        if cfg.data is not None:
-            settings.data = datasets.preprocessed_as(cfg.data, trained.data, options.split)
-        task = tasks.build(settings)
-        data = task.load_data()
+        run, (settings, task, data) = RunDirectory(directory), opened(cfg, trained, directory)
         model, _ = build_regularized(task, data, dist)
         file = Path(cfg.checkpoint) if cfg.checkpoint else weights.find_checkpoint(directory, options.weights)
         if weights.load_weights(model, file):
@@ -64,10 +59,12 @@ def evaluate_run(cfg: EvalConfig, trained: TrainConfig, directory: Path) -> tupl
             averaged = monte_carlo(predict, task.average, options.monte_carlo, reseed)
             with patching.always_on(model):
                 result = evaluate(averaged, scores, loader, dist, autocast=autocast)
+        fingerprint = data.fingerprint()
         result = rounded(task, result) | {
             "split": options.split,
             "data": settings.data.name,
             "root": settings.data.root,
+            "data_fingerprint": fingerprint,
             "monte_carlo": options.monte_carlo,
             "settings": identity.evaluation_settings(cfg),
             "checkpoint": str(file),
@@ -77,12 +74,30 @@ def evaluate_run(cfg: EvalConfig, trained: TrainConfig, directory: Path) -> tupl
             "code": code_of(settings, cuda=dist.device.type == "cuda"),
         }
         path = directory / identity.evaluation_name(cfg)
+        if cfg.data is not None and run.read_json(path.name).get("data_fingerprint", fingerprint) != fingerprint:
+            path = path.with_name(f"{path.stem}-{fingerprint}.json")  # another data set of the same name
         try:
-            save_result(RunDirectory(directory), path.name, result, scores, dist)
+            save_result(run, path.name, result, scores, dist)
         except StorageError as error:
             print(describe_result(result))
             raise StorageError(f"the result above is not stored: {error}") from error
         return result, path
+
+
+def opened(cfg: EvalConfig, trained: TrainConfig, directory: Path) -> tuple[TrainConfig, Task, Any]:
+    """The config, task and data of an evaluation; refused where the run's config or data have changed."""
+    settings = copy.deepcopy(trained)
+    settings.regularizer.impl = "auto"  # the implementation used in training may not exist here
+    if cfg.root is not None:
+        settings.data.root = cfg.root
+    if cfg.data is not None:
+        settings.data = datasets.preprocessed_as(cfg.data, trained.data, cfg.eval.split)
+    task = tasks.build(settings)
+    data = task.load_data()
+    origin.require_same_config(RunDirectory(directory), trained)
+    if cfg.data is None:
+        origin.require_same_data(RunDirectory(directory), data, "data=<set> measures the run on other data")
+    return settings, task, data
 
 
 def describe_result(result: dict) -> str:

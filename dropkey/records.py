@@ -4,7 +4,9 @@ import contextlib
 import datetime
 import errno
 import fcntl
+import functools
 import json
+import logging
 import os
 import platform
 import shutil
@@ -14,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Callable, Iterator, Optional
 
+from dropkey import shapes
 from dropkey.errors import Busy, StorageError, explained
 from dropkey.metrics import Metric
 
@@ -118,13 +121,19 @@ class RunDirectory:
         write_json(self.path / "status.json", {"state": state, "time": now, **process, **details})
 
     def state(self) -> tuple[str, str]:
-        """(state, reason) of the run now: "missing" where it never started, "interrupted" where its process is gone."""
-        status = self.status()
-        found = status.get("state", "missing")
+        """(state, reason) of the run now: "missing" where it never started, "interrupted" where its process is gone,
+        "diverged" where its result is no number, "damaged" where a file that tells cannot be read."""
+        try:
+            status = self.status()
+            found, summary = status.get("state", "missing"), self.summary() if status.get("state") == "done" else {}
+        except StorageError as error:
+            return "damaged", str(error)
         if found == "running" and not self.is_locked():
             found = "interrupted"
-        if found == "done" and not self.summary():
+        if found == "done" and not summary:
             found = "interrupted"
+        if summary and shapes.not_a_number(summary):
+            return "diverged", shapes.not_a_number(summary)
         return found, status.get("reason", "") if found in ("failed", "diverged") else ""
 
     def is_locked(self) -> bool:
@@ -136,6 +145,8 @@ class RunDirectory:
             return False
         except BlockingIOError:
             return True
+        except OSError:  # not ours to lock
+            return False
         return False
 
     @property
@@ -153,42 +164,61 @@ class RunDirectory:
         write_json(self.path / name, result)
 
     def correct(self, name: str) -> Optional[bytes]:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             return (self.path / name).with_suffix(".bits").read_bytes()
 
     def read_json(self, name: str) -> dict:
+        """{} where there is no such file.
+
+        Raises:
+            StorageError: it cannot be read, or is not what dropkey.shapes says.
+        """
         try:
-            return json.loads((self.path / name).read_text(encoding="utf-8"))
+            return shapes.read_object(self.path / name, shapes.shape_of(name))
         except FileNotFoundError:
             return {}
-        except json.JSONDecodeError as error:
-            raise StorageError(
-                f"{self.path / name} is not valid JSON ({error}); delete it, or start over with overwrite=true"
-            ) from None
+        except StorageError as error:
+            raise StorageError(f"{error}; delete it, and it is made again, or start over with overwrite=true") from None
+
+    def entropy(self) -> dict:
+        """entropy.json; {} where it is missing or damaged: it is measured again then."""
+        with contextlib.suppress(StorageError):
+            return self.read_json("entropy.json")
+        return {}
 
     # ---------------------------------------------------------------------------------------------------- metrics
 
     def append(self, record: dict) -> None:
         """One line of metrics.jsonl. `kind` is "step" or "epoch"; floats carry 7 significant digits."""
-        rounded = {k: float(f"{v:.7g}") if isinstance(v, float) else v for k, v in record.items()}
         with open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(rounded) + "\n")
+            file.write(json.dumps(rounded(record)) + "\n")
 
     def records(self, kind: Optional[str] = None) -> list[dict]:
-        """All records, or those of one kind, without a last line that a crash cut off."""
-        if not self.metrics.exists():
-            return []
-        found = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                found.append(json.loads(line))
-        return [record for record in found if kind in (None, record["kind"])]
+        """All records, or those of one kind, without lines that are damaged, which are named on stderr, and a last one
+        that is still being written or was cut off.
 
-    def truncate(self, update: int, epoch: int) -> None:
+        Raises:
+            StorageError: there is something else in the file's place.
+        """
+        try:
+            *lines, last = self.metrics.read_bytes().split(b"\n")
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise StorageError(f"{self.metrics} cannot be read: {error.strerror}; move it away") from None
+        found = [as_record(line) for line in (*lines, last)]
+        damaged = [str(number) for number, one in enumerate(found[:-1], 1) if one is None]
+        if damaged:
+            tell_once(f"{self.metrics}: line {', '.join(damaged)} is damaged and left out")
+        return [record for record in found if record and kind in (None, record["kind"])]
+
+    def truncate(self, update: int, epoch: int, last: Optional[dict] = None) -> None:
         """Removes the records made after optimizer step `update` or after `epoch` finished epochs, because training
-        resumes from there."""
+        resumes from there. `last`: the record of the last of these epochs, which the file may have lost."""
         kept = [r for r in self.records() if (r["step"] <= update if r["kind"] == "step" else r["epoch"] <= epoch)]
-        text = "".join(json.dumps(record) + "\n" for record in kept)
+        if last is not None and not any(r["kind"] == "epoch" and r["epoch"] == last["epoch"] for r in kept):
+            kept = [*kept, last]
+        text = "".join(json.dumps(rounded(record)) + "\n" for record in kept)
         replace_file(self.metrics, lambda file: file.write(text.encode()))
 
     def log(self, text: str) -> None:
@@ -213,12 +243,34 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self.path / ".lock", "ab", opener=unfollowed) as file:
             if not locked_within(file, PATIENCE):
-                holder = self.status()
+                holder = {}
+                with contextlib.suppress(StorageError):
+                    holder = self.status()
                 raise Busy(
                     f"{self.path} is being trained by process {holder.get('pid')} on {holder.get('host')}; "
                     "wait for it or stop it"
                 ) from None
             yield
+
+
+def rounded(record: dict) -> dict:
+    """Floats with 7 significant digits."""
+    return {k: float(f"{v:.7g}") if isinstance(v, float) else v for k, v in record.items()}
+
+
+def as_record(line: bytes) -> Optional[dict]:
+    """A line of metrics.jsonl; None if it is damaged."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return found if shapes.line(found) else None
+
+
+@functools.lru_cache(maxsize=None)
+def tell_once(text: str) -> None:
+    """A warning on stderr, however often the file is read."""
+    logging.getLogger("dropkey").warning(text)
 
 
 def clock(seconds: float) -> str:

@@ -72,8 +72,9 @@ def send(number: int = signal.SIGTERM) -> Callable:
 def state(run: RunDirectory, name: str = "last.pt") -> dict:
     """A checkpoint without its clock readings."""
     content = torch.load(run.checkpoints / name, weights_only=True)
-    for key in ("seconds", "training_seconds"):
+    for key in ("training_seconds", *TIMES):
         content.get("position", {}).pop(key, None)
+        (content.get("record") or {}).pop(key, None)
     return content
 
 

@@ -250,7 +250,7 @@ def test_jobs_run_on_a_cluster(place, stand_in, tmp_path):
     todo = distinct(jobs_of(mini_table(place), str(tmp_path / "runs")))
     standing_in.announce(todo, tmp_path / "runs")
     submit = slurm.submitter({"cluster": "local", "timeout_min": "5"}, tmp_path / "runs", gpus=0)
-    states = Launcher(todo, slurm.queue_slots(2, 1, 1), start=submit).run()
+    states = Launcher(todo, slurm.queue_slots(2, 1, "1"), start=submit).run()
     assert {one.state for one in states} == {DONE}
 
 
@@ -268,7 +268,7 @@ def test_a_preempted_job_saves_queues_again_and_goes_on(place, stand_in, tmp_pat
     job.run.mkdir()
     monkeypatch.setenv("BEHAVIOUR", json.dumps({"dropkey": "wait once"}))
     submit = slurm.submitter({"cluster": "local", "timeout_min": "5"}, tmp_path / "runs", gpus=0)
-    (slot,) = slurm.queue_slots(1, 1, 1)
+    (slot,) = slurm.queue_slots(1, 1, "1")
     submitted = submit(slot.command(job), slot.environment(), job.log)
     deadline = time.monotonic() + 100
     while not (job.run / "status.json").exists() and time.monotonic() < deadline:

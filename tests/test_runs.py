@@ -50,6 +50,8 @@ def root(tmp_path, configs):
             "objective": 60.0 + number,
             "best_split": "val",
             "epochs": 40,
+            "samples": 100,
+            "seconds": 1.0,
         }
         write_json(run.path / "summary.json", summary)
         run.set_status("done")

@@ -246,7 +246,11 @@ def test_a_changed_default_of_an_evaluation_lets_no_old_result_stand(
     mini.write_text(MINI.replace("eval.monte_carlo=4", setting))
     table, place = tables.load(str(mini), "smoke", (0,)), ("several passes", "ViT 2 x 32", 0)
     job = jobs_of(table, str(tmp_path))[place]
-    write_json(job.run / job.result, {"settings": identity.evaluation_settings(job.evaluation)})
+    finish(job.needs)
+    write_json(
+        job.run / job.result,
+        {**standing_in.RESULT, "top1": 1.0, "settings": identity.evaluation_settings(job.evaluation)},
+    )
     assert jobs.state(job)[0] == DONE
     with_default(monkeypatch, schema.EvaluationConfig, key, CHANGED[key])
     expected = DONE if key == "device" else MISSING  # where it is computed is not part of a result
@@ -261,8 +265,9 @@ def finish(job: Job, torch: str = importlib.metadata.version("torch"), **code: s
     run = RunDirectory(job.run)
     run.set_status("done")
     parts = {**code_version.code_of(job.config), **code}
-    rest = {"metrics": standing_in.METRICS, "seconds": 50.0, "samples": 100, "samples_per_second": 20.0}
-    run.write_result("summary.json", {"top1": 50.0, "code": parts, "versions": {"torch": torch}, **rest})
+    rest = {"seconds": 50.0, "samples": 100, "samples_per_second": 20.0, "epochs": 1, "best_split": "val"}
+    result = {**standing_in.RESULT, "top1": 50.0, "code": parts, "versions": {"torch": torch}, **rest}
+    run.write_result("summary.json", result)
 
 
 @pytest.fixture
@@ -340,12 +345,17 @@ def test_without_a_gpu_there_is_a_run_per_core_up_to_four(cores, jobs, monkeypat
     assert [slot.threads for slot in slots.slots(0, "none", 1, 1)] == [cores // jobs] * jobs
 
 
-def test_several_runs_share_a_gpu():
+@pytest.fixture
+def four_gpus(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+
+
+def test_several_runs_share_a_gpu(four_gpus):
     places = slots.slots(0, "0,1", 2, 1)
     assert sorted(slot.environment()["CUDA_VISIBLE_DEVICES"] for slot in places) == ["0", "0", "1", "1"]
 
 
-def test_a_run_on_several_gpus_goes_through_torchrun():
+def test_a_run_on_several_gpus_goes_through_torchrun(four_gpus):
     (first, second) = slots.slots(0, "0,1,2,3", 1, 2)
     job = Job("train.py", ("a=1",), Path("runs/x"), "summary.json", None)
     assert "torch.distributed.run" in first.command(job) and "--nproc-per-node=2" in first.command(job)
@@ -354,11 +364,27 @@ def test_a_run_on_several_gpus_goes_through_torchrun():
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [((1, "none", 1, 2), "no GPU is visible"), ((1, "0", 2, 2), "one must be 1"), ((1, "0", 1, 4), "there are 1 GPUs")],
+    [
+        ((1, "none", 1, 2), "no GPU is visible"),
+        ((1, "0", 2, 2), "one must be 1"),
+        ((1, "0", 1, 4), "there are 1 GPUs"),
+        ((1, "99", 1, 1), "gpus=99: there is no GPU 99; visible are 0,1,2,3"),
+        ((1, "0,0", 1, 1), "gpus=0,0 names a GPU twice"),
+        ((1, ",", 1, 1), "auto, none, or numbers"),
+        ((10**20, "none", 1, 1), "jobs=1(0+) must be between 0 and 10,000"),
+        ((1, "none", 10**20, 1), "per_gpu=1(0+) must be between 1 and 10,000"),
+    ],
+    ids=str,
 )
-def test_slots_that_cannot_be_are_refused(given, message):
+def test_slots_that_cannot_be_are_refused(given, message, four_gpus):
     with pytest.raises(ConfigError, match=message):
         slots.slots(*given)
+
+
+def test_a_gpu_on_a_machine_without_one_is_refused(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(ConfigError, match="gpus=99: there is no GPU 99; none is visible"):
+        slots.slots(1, "99", 1, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------- runner

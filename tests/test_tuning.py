@@ -14,7 +14,7 @@ import stand_in as standing_in
 from dropkey.commands import reproduce
 from dropkey.errors import ConfigError
 from dropkey.records import RunDirectory
-from dropkey.reproduction import jobs, results, tables, tuning
+from dropkey.reproduction import jobs, record_file, results, tables, tuning
 from dropkey.reproduction.study import Study
 
 TABLE = """
@@ -180,7 +180,7 @@ def test_the_budget_curve_is_what_drawing_candidates_gives():
 
 def test_the_best_on_validation_is_trained_on_fresh_seeds(tuned, tmp_path):
     assert tuned == 0
-    head, *records = results.parse(tmp_path / "results" / "best-smoke" / results.FILE)
+    head, records, _ = record_file.parse(tmp_path / "results" / "best-smoke" / record_file.FILE)
     assert [sorted(entry["runs"]) for entry in head["tuning"]] == [["1000", "1001"]] * 4
     # the stand-in's validation prefers a low ratio, its test a high one
     best = next(entry for entry in records if (entry["row"], entry["seed"]) == ("best", 0))
@@ -209,7 +209,7 @@ def test_the_report_from_records_knows_the_choice(tuned, tmp_path):
     directory = tmp_path / "results" / "best-smoke"
     before = (directory / "report.json").read_bytes()
     words = [word for word in arguments(tmp_path)[1:] if not word.startswith("output")]
-    assert reproduce.main(["report", *words, f"records={directory / results.FILE}"]) == 0
+    assert reproduce.main(["report", *words, f"records={directory / record_file.FILE}"]) == 0
     assert (directory / "report.json").read_bytes() == before
 
 
@@ -239,7 +239,7 @@ def test_if_every_candidate_has_a_diverged_run_that_is_said_and_saved(table, tmp
     monkeypatch.setenv("BEHAVIOUR", json.dumps({"-dropkey-": "diverge"}))
     with pytest.raises(ConfigError, match="every candidate of best has a run that diverged"):
         reproduce.main(arguments(tmp_path))
-    assert results.parse(tmp_path / "results" / "best-smoke" / results.FILE)[0]["tuning"]
+    assert record_file.parse(tmp_path / "results" / "best-smoke" / record_file.FILE)[0]["tuning"]
     with pytest.raises(ConfigError, match="every candidate"):  # not a dead end before it has looked
         reproduce.main(arguments(tmp_path))
 
@@ -248,13 +248,13 @@ def test_records_of_another_winner_are_not_those_of_todays(tuned, table, tmp_pat
     """A run of tuning is replaced and another candidate wins: its runs are trained."""
     shutil.rmtree(tmp_path / "runs")
     announce(table, tmp_path / "runs")
-    file = tmp_path / "results" / "best-smoke" / results.FILE
-    head, *records = results.parse(file)
+    file = tmp_path / "results" / "best-smoke" / record_file.FILE
+    head, records, _ = record_file.parse(file)
     first = next(entry for entry in head["tuning"] if "ratio=0.1 schedule=constant" in entry["candidate"])
     first["runs"]["1000"]["validation"] = 0.0
-    results.write(file, head, records)
+    record_file.write(file, head, records)
     assert reproduce.main(arguments(tmp_path)) == 0
-    head, *records = results.parse(file)
+    head, records, _ = record_file.parse(file)
     assert len(started(tmp_path)) == 2  # the new best; what is like it is the same again
     (best,) = {entry["run"] for entry in records if (entry["row"], entry["seed"]) == ("best", 0)}
     assert best in started(tmp_path)
@@ -265,7 +265,7 @@ def test_an_interrupted_tuning_keeps_what_is_finished_in_the_records(table, tmp_
     last = tuning.jobs_of(table, str(tmp_path / "runs"))["best", COLUMN, 3, 1001]
     monkeypatch.setenv("BEHAVIOUR", json.dumps({last.run.name: "stop"}))
     assert reproduce.main(arguments(tmp_path)) == 1
-    (head,) = results.parse(tmp_path / "results" / "best-smoke" / results.FILE)[:1]
+    head = record_file.parse(tmp_path / "results" / "best-smoke" / record_file.FILE)[0]
     assert sum(len(entry["runs"]) for entry in head["tuning"]) == 7
 
 
@@ -288,7 +288,7 @@ def study(tmp_path: Path, table: str, *words: str) -> tuple[int, dict]:
     loaded = tables.load(str(tmp_path / "best.yaml"), "smoke", tuple(range(8)))
     standing_in.announce(jobs.jobs_of(loaded, str(tmp_path / "runs")).values(), tmp_path / "runs")
     code = reproduce.main(arguments(tmp_path, *words))
-    return code, results.parse(tmp_path / "results" / "best-smoke" / results.FILE)[0]
+    return code, record_file.parse(tmp_path / "results" / "best-smoke" / record_file.FILE)[0]
 
 
 PLAIN = """
@@ -348,7 +348,7 @@ def test_the_file_of_records_never_gets_shorter(tmp_path, stand_in, monkeypatch)
     (tmp_path / "runs").mkdir()
     words = [word for word in arguments(tmp_path) if word not in ("run", "entropy=false")]
     assert reproduce.main(["report", *words, "seeds=3"]) == 0
-    head, *records = results.parse(tmp_path / "results" / "best-smoke" / results.FILE)
+    head, records, _ = record_file.parse(tmp_path / "results" / "best-smoke" / record_file.FILE)
     assert (head["seeds"], len(records)) == ([0, 1, 2], 12)
     assert reproduce.main(arguments(tmp_path)) == 0
     assert not (tmp_path / "runs" / "starts.txt").exists()
@@ -359,7 +359,7 @@ def test_a_report_uses_only_the_seeds_it_names(tmp_path, stand_in, monkeypatch):
     study(tmp_path, PLAIN.format(ratio=0.9) + "scales: { smoke: { seeds: 6 } }\n")
     words = [word for word in arguments(tmp_path) if word not in ("run", "entropy=false")]
     reproduce.main(["report", *words, "seeds=3"])
-    file = tmp_path / "results" / "best-smoke" / results.FILE
+    file = tmp_path / "results" / "best-smoke" / record_file.FILE
     _, _, records = results.read(file, tables.load(str(tmp_path / "best.yaml"), "smoke"))
     assert {entry["seed"] for entry in records} == {0, 1, 2}
 
@@ -374,11 +374,11 @@ def test_a_report_keeps_the_design_of_until_decided(tmp_path, stand_in, monkeypa
     monkeypatch.setenv("NOISE", "0.1")
     study(tmp_path, PLAIN.format(ratio=0.9), "until=decided", "max_seeds=8")
     directory = tmp_path / "results" / "best-smoke"
-    before = (directory / "report.md").read_bytes(), (directory / results.FILE).read_bytes()
+    before = (directory / "report.md").read_bytes(), (directory / record_file.FILE).read_bytes()
     words = [word for word in arguments(tmp_path) if word not in ("run", "entropy=false")]
     assert reproduce.main(["report", *words]) == 0
-    assert ((directory / "report.md").read_bytes(), (directory / results.FILE).read_bytes()) == before
-    assert reproduce.main(["report", *words, f"records={directory / results.FILE}"]) == 0
+    assert ((directory / "report.md").read_bytes(), (directory / record_file.FILE).read_bytes()) == before
+    assert reproduce.main(["report", *words, f"records={directory / record_file.FILE}"]) == 0
     assert (directory / "report.md").read_bytes() == before[0]
 
 

@@ -21,6 +21,7 @@ from typing import Optional
 
 from dropkey.config.check import in_range, require
 from dropkey.config.run_lookup import find_run
+from dropkey.config.schema import DEVICES
 from dropkey.config.script_args import arg, parse, run_script
 from dropkey.errors import DataError, StorageError, say
 from dropkey.records import replace_file
@@ -38,7 +39,7 @@ class Args:
     format: str = arg("table", "what to print", choices=FORMATS)
     output: str = arg("", "file .json or .csv to write instead")
     weights: str = arg("last", "last, best, or a checkpoint file")
-    device: str = arg("auto", "auto, cpu, cuda or mps")
+    device: str = arg("auto", "where to compute", choices=DEVICES)
     root: Optional[str] = arg(None, "where the run's images are now; needed once for runs without model.json")
 
 

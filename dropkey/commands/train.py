@@ -13,7 +13,7 @@ from typing import Iterator
 import hydra
 from omegaconf import DictConfig
 
-from dropkey import cli, multirun
+from dropkey import cli, multirun, origin
 from dropkey.config.check import check
 from dropkey.config.compose import CONFIGS, register_schemas, typed
 from dropkey.config.device import check_device
@@ -46,9 +46,12 @@ def train(cfg: TrainConfig) -> float:
     multirun.note_job(run.path)
     if run.finished and not cfg.overwrite:
         summary = run.summary()
+        origin.require_same_start(run, cfg)
         if cli.is_first():
             print(f"done already: {run.path} (overwrite=true trains it again)")
             print_result(summary)
+            if (root := origin.other_root(run, cfg)) is not None:
+                print(f"data   as trained, in {root}; data.root={cfg.data.root} was not looked at")
             if "WANDB_SWEEP_ID" in os.environ:  # a sweep counts a run that reports nothing as crashed
                 tracking.replay(cfg, run, print)
     elif run.status().get("state") == "diverged" and not cfg.overwrite:

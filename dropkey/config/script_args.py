@@ -60,7 +60,10 @@ def parse(schema: type, words: list[str], doc: str = ""):
             OmegaConf.update(cfg, key, convertible(value, types[name]))
         except OmegaConfBaseException as error:
             raise ConfigError(f"{word}: {str(error).splitlines()[0]}") from None
-    args = OmegaConf.to_object(cfg)
+    try:
+        args = OmegaConf.to_object(cfg)
+    except OmegaConfBaseException as error:  # an interpolation such as ${name}
+        raise ConfigError(f"{getattr(error, 'full_key', '')}: {str(error).splitlines()[0]}") from None
     if "action" in fields:
         require(bool(args.action), f"an action is missing; choices: {', '.join(fields['action'].metadata['choices'])}")
     return args

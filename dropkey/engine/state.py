@@ -38,6 +38,7 @@ class State:
     scaler: torch.amp.GradScaler
     ema: Optional[ModelEmaV3]
     position: Position = field(default_factory=Position)
+    record: Optional[dict] = None  # of the last finished epoch, should metrics.jsonl lose it
 
     @property
     def evaluated(self) -> nn.Module:
@@ -58,6 +59,7 @@ class State:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "position": asdict(self.position),
+            "record": self.record,
             "loss_sums": loss_sums,
             "shape": list(shape),
         }
@@ -77,6 +79,7 @@ class State:
         if self.ema is not None and state["ema"] is not None:
             self.ema.module.load_state_dict(state["ema"])
         self.position = Position(**state["position"])
+        self.record = state.get("record")
         sums, before = state["loss_sums"], tuple(state["shape"])
         if before == shape:
             self.position.loss_sum = sums[rank]

@@ -99,7 +99,7 @@ class Trainer:
                 self.progress.info(notice)
             self.progress.info(f"resuming after {here.epoch} epochs and {here.step} of {steps_per_epoch} steps")
         if self.dist.is_main:
-            self.run.truncate(here.global_step, here.epoch)
+            self.run.truncate(here.global_step, here.epoch, self.state.record)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -228,6 +228,7 @@ class Trainer:
             better = here.best is None or watched.better(here.last, here.best)
         if better:
             here.best, here.best_epoch = here.last, here.epoch
+        self.state.record = record
         self.record(record)
         self.progress.finish_epoch(record)
         if better and self.dist.is_main:

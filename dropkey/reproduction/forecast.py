@@ -1,5 +1,6 @@
 """How long jobs take, from those that are finished or under way here."""
 
+import contextlib
 import heapq
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -9,7 +10,7 @@ from typing import Optional
 
 from dropkey.config import identity
 from dropkey.records import RunDirectory
-from dropkey.reproduction.jobs import Job, share_left
+from dropkey.reproduction.jobs import DONE, Job, epochs_of, own_state, share_left
 
 STARTUP = 10.0  # seconds around the epochs (imports, reading data, the last evaluation) while none is measured
 LONGEST_STARTUP = 300.0  # above, a job has waited in Slurm's queue
@@ -19,7 +20,7 @@ FORWARD = 0.4  # time per sample of an evaluation / of a training step
 
 class Forecast:
     """Trainings take as long per epoch as those with the same settings that matter for time; where there are none, as
-    those of another regularizer; then as those with another number of images or blocks, in proportion.
+    those of another regularizer; then as those with another number of samples or blocks, in proportion.
 
     Args:
         groups: trainings to learn from, those that say most first: what one group has shown, the next cannot change.
@@ -32,14 +33,14 @@ class Forecast:
         for group in groups:
             found = defaultdict(list)
             for job in group:
-                summary = RunDirectory(job.run).summary()
+                summary = RunDirectory(job.run).summary() if own_state(job)[0] == DONE else {}
                 seconds, done = measured(job, summary)
                 for key in keys(job) if done else ():
                     found[key].append(seconds / done / work(job))
-                    if summary:
+                    if summary.get("samples_per_second"):
                         self.summaries.setdefault(key, summary)
-                if summary and job.claim.exists():
-                    starts += [float(took) - seconds for took in job.claim.read_text().split()]
+                if summary:
+                    starts += [took - seconds for took in times_of(job)]
             self.paces = {key: median(values) for key, values in found.items()} | self.paces
         self.startup = median([s for s in starts if 0 <= s <= LONGEST_STARTUP] or [STARTUP])
 
@@ -60,8 +61,15 @@ def measured(job: Job, summary: dict) -> tuple[float, float]:
     """(seconds, share of the training that they were)"""
     if summary:
         return summary["seconds"], 1.0
-    epochs = RunDirectory(job.run).records("epoch")
-    return (epochs[-1]["seconds"], 1.0 - share_left(job)) if epochs else (0.0, 0.0)
+    epochs = epochs_of(job)
+    return (epochs[-1].get("seconds") or 0.0, 1.0 - share_left(job)) if epochs else (0.0, 0.0)
+
+
+def times_of(job: Job) -> list[float]:
+    """What the job took with all around its epochs, where its launcher has written it down."""
+    with contextlib.suppress(OSError, ValueError):
+        return [float(took) for took in job.claim.read_text(encoding="utf-8").split()]
+    return []
 
 
 @lru_cache(maxsize=None)
@@ -77,7 +85,7 @@ def keys(job: Job) -> tuple[tuple, ...]:
 
 
 def work(job: Job) -> float:
-    """Epochs x images x blocks, as far as the config says how many; comparable where a key is shared."""
+    """Epochs x samples x blocks, as far as the config says how many; comparable where a key is shared."""
     config = job.config
     return config.trainer.epochs * (config.data.max_train_samples or 1) * (config.model.depth or 1)
 

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Optional
 
+from dropkey import shapes
 from dropkey.config import check, identity
 from dropkey.config.compose import compose
 from dropkey.config.schema import EvalConfig, TrainConfig
-from dropkey.errors import ConfigError
+from dropkey.errors import ConfigError, StorageError
 from dropkey.records import RunDirectory
 from dropkey.reproduction.tables import Row, Table
 
@@ -148,28 +149,55 @@ def distinct(jobs: dict[tuple[str, str, int], Job]) -> list[Job]:
 
 def state(job: Job) -> tuple[str, str]:
     """(state, reason); the reason is empty unless the job failed or diverged. A job whose start has failed or diverged
-    has failed too."""
+    has failed too, and an evaluation is done only where its training is."""
     found, reason = own_state(job)
-    if found == MISSING and job.needs is not None:
+    if job.needs is not None and (found == MISSING or (found == DONE and job.evaluation)):
         start, _ = own_state(job.needs)
         if start in (FAILED, DIVERGED):
             return FAILED, f"it needs {job.needs.label}, which is {start}"
+        if start != DONE:
+            return MISSING, ""
     return found, reason
 
 
 def own_state(job: Job) -> tuple[str, str]:
+    """The same without a look at other jobs. A file that is damaged, or lacks what a table needs, is a failure."""
     run = RunDirectory(job.run)
-    if job.evaluation:
-        if run.read_json(job.result).get("settings") == identity.evaluation_settings(job.evaluation):
-            return DONE, ""
+    try:
+        if job.evaluation:
+            return evaluation_state(job, run)
+        found, reason = run.state()
+        if found == DONE:
+            require_reported(run.summary(), run.path / job.result)
+    except StorageError as error:
+        return FAILED, str(error)
+    return (FAILED if found == "damaged" else found), reason
+
+
+def evaluation_state(job: Job, run: RunDirectory) -> tuple[str, str]:
+    result = run.read_json(job.result)
+    if result.get("settings") != identity.evaluation_settings(job.evaluation):
         failure = run.read_json(job.failure.name)
-        return (FAILED, failure["reason"]) if failure else (MISSING, "")
-    return run.state()
+        return (FAILED, str(failure.get("reason", ""))) if failure else (MISSING, "")
+    require_reported(result, run.path / job.result)
+    wrong = shapes.not_a_number(result)
+    return (FAILED, wrong) if wrong else (DONE, "")
+
+
+def require_reported(result: dict, file: Path) -> None:
+    wrong = shapes.problem(result, shapes.REPORTED)
+    if wrong:
+        raise StorageError(f"{file} cannot be compared: {wrong}")
+
+
+def epochs_of(job: Job) -> list[dict]:
+    """What a training has recorded of its epochs; none where the file cannot be read."""
+    with contextlib.suppress(StorageError):
+        return RunDirectory(job.run).records("epoch")
+    return []
 
 
 def share_left(job: Job) -> float:
     """Of a training's epochs."""
-    if job.evaluation:
-        return 1.0
-    epochs = RunDirectory(job.run).records("epoch")
+    epochs = [] if job.evaluation else epochs_of(job)
     return 1.0 - (min(epochs[-1]["epoch"] / job.config.trainer.epochs, 1.0) if epochs else 0.0)

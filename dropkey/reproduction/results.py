@@ -14,17 +14,18 @@ from typing import Optional
 
 import numpy as np
 
+from dropkey import shapes
 from dropkey.config import identity
 from dropkey.config.check import require
 from dropkey.config.compose import CONFIGS
-from dropkey.errors import ConfigError
-from dropkey.records import RunDirectory, replace_file
+from dropkey.errors import ConfigError, StorageError
+from dropkey.records import RunDirectory
 from dropkey.reproduction import tuning
-from dropkey.reproduction.jobs import DONE, Job, jobs_of, state
+from dropkey.reproduction.jobs import DONE, MISSING, Job, epochs_of, jobs_of, state
 from dropkey.reproduction.jobs import settings as job_settings
+from dropkey.reproduction.record_file import parse
 from dropkey.reproduction.tables import Table, until_decided
 
-FILE = "records.jsonl"
 Place = tuple[str, str, int]  # row, column, seed
 
 
@@ -48,17 +49,15 @@ def gather(
         {**gone[job], "row": place[0]} if job in gone else record(table, place, job, results.get(job))
         for place, job in jobs.items()
     ]
-    design, plans = plan_of(table), list(earlier.head.get("earlier_designs", []))
-    if earlier.records and earlier.head["design"] != design and earlier.head["design"] not in plans:
-        plans.append(earlier.head["design"])
+    planned = with_plan(earlier.head, table) if earlier.records else {}
     head = {
         "table": table.name,
         "scale": table.scale,
         "seeds": list(table.seeds),
         "overrides": shown_overrides(table),
         "metrics": json.loads(next(iter(metrics), "[]")),
-        "design": design,
-        "earlier_designs": plans,
+        "design": plan_of(table),
+        "earlier_designs": planned.get("earlier_designs", earlier.head.get("earlier_designs", [])),
         "seen_before": earlier.head.get("seen_before", sum(job in results for job in set(jobs.values()))),
         "protocol": earlier.head.get("protocol") or protocol_hash(table),
         "looks": earlier.head.get("looks", {}),
@@ -72,6 +71,14 @@ def plan_of(table: Table) -> dict:
     """What was planned before the first run: seeds, looks, margin and claims."""
     claims = [[claim.label, claim.better, claim.worse] for claim in table.claims]
     return json.loads(json.dumps({**asdict(table.design), "claims": claims}))
+
+
+def with_plan(head: dict, table: Table) -> dict:
+    """The head with the table's plan; the one that it had, if it was another, is kept beside it."""
+    design, plans, before = plan_of(table), list(head["earlier_designs"]), head["design"]
+    if before != design and before not in plans:
+        plans.append(before)
+    return {**head, "design": design, "earlier_designs": plans}
 
 
 def shown_overrides(table: Table) -> list[str]:
@@ -96,29 +103,30 @@ def record(table: Table, place: Place, job: Job, result: Optional[dict]) -> dict
     if result is None:
         return entry
     run = RunDirectory(job.run)
-    summary, epochs, entropy = run.summary(), run.records("epoch"), run.read_json("entropy.json")
+    summary, epochs, entropy = run.summary(), epochs_of(job), run.entropy()
+    last = next((line for line in epochs if line["epoch"] == summary["epochs"]), {})
     entry |= {metric["key"]: result[metric["key"]] for metric in result["metrics"]}
     entry |= {
         "samples": result["samples"],
         "monte_carlo": job.evaluation.eval.monte_carlo if job.evaluation else 0,
-        "train_loss": epochs[-1]["train_loss"],
+        "train_loss": last.get("train_loss"),
         "epochs": summary["epochs"],
         "seconds": summary["seconds"],
         "watched": summary["best_split"],
         "code": result["code"],
-        "data": summary.get("data"),
-        "commit": summary["commit"],
+        "data": result.get("data_fingerprint") or summary.get("data"),
+        "commit": summary.get("commit"),
         "torch": result["versions"]["torch"],
         "hardware": result["hardware"],
         "entropy": entropy.get("mean"),
     }
     if not job.evaluation:
-        if entropy:
+        if entropy.get("layers"):
             entry["heads"] = [[round(head, 4) for head in layer["normalised"]] for layer in entropy["layers"]]
         watched = f"eval_{result['metrics'][0]['key']}"
-        entry["curve"] = [[line["epoch"], line["train_loss"], line.get(watched)] for line in epochs]
+        entry["curve"] = [[line["epoch"], line.get("train_loss"), line.get(watched)] for line in epochs]
     correct = run.correct(job.result)
-    if correct is not None:
+    if correct is not None and shapes.fits_samples(correct, result["samples"]):
         entry["correct"] = base64.b64encode(correct).decode()
     return entry
 
@@ -170,13 +178,8 @@ def require_same_settings(path: Path, head: dict, now: dict[tuple[str, str], dic
     Raises:
         ConfigError: with row, column, key, old and new value.
     """
-    then = settings_of(head)
-    for row, column in [*then, *now]:
-        where = "no longer in the table" if (row, column) not in now else "missing in these records"
-        both = (row, column) in then and (row, column) in now
-        require(both, f"{path}: row '{row}', column '{column}' is {where}; run the table again")
-    for (row, column), old in then.items():
-        changed = changes(old, now[row, column])
+    for (row, column), old in settings_of(head).items():
+        changed = changes(old, now.get((row, column), old))
         require(
             not changed,
             f"{path}: row '{row}', column '{column}' was run with {changed[0] if changed else ''}; run the table again",
@@ -192,30 +195,32 @@ class Earlier:
 
     head: dict = field(default_factory=dict)
     records: list[dict] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)  # what of the file is not in them, and why
 
     @staticmethod
     def read(path: Path, table: Table) -> "Earlier":
-        """Empty where there is no such file, or where it is of another table or has another form.
+        """Empty where there is no such file, or where it is of another table or has another form; `left_out` then says
+        so, and names the records that are damaged.
 
         Raises:
             ConfigError: it has runs with other overrides; they would be lost.
         """
         try:
-            head, *records = parse(path)
-            same, overrides = (head["table"], head["scale"]) == (table.name, table.scale), head["overrides"]
-            done = [entry for entry in records if entry["state"] == DONE]
-            readable = bool(head["design"]) and all(entry["settings"] for entry in done)
-        except (OSError, ValueError, KeyError, TypeError):
+            head, records, damaged = parse(path)
+        except FileNotFoundError:
             return Earlier()
-        if not same or not readable:
-            return Earlier()
-        now = shown_overrides(table)
+        except StorageError as error:
+            return Earlier(left_out=[str(error)])
+        known = (head["table"], head["scale"])
+        if known != (table.name, table.scale):
+            return Earlier(left_out=[f"{path} has records of table={known[0]} scale={known[1]}"])
+        now, done = shown_overrides(table), [entry for entry in records if entry["state"] == DONE]
         require(
-            overrides == now or not done,
-            f"{path} has runs with the overrides '{' '.join(overrides)}', not '{' '.join(now)}'; "
+            head["overrides"] == now or not done,
+            f"{path} has runs with the overrides '{' '.join(head['overrides'])}', not '{' '.join(now)}'; "
             "give another results=, or move it away",
         )
-        return Earlier(head, done)
+        return Earlier(head, done, damaged)
 
     def of(self, table: Table, jobs: dict[Place, Job]) -> dict[Job, dict]:
         """The records of jobs whose runs are gone: of the same row, column, seed and settings."""
@@ -225,15 +230,13 @@ class Earlier:
         return {job: entry for job, entry in found.items() if entry}
 
     def unused(self, table: Table, jobs: dict[Place, Job]) -> list[dict]:
-        """The records of other seeds than `jobs` have, with settings that the table still has; and those of rows
-        whose best candidate is not known yet."""
+        """The records of other seeds than `jobs` have, with settings that the table still has; those of rows whose
+        best candidate is not known yet; and those of rows that are no longer in the table."""
         digests = {place[:2]: settings_digest(table, place, job) for place, job in jobs.items()}
         return [
             entry
             for entry in self.records
-            if entry["row"] in table.rows
-            and entry["column"] in table.columns
-            and digests.get((entry["row"], entry["column"]), entry["settings"]) == entry["settings"]
+            if digests.get((entry["row"], entry["column"]), entry["settings"]) == entry["settings"]
             and (entry["row"], entry["column"], entry["seed"]) not in jobs
         ]
 
@@ -241,37 +244,51 @@ class Earlier:
         self.records = [entry for entry in self.records if entry["run"] != run]
 
 
-def write(path: Path, head: dict, records: list[dict]) -> None:
-    text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in (head, *records))
-    replace_file(path, lambda file: file.write(text.encode()))
-
-
-def parse(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def read(path: Path, table: Table) -> tuple[Table, dict, list[dict]]:
-    """(the table as it was run, head, records) that `write` has written for this table.
+    """(the table as it was run, head, records) that `write` has written for this table. What is missing in the file,
+    or no longer in the table, is left out, and named in the head's `left_out`.
 
     Raises:
         ConfigError: no such file, another table, or other settings or another plan than the table has now.
     """
     try:
-        head, *records = parse(path)
-        known = f"table={head['table']} scale={head['scale']}"
-        overrides, seeds, plan = table.overrides or tuple(head["overrides"]), tuple(head["seeds"]), head["design"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} has no records of a table: {error}") from None
-    wanted = f"table={table.name} scale={table.scale}"
+        head, records, damaged = parse(path)
+    except FileNotFoundError:
+        raise ConfigError(f"{path} has no records of a table: there is no such file") from None
+    except StorageError as error:
+        raise ConfigError(str(error)) from None
+    known, wanted = (
+        f"table={one} scale={scale}" for one, scale in ((head["table"], head["scale"]), (table.name, table.scale))
+    )
     require(known == wanted, f"{path} has records of {known}, not of {wanted}")
-    table = replace(as_planned(table, head), overrides=overrides, seeds=seeds)
+    table = as_planned(table, head)
+    table = replace(table, overrides=table.overrides or tuple(head["overrides"]), seeds=tuple(head["seeds"]))
     table = tuning.with_choices(table, head["tuning"])
-    require_same_settings(path, head, settings(table, jobs_of(table, "runs")))
-    for key, now in plan_of(table).items():
-        require(
-            plan.get(key) == now, f"{path} was planned with other {key} than the table has now; run the table again"
-        )
-    return table, head, [entry for entry in records if entry["seed"] in seeds]
+    jobs = jobs_of(table, "runs")
+    now = settings(table, jobs)
+    require_same_settings(path, head, now)
+    for key, value in plan_of(table).items():
+        same = key == "claims" or head["design"].get(key, value) == value  # another claim is told in the report
+        require(same, f"{path} was planned with other {key} than the table has now; run the table again")
+    found = [entry for entry in records if entry["seed"] in table.seeds and is_in(table, entry)]
+    gone = dict.fromkeys((entry["row"], entry["column"]) for entry in records if not is_in(table, entry))
+    left_out = [f"row '{row}', column '{column}' of {path} is no longer in the table" for row, column in gone]
+    head = with_plan(head, table)
+    if damaged or left_out:
+        head["left_out"] = [*damaged, *left_out]
+    there = {(entry["row"], entry["column"], entry["seed"]) for entry in found}
+    return table, head, [*found, *(absent(table, at, job, path) for at, job in jobs.items() if at not in there)]
+
+
+def is_in(table: Table, entry: dict) -> bool:
+    return entry["row"] in table.rows and entry["column"] in table.columns
+
+
+def absent(table: Table, place: Place, job: Job, path: Path) -> dict:
+    """The record of a cell and seed that the file does not have."""
+    entry = dict(zip(("row", "column", "seed"), place, strict=True))
+    entry |= {"state": MISSING, "reason": f"no intact record in {path}", "run": job.run.name}
+    return entry | {"settings": settings_digest(table, place, job), "facts": identity.training_facts(job.config)}
 
 
 def as_planned(table: Table, head: dict) -> Table:

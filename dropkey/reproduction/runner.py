@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
 
-from dropkey.errors import Busy
+from dropkey.errors import Busy, StorageError
 from dropkey.records import RunDirectory, write_json
 from dropkey.reproduction.jobs import (
     DIVERGED,
@@ -113,9 +113,12 @@ class Launcher:
     def initial(self, job: Job) -> JobState:
         found, reason = state(job)
         if found in (FAILED, DIVERGED) and self.retry:
-            if own_state(job)[0] != MISSING:
-                forget_failure(job)
             found = WAITING
+            if own_state(job)[0] != MISSING:
+                try:
+                    forget_failure(job)
+                except (OSError, StorageError) as error:
+                    found, reason = FAILED, str(error)
         return JobState(job, found if found in (DONE, FAILED, DIVERGED) else WAITING, reason)
 
     def ready(self, one: JobState) -> bool:
@@ -128,32 +131,41 @@ class Launcher:
         return base is None or base.state == DONE
 
     def start_job(self, one: JobState, slot: Slot) -> bool:
-        """Starts the process, unless the job is over or another launcher has it."""
+        """Starts the process, unless the job is over, another launcher has it, or the disk refuses."""
         if one.over:
             return False
         claim = contextlib.ExitStack()
         try:
             claim.enter_context(claimed(one.job))
+            if self.is_settled(one):
+                claim.close()
+                return False
+            one.job.failure.unlink(missing_ok=True)
+            one.share_left = share_left(one.job)
+            command = slot.command(one.job)
+            with open(one.job.log, "a") as file:
+                file.write(f"$ {' '.join(command)}\n")
+            one.process = self.start(command, slot.environment(), one.job.log)
         except Busy:
             one.leave_to_other()
             return False
-        found, reason = own_state(one.job)
-        settled = found == DONE or (found in (FAILED, DIVERGED) and one.state == ELSEWHERE)
-        if settled or found == RUNNING:
+        except OSError as error:
             claim.close()
-            one.leave_to_other()
-            if settled:
-                one.state, one.reason = found, reason
+            one.state, one.reason = FAILED, str(error)
             return False
-        one.job.failure.unlink(missing_ok=True)
-        one.share_left = share_left(one.job)
-        command = slot.command(one.job)
-        with open(one.job.log, "a") as file:
-            file.write(f"$ {' '.join(command)}\n")
-        one.process = self.start(command, slot.environment(), one.job.log)
         one.state, one.reason, one.slot, one.claim = RUNNING, "", slot, claim
         one.started = time.monotonic()
         return True
+
+    def is_settled(self, one: JobState) -> bool:
+        """Whether a job that nobody else has claimed need not start: it is over, or its training runs by itself."""
+        found, reason = own_state(one.job)
+        settled = found == DONE or (found in (FAILED, DIVERGED) and one.state == ELSEWHERE)
+        if settled or found == RUNNING:
+            one.leave_to_other()
+        if settled:
+            one.state, one.reason = found, reason
+        return settled or found == RUNNING
 
     def finish(self, one: JobState, code: int) -> None:
         """The state that follows from the exit code and the files of the run."""
@@ -164,13 +176,15 @@ class Launcher:
         elif found in (DONE, DIVERGED):
             one.state, one.reason = found, reason
             if one.share_left == 1:
-                one.job.claim.write_text(f"{time.monotonic() - one.started:.1f}")
+                with contextlib.suppress(OSError):
+                    one.job.claim.write_text(f"{time.monotonic() - one.started:.1f}")
+        elif found == INTERRUPTED and RunDirectory(one.job.run).status().get("state") == INTERRUPTED:
+            one.state, one.reason = INTERRUPTED, reason
         else:
-            saved = not one.job.evaluation and RunDirectory(one.job.run).status().get("state") == INTERRUPTED
-            if not saved and found != FAILED:
-                reason = failure_reason(code, one.job.log)
-                record_failure(one.job, reason)
-            one.state, one.reason = INTERRUPTED if saved else FAILED, reason
+            one.state, one.reason = FAILED, reason if found == FAILED else failure_reason(code, one.job.log)
+            if found != FAILED:
+                with contextlib.suppress(OSError, StorageError):  # the disk is full, say: the failure matters more
+                    record_failure(one.job, one.reason)
         one.claim.close()
 
     @contextlib.contextmanager

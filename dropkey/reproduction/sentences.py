@@ -32,11 +32,13 @@ def plan(comparison: Comparison) -> list[str]:
     if head["seen_before"]:
         found.append(f"**{head['seen_before']} of its runs were finished before this plan was first used.**")
     for earlier in head["earlier_designs"]:
-        changed = [f"{key} {show_plan(earlier[key])}" for key in head["design"] if earlier[key] != head["design"][key]]
+        changed = [
+            f"{key} {show_plan(earlier.get(key))}" for key, now in head["design"].items() if earlier.get(key) != now
+        ]
         found.append(f"**The plan was changed after results had been seen: before, it had {'; '.join(changed)}.**")
     verdicts = [verdict(comparison, one) for one in comparison.findings]
     seen = head["looks"].get(str(comparison.look))
-    if seen and seen != verdicts:
+    if seen and len(seen) == len(verdicts) and seen != verdicts:
         found.append(f"**Runs were replaced after this look, whose verdicts were: {'; '.join(seen)}.**")
     return found
 
@@ -108,7 +110,7 @@ def unfinished(comparison: Comparison) -> list[str]:
             seeds = ", ".join(str(seed) for seed, how in cell.unfinished.items() if how == (state, reason))
             place = f"{row}, {column}" if len(comparison.table.columns) > 1 else row
             found.append(f"{place}, seed {seeds}: {state}{': ' + reason if reason else ''}")
-    return found
+    return [*found, *comparison.head.get("left_out", [])]
 
 
 def provenance(comparison: Comparison) -> list[str]:

@@ -13,6 +13,7 @@ from dropkey.config.compose import CONFIGS, INSTALLED
 from dropkey.reproduction.jobs import Job
 
 SCRIPTS: Optional[Path] = None if INSTALLED else CONFIGS.parent  # of train.py and eval.py
+MOST = 10_000  # jobs at a time, far beyond what any machine or queue takes
 CPU_JOBS = 4  # at most, because each takes a gigabyte
 
 
@@ -59,10 +60,8 @@ def slots(jobs: int, gpus: str, per_gpu: int, gpus_per_run: int) -> list[Slot]:
     Raises:
         ConfigError: numbers that do not fit together.
     """
-    found = visible_gpus() if gpus == "auto" else [gpu for gpu in gpus.split(",") if gpu and gpus != "none"]
-    require(jobs >= 0, f"jobs={jobs} must be 0 or more")
-    for key, value in (("per_gpu", per_gpu), ("gpus_per_run", gpus_per_run)):
-        require(value >= 1, f"{key}={value} must be 1 or more")
+    check_counts(jobs, per_gpu, gpus_per_run)
+    found = visible_gpus() if gpus == "auto" else chosen_gpus(gpus)
     require(per_gpu == 1 or gpus_per_run == 1, f"per_gpu={per_gpu} and gpus_per_run={gpus_per_run}: one must be 1")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if not found:
@@ -74,6 +73,24 @@ def slots(jobs: int, gpus: str, per_gpu: int, gpus_per_run: int) -> list[Slot]:
     groups = [tuple(found[i : i + gpus_per_run]) for i in range(0, len(found) - gpus_per_run + 1, gpus_per_run)]
     groups = (groups * per_gpu)[: jobs or None]
     return [Slot(group, max(1, cores // len(groups) // gpus_per_run)) for group in groups]
+
+
+def check_counts(jobs: int = 0, per_gpu: int = 1, gpus_per_run: int = 1) -> None:
+    require(0 <= jobs <= MOST, f"jobs={jobs} must be between 0 and {MOST:,}")
+    for key, value in (("per_gpu", per_gpu), ("gpus_per_run", gpus_per_run)):
+        require(1 <= value <= MOST, f"{key}={value} must be between 1 and {MOST:,}")
+
+
+def chosen_gpus(gpus: str) -> list[str]:
+    """Those that `gpus` names, which must be visible: CUDA silently takes the CPU for one that is not there."""
+    names = [gpu.strip() for gpu in gpus.split(",") if gpu.strip() and gpus != "none"]
+    require(bool(names) or gpus == "none", f"gpus='{gpus}': auto, none, or numbers such as 0,1")
+    require(len(set(names)) == len(names), f"gpus={gpus} names a GPU twice; per_gpu=2 has two runs share one")
+    visible = visible_gpus() if names else []
+    lacking = [name for name in names if name not in visible and not (visible and name.startswith(("GPU-", "MIG-")))]
+    shown = f"visible are {','.join(visible)}" if visible else "none is visible"
+    require(not lacking, f"gpus={gpus}: there is no GPU {','.join(lacking)}; {shown}")
+    return names
 
 
 def visible_gpus() -> list[str]:

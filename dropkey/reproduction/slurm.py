@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 from typing import Optional
 
+from dropkey.config.check import require
 from dropkey.errors import ConfigError
-from dropkey.reproduction.slots import Slot
+from dropkey.reproduction.slots import Slot, check_counts
 
 AT_ONCE = 100  # jobs in the queue, unless jobs= is given
 REQUEUES = 1000  # time limits that a training may reach
@@ -75,7 +76,10 @@ def submitter(parameters: dict[str, str], output: Path, gpus: int):
         import submitit
     except ImportError:
         raise ConfigError("launcher=slurm needs submitit: pip install submitit") from None
-    values = {key: int(value) if value.isdigit() else value for key, value in parameters.items()}
+    values = {
+        key: int(value) if value.isascii() and value.isdigit() and len(value) < 19 else value
+        for key, value in parameters.items()
+    }
     cluster = values.pop("cluster", "slurm")
     values = {"timeout_min": 24 * 60, **({"gpus_per_node": gpus} if gpus else {}), **values}
     if cluster == "slurm":
@@ -94,7 +98,10 @@ def submitter(parameters: dict[str, str], output: Path, gpus: int):
     return submit
 
 
-def queue_slots(jobs: int, gpus_per_run: int, cpus: int) -> list[Slot]:
+def queue_slots(jobs: int, gpus_per_run: int, cpus: str) -> list[Slot]:
     """Places in the queue. Slurm chooses the GPUs of a job; their number decides how many processes it starts."""
+    check_counts(jobs=jobs, gpus_per_run=gpus_per_run)
+    good = cpus.isascii() and cpus.isdigit() and len(cpus) < 6 and int(cpus) > 0
+    require(good, f"slurm.cpus_per_task={cpus} must be a number from 1")
     gpus = tuple(str(number) for number in range(gpus_per_run)) if gpus_per_run > 1 else ()
-    return [Slot(gpus, max(1, cpus // gpus_per_run))] * (jobs or AT_ONCE)
+    return [Slot(gpus, max(1, int(cpus) // gpus_per_run))] * (jobs or AT_ONCE)

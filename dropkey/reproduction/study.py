@@ -14,8 +14,19 @@ from dropkey.config.check import require
 from dropkey.config.device import check_device
 from dropkey.errors import ConfigError
 from dropkey.invocation import invocation
-from dropkey.records import clock
-from dropkey.reproduction import content, display, planning, results, runner, slots, tuning, versions
+from dropkey.records import RunDirectory, clock
+from dropkey.reproduction import (
+    content,
+    display,
+    planning,
+    record_file,
+    results,
+    runner,
+    slots,
+    slurm,
+    tuning,
+    versions,
+)
 from dropkey.reproduction.comparison import Comparison, compare
 from dropkey.reproduction.jobs import DIVERGED, DONE, FAILED, Job, distinct, jobs_of, state
 from dropkey.reproduction.report import write
@@ -39,7 +50,9 @@ class Study:
     tuned: list[dict] = field(init=False)
 
     def __post_init__(self):
-        self.earlier = Earlier.read(self.directory / results.FILE, self.table)
+        self.earlier = Earlier.read(self.file, self.table)
+        for line in self.earlier.left_out:
+            self.console.print(f"left out: {line}")
         if self.args.action != "run":
             self.table = results.as_planned(self.table, self.earlier.head)
         self.look_at_tuning()
@@ -47,6 +60,10 @@ class Study:
     @property
     def directory(self) -> Path:
         return Path(self.args.results) / self.table.slug
+
+    @property
+    def file(self) -> Path:
+        return self.directory / record_file.FILE
 
     def look_at_tuning(self) -> None:
         self.tuned = tuning.gather(self.table, self.args.output, self.earlier.head.get("tuning", []))
@@ -73,8 +90,10 @@ class Study:
         if comparison is not None and comparison.look is not None:
             looked = {str(comparison.look): [content.verdict(comparison, one) for one in comparison.findings]}
             head["looks"] = looked | head["looks"]  # what was seen first stays
-        results.write(self.directory / results.FILE, head, [*found, *self.earlier.unused(self.table, jobs)])
-        self.earlier = Earlier.read(self.directory / results.FILE, self.table)
+        if self.earlier.left_out:
+            self.console.print(f"the old file is kept: {record_file.keep(self.file)}")
+        record_file.write(self.file, head, [*found, *self.earlier.unused(self.table, jobs)])
+        self.earlier = Earlier.read(self.file, self.table)
 
     # ------------------------------------------------------------------------------------------------------- plan
 
@@ -99,7 +118,7 @@ class Study:
                 show(line)
             if len(lines) > SHOWN:
                 show(f"and {len(lines) - SHOWN} more")
-        places = slots.slots(self.args.jobs, self.args.gpus, self.args.per_gpu, self.args.gpus_per_run)
+        places = self.places()
         seconds, size, unknown = planning.estimate(todo, len(places))
         if seconds:
             at_once = f"{len(places)} at a time" if len(places) > 1 else str(places[0])
@@ -164,18 +183,20 @@ class Study:
             return [self.table]
         return [replace(self.table, seeds=design.seeds[:look]) for look in design.looks]
 
+    def places(self) -> list[slots.Slot]:
+        args = self.args
+        if args.launcher == "slurm":
+            return slurm.queue_slots(args.jobs, args.gpus_per_run, args.slurm.get("cpus_per_task", "1"))
+        return slots.slots(args.jobs, args.gpus, args.per_gpu, args.gpus_per_run)
+
     def launch(self, jobs: list[Job], recorded: dict[Job, dict]) -> tuple[list[runner.JobState], int]:
         """(jobs that are not done, the signal that stopped the launcher or 0)."""
         args = self.args
-        launcher = runner.Launcher(jobs, [], args.retry)
+        launcher = runner.Launcher(jobs, self.places(), args.retry)
         if args.launcher == "slurm":
-            from dropkey.reproduction import slurm
-
             gpus = 0 if args.gpus == "none" else args.gpus_per_run
             launcher.start = slurm.submitter(args.slurm, Path(args.output), gpus)
-            launcher.slots = slurm.queue_slots(args.jobs, args.gpus_per_run, int(args.slurm.get("cpus_per_task", 1)))
         else:
-            launcher.slots = slots.slots(args.jobs, args.gpus, args.per_gpu, args.gpus_per_run)
             for job in jobs:
                 if state(job)[0] != DONE and job not in recorded:
                     check_device("trainer.device", job.config.trainer.device)
@@ -214,7 +235,7 @@ class Study:
     def measure_entropy(self) -> None:
         """Of all finished trainings, in a process of its own, because it imports torch."""
         runs = [job.run for job in distinct(self.jobs()) if state(job)[0] == DONE and not job.evaluation]
-        runs = [run for run in runs if not (run / "entropy.json").exists()]
+        runs = [run for run in runs if not RunDirectory(run).entropy()]
         if not runs:
             return
         self.console.print("measuring the entropy of attention (entropy=false skips it)")
@@ -254,7 +275,7 @@ class Study:
             self.save()
         text = write(comparison, directory)
         print(text.split("\n## Differences")[0])
-        print(f"report {directory}/report.html (also .md, .tex, .csv, .json, {results.FILE} and the pictures)")
+        print(f"report {directory}/report.html (also .md, .tex, .csv, .json, {record_file.FILE} and the pictures)")
         return 0
 
 

@@ -112,10 +112,11 @@ def with_choices(table: Table, records: list[dict]) -> Table:
     chosen = {}
     for row in (row for row in table.rows.values() if row.candidates):
         for column in table.columns:
+            texts = {" ".join(candidate): candidate for candidate in row.candidates}
             entries = ranked(records, row.label, table.tuning_column or column)
-            if entries:
-                texts = {" ".join(candidate): candidate for candidate in row.candidates}
-                chosen[row.label, column] = texts[entries[0]["candidate"]]
+            found = next((entry["candidate"] for entry in entries if entry["candidate"] in texts), None)
+            if found is not None:
+                chosen[row.label, column] = texts[found]
     return replace(table, chosen=chosen)
 
 

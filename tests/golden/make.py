@@ -22,7 +22,7 @@ from dropkey.config.check import check  # noqa: E402
 from dropkey.config.compose import compose  # noqa: E402
 from dropkey.config.schema import REGULARIZER_NAMES  # noqa: E402
 from dropkey.records import RunDirectory  # noqa: E402
-from dropkey.reproduction import jobs, results, tables, tuning, versions  # noqa: E402
+from dropkey.reproduction import jobs, record_file, results, tables, tuning, versions  # noqa: E402
 from dropkey.reproduction.comparison import compare  # noqa: E402
 from dropkey.reproduction.report import write  # noqa: E402
 
@@ -54,7 +54,7 @@ def table() -> None:
             entropy.record_entropy(job.run)
         last = RunDirectory(todo["DropKey, constant", "ViT 2 x 32", 2].run)
         last.set_status("diverged", reason="loss nan")  # made up: no run of this size diverges
-        results.write(FILE, *results.gather(mini, todo, tuned))
+        record_file.write(FILE, *results.gather(mini, todo, tuned))
     report()
 
 
