@@ -90,8 +90,9 @@ REMEDIES = {
 def explained(error: OSError) -> str:
     """What the operating system refused, in one line: the path, the reason and the remedy."""
     path = error.filename if error.filename2 is None else error.filename2
-    where = f"{os.fsdecode(path)}: " if isinstance(path, (str, bytes)) else ""
-    reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
+    path = os.fsdecode(path) if isinstance(path, (str, bytes)) else ""
+    where = f"{path if len(path) <= 500 else path[:100] + '...' + path[-100:]}: " if path else ""
+    reason = error.strerror or next(iter(str(error).strip().splitlines()[-1:]), type(error).__name__)
     remedy = REMEDIES.get(error.errno)
     return f"{where}{reason}" + (f"; {remedy}" if remedy else "")
 
@@ -125,7 +126,8 @@ def edge() -> Iterator[None]:
         if stream is None:  # closed by the shell: >&-
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         elif isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a path may have letters that the terminal has not
+            with contextlib.suppress(OSError):  # it is flushed first
+                stream.reconfigure(errors="backslashreplace")  # a path may have letters that the terminal has not
     try:
         yield
     except BrokenPipeError:

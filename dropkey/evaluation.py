@@ -12,7 +12,7 @@ from dropkey.config.schema import EvalConfig, TrainConfig
 from dropkey.engine.distributed import DistContext
 from dropkey.engine.evaluate import evaluate, monte_carlo
 from dropkey.engine.optim import build_autocast
-from dropkey.errors import ConfigError
+from dropkey.errors import ConfigError, StorageError
 from dropkey.metrics import Metric
 from dropkey.provenance import device_name, versions
 from dropkey.records import RunDirectory
@@ -29,7 +29,7 @@ def evaluate_run(cfg: EvalConfig, trained: TrainConfig, directory: Path) -> tupl
         ConfigError, DataError, StorageError: see dropkey.errors.
     """
     options = cfg.eval
-    with DistContext.start(options.device) as dist:
+    with DistContext.start(options.device, "eval.device") as dist:
         run, (settings, task, data) = RunDirectory(directory), opened(cfg, trained, directory)
         model, _ = build_regularized(task, data, dist)
         file = Path(cfg.checkpoint) if cfg.checkpoint else weights.find_checkpoint(directory, options.weights)
@@ -76,7 +76,11 @@ def evaluate_run(cfg: EvalConfig, trained: TrainConfig, directory: Path) -> tupl
         path = directory / identity.evaluation_name(cfg)
         if cfg.data is not None and run.read_json(path.name).get("data_fingerprint", fingerprint) != fingerprint:
             path = path.with_name(f"{path.stem}-{fingerprint}.json")  # another data set of the same name
-        save_result(run, path.name, result, scores, dist)
+        try:
+            save_result(run, path.name, result, scores, dist)
+        except StorageError as error:
+            print(describe_result(result))
+            raise StorageError(f"the result above is not stored: {error}") from error
         return result, path
 
 

@@ -131,7 +131,7 @@ def load(
         StorageError: no checkpoint, or a damaged one.
     """
     directory = RunDirectory(find_run(str(run)))
-    cfg, place = compose.load(directory.config), pick_device(device)
+    cfg, place = compose.load(directory.config), pick_device(device, key="device")
     origin.require_same_config(directory, cfg)
     file, task = weights_file(directory.path, weights), tasks.build(cfg)
     known = (directory.path / "model.json").exists()

@@ -222,7 +222,7 @@ class RunDirectory:
         replace_file(self.metrics, lambda file: file.write(text.encode()))
 
     def log(self, text: str) -> None:
-        with open(self.path / "log.txt", "a", encoding="utf-8") as file:
+        with open(self.path / "log.txt", "a", encoding="utf-8", errors="surrogateescape") as file:
             file.write(text + "\n")
 
     # ------------------------------------------------------------------------------------------------------- life

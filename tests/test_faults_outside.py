@@ -1,19 +1,42 @@
 """What the world around a run does to it: links and pipes among the images, full and read-only disks, readers that
 leave, signals, servers and workers that are gone. Each ends in one line and a documented exit code, or is passed by."""
 
+import contextlib
 import errno
+import io
+import multiprocessing
 import os
+import resource
+import shutil
+import signal
+import socket
 import stat
+import sys
+import threading
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from data_samples import folder_config, image_folder, write_images
-from dropkey.data import cache
+import processes
+import runs
+from data_samples import LIGHT, folder_config, image_folder, write_images
+from dropkey import cli, evaluation, records
+from dropkey.analysis.entropy import record_entropy
+from dropkey.commands import predict, train
+from dropkey.config import compose
+from dropkey.config.check import check_evaluation
+from dropkey.config.schema import EvalConfig
+from dropkey.config.script_args import run_script
+from dropkey.data import TrainLoader, cache, train_loader
 from dropkey.data.images import open_image
 from dropkey.datasets import load
-from dropkey.errors import DataError, StorageError
+from dropkey.engine import tracking
+from dropkey.engine.distributed import StopSignal, pick_device
+from dropkey.errors import ConfigError, DataError, Interrupted, StorageError
 from dropkey.records import RunDirectory, replace_file, write_json
+from dropkey.tasks.classification import Classification
 
 # ------------------------------------------------------------------------------------------- links among the images
 
@@ -195,3 +218,240 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path, place):
         write_json(tmp_path / place, {})
     assert str(tmp_path / place) in str(refused.value) and "\n" not in str(refused.value)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+# ----------------------------------------------------------------------------------------------- decoding processes
+
+
+def pictures(root, workers: int) -> TrainLoader:
+    data = folder_config(root, in_memory=False, num_workers=workers)
+    return train_loader(load(data), data, LIGHT, batch_size=2, seed=0)
+
+
+def test_thousands_of_workers_are_refused(folder):
+    with pytest.raises(ConfigError, match=r"data.num_workers=5000: at most \d+ processes .* take 2 to 8"):
+        pictures(folder, 5000)
+
+
+def test_more_workers_than_files_may_be_open_are_refused(folder, monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (40, 40))
+    with pytest.raises(ConfigError, match=r"data.num_workers=8 takes 48 files at once.*ulimit -n 4096"):
+        next(pictures(folder, 8).epoch(0))
+
+
+def lose_a_worker(root) -> None:
+    with cli.job():
+        for number, _ in enumerate(pictures(root, 2).epoch(0)):
+            if number == 0:
+                os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+                time.sleep(0.2)
+
+
+def test_a_killed_worker_ends_in_one_line(folder):
+    done = processes.run(lose_a_worker, folder)
+    assert done.returncode == 3, done.stderr
+    assert "DataLoader worker (pid" in done.stderr and "lower data.num_workers" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+# --------------------------------------------------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGHUP, 129), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_exit_code_names_it(tmp_path, monkeypatch, number, code):
+    runs.on_step(monkeypatch, 2, runs.send(number))
+    with pytest.raises(Interrupted, match="all saved") as stopped:
+        runs.train(tmp_path)
+    assert stopped.value.exit_code == code
+    monkeypatch.undo()
+    assert runs.train(tmp_path).finished
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_process_that_is_blocked_before_training(tmp_path, monkeypatch, number):
+    """A pipe that nobody writes to stands for a hung file server."""
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr(Classification, "load_data", lambda self: (tmp_path / "pipe").read_bytes())
+    threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
+    with pytest.raises(Interrupted, match="interrupted before the first step, nothing is lost"):
+        runs.train(tmp_path / "runs")
+    (run,) = (tmp_path / "runs").iterdir()
+    assert RunDirectory(run).state() == ("interrupted", "")
+
+
+def test_a_process_under_nohup_outlives_its_terminal():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.number == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+# ------------------------------------------------------------------------------------------- the edge of the commands
+
+
+def in_a_job(function, *args) -> None:
+    with cli.job():
+        function(*args)
+
+
+def train_into(output) -> None:
+    with cli.command():
+        in_a_job(runs.train, Path(output), *runs.ONE_EPOCH)
+
+
+@pytest.mark.parametrize(
+    "place", ["file", "file/below", "/proc/nowhere", "/sys", "loop", "x" * 300, "y/" * 2400, "a\0b"]
+)
+def test_an_output_that_cannot_be_had_is_one_line(tmp_path, place, capfd):
+    (tmp_path / "file").write_text("mine")
+    circular(tmp_path / "loop")
+    with pytest.raises(SystemExit) as end:
+        train_into(tmp_path / place)
+    told = capfd.readouterr().err
+    assert end.value.code == 5 and told.startswith("error: ") and told.count("\n") == 1 and len(told) < 1000
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_run_that_is_deleted_in_training_is_one_line(tmp_path, monkeypatch, capfd):
+    runs.on_step(monkeypatch, 2, lambda loop: shutil.rmtree(loop.run.path))
+    with pytest.raises(SystemExit) as end:
+        train_into(tmp_path)
+    told = capfd.readouterr().err
+    assert end.value.code == 5 and told.count("\n") == 1
+    assert "metrics.jsonl: No such file or directory; it is missing, or was removed meanwhile" in told
+
+
+def edge_of(lines: int, stdout: str) -> None:
+    """A command whose output goes to `stdout`."""
+    if stdout == "closed pipe":
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, 1)
+    else:
+        os.dup2(os.open(stdout, os.O_WRONLY), 1)
+    run_script(lambda words: [print("x" * 100) for _ in range(lines)] and None)
+
+
+@pytest.mark.parametrize("lines", [1, 9999])
+@pytest.mark.parametrize(("stdout", "code"), [("closed pipe", 141), ("/dev/full", 5)])
+def test_an_output_that_nobody_reads_or_that_is_full_is_told_at_once(lines, stdout, code):
+    done = processes.run(edge_of, lines, stdout)
+    assert done.returncode == code
+    assert ("No space left on device" in done.stderr) == (code == 5) and done.stderr.count("\n") == (code == 5)
+
+
+def train_unread(output) -> None:
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+    sys.argv = ["train.py", *runs.SMALL, *runs.ONE_EPOCH, f'output="{output}"']
+    train.start()
+
+
+def test_a_training_goes_on_without_its_output_and_says_so_once(tmp_path):
+    done = processes.run(train_unread, tmp_path)
+    assert (done.returncode, done.stderr.count("the output is lost"), done.stderr.count("\n")) == (0, 1, 1)
+    (run,) = tmp_path.glob("vit*")
+    assert RunDirectory(run).finished and "epoch 1/1" in (run / "log.txt").read_text()
+
+
+def speak(text: str) -> None:
+    for name in ("stdout", "stderr"):
+        setattr(sys, name, io.TextIOWrapper(getattr(sys, name).buffer, encoding="ascii"))
+
+    def main(words):
+        print(text)
+        raise DataError(text)
+
+    run_script(main)
+
+
+def test_a_terminal_without_the_letters_of_a_path_shows_their_numbers():
+    done = processes.run(speak, "dätä\udcff")
+    assert (done.returncode, done.stdout) == (3, "d\\xe4t\\xe4\\udcff\n")
+    assert done.stderr == "error: d\\xe4t\\xe4\\udcff\n"
+
+
+def test_a_path_that_is_no_unicode_is_kept_in_the_log(tmp_path):
+    run = runs.train(tmp_path / "odd\udcff", *runs.ONE_EPOCH)
+    assert str(run.path).encode(errors="surrogateescape") in (run.path / "log.txt").read_bytes()
+
+
+def test_a_result_that_cannot_be_stored_is_shown(tmp_path, monkeypatch, capsys):
+    run = runs.train(tmp_path, *runs.ONE_EPOCH)
+
+    def read_only(path, *args):
+        raise StorageError(f"cannot write {path}: Read-only file system")
+
+    monkeypatch.setattr(records, "replace_file", read_only)
+    capsys.readouterr()
+    cfg = check_evaluation(EvalConfig(run=str(run.path)))
+    with pytest.raises(StorageError, match="the result above is not stored: cannot write"):
+        evaluation.evaluate_run(cfg, compose.load(run.config), run.path)
+    assert capsys.readouterr().out.startswith("test   top-1 ")
+    record, _ = record_entropy(run.path)
+    assert record["mean"] > 0 and "is not stored: cannot write" in capsys.readouterr().err
+
+
+def test_predictions_that_cannot_be_stored_are_shown(tmp_path, capsys):
+    with pytest.raises(StorageError, match=r"predictions above are not stored: .*/proc/nowhere"):
+        predict.store("photo.jpg,cat\n", Path("/proc/nowhere/found.csv"))
+    assert capsys.readouterr().out == "photo.jpg,cat\n"
+
+
+@pytest.mark.parametrize("key", ["trainer.device", "eval.device", "device"])
+def test_a_missing_device_is_told_by_the_key_that_asked_for_it(key, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=f"^{key}=cuda: torch finds no such device"):
+        pick_device("cuda", key=key)
+
+
+# ------------------------------------------------------------------------------------------------- Weights & Biases
+
+
+def serve(answer: bytes) -> socket.socket:
+    """A server that takes connections, reads a little and says `answer`, or nothing for ever."""
+    server, taken = socket.create_server(("127.0.0.1", 0)), []
+
+    def work() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(server.accept()[0])
+                if answer:
+                    taken[-1].recv(2**16)
+                    taken[-1].sendall(answer)
+                    taken[-1].close()
+
+    threading.Thread(target=work, daemon=True).start()
+    return server
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (b"", "does not answer within 5 s"),
+        (b"HTTP/1.1 501 Not Implemented\r\nContent-Length: 0\r\n\r\n", "answers with error 501"),
+    ],
+)
+def test_a_server_that_is_no_use_leaves_an_offline_run(tmp_path, answer, reason):
+    done = processes.run(track, tmp_path, answer)
+    assert done.returncode == 0, done.stderr
+    assert reason in done.stdout and "wandb sync" in done.stdout
+    assert "Traceback" not in done.stderr
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 1
+
+
+def track(directory, answer: bytes) -> None:
+    server = serve(answer)
+    os.environ.update(WANDB_BASE_URL=f"http://127.0.0.1:{server.getsockname()[1]}", WANDB_API_KEY="0" * 40)
+    os.environ["HOME"] = str(directory)
+    tracking.start(runs.config(directory, "logger=wandb", "logger.mode=online"), directory, print).finish(None)
+
+
+def test_no_server_is_waited_for_longer_than_promised(monkeypatch):
+    monkeypatch.setattr(tracking, "INIT_TIMEOUT", 0.5)
+    server, began = serve(b""), time.monotonic()
+    with pytest.raises(TimeoutError, match="does not answer within"):
+        tracking.require_answer(f"http://127.0.0.1:{server.getsockname()[1]}")
+    assert time.monotonic() - began < 3  # the import of requests is in it

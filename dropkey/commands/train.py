@@ -1,7 +1,7 @@
 """Trains one run: dropkey train [group=option] [key=value]; `dropkey train --help` lists them.
 
 Exit codes: 0 done, 2 config, 3 data, 4 diverged, 5 storage, 6 another process is training the run,
-130 / 143 interrupted and saved.
+129 / 130 / 143 interrupted and saved.
 """
 
 import contextlib
