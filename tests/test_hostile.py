@@ -5,7 +5,7 @@ import pytest
 from dropkey.config import schema
 from hostile import commands, damages, judge, stub
 
-EVERY_COMMAND, EVERY_DAMAGE = 40, 20  # one of so many is tried here
+EVERY_COMMAND, EVERY_DAMAGE = 60, 40  # one of so many is tried here
 
 
 @pytest.fixture(scope="module")

@@ -297,8 +297,12 @@ SEARCHES = (  # words, and what the refusal names
     *(("optim.lr=0.1,0.2 overwrite=true", "overwrite"), ("optim.lr=0.1,0.2 data.val_fraction=0", "data.val_fraction")),
     *(("model.depth=1.5..2.5", "model.depth"), ("model.depth=log:0..2", "model.depth"), ("seed=0..3", "seed")),
     *(("optim.lr=${nope},1", "optim.lr"), ("optim.lr=0.1,0.2 output=${nope}", "output"), ("optim.lr=a..b", "optim.lr")),
-    *(("model.depth=2,4 optim.lr=[1,2]", "optim.lr"), ("optim.lr=0.1,abc", "optim.lr"), ("=1..2", "=1..2")),
-    ("~optim", ""),
+    *(
+        ("model.depth=2,4 optim.lr=[1,2]", "optim.lr"),
+        ("optim.lr=0.1,abc", "optim.lr"),
+        ("=1..2", "=1..2"),
+        ("~optim", ""),
+    ),
 )
 
 
