@@ -214,9 +214,10 @@ class RunDirectory:
 
     def truncate(self, update: int, epoch: int, last: Optional[dict] = None) -> None:
         """Removes the records made after optimizer step `update` or after `epoch` finished epochs, because training
-        resumes from there. `last`: the record of the last of these epochs, which the file may have lost."""
+        resumes from there. `last`: the last record before, which the file may have lost."""
         kept = [r for r in self.records() if (r["step"] <= update if r["kind"] == "step" else r["epoch"] <= epoch)]
-        if last is not None and not any(r["kind"] == "epoch" and r["epoch"] == last["epoch"] for r in kept):
+        keys = ("kind", "step", "epoch")
+        if last is not None and not any(all(r.get(key) == last.get(key) for key in keys) for r in kept):
             kept = [*kept, last]
         text = "".join(json.dumps(rounded(record)) + "\n" for record in kept)
         replace_file(self.metrics, lambda file: file.write(text.encode()))

@@ -72,8 +72,9 @@ def read(path: Path) -> Entry:
     """Never fails: what cannot be read makes the run "damaged", with the reason."""
     run, entry = RunDirectory(path), Entry(path, TrainConfig(), "damaged")
     try:
-        entry.cfg = compose.read(run.config)
-        entry.keys = keys_of(entry.cfg)
+        cfg = compose.read(run.config)
+        identity.group_hash(cfg)  # fails for values of another type, as tables of runs would
+        entry.keys, entry.cfg = keys_of(cfg), cfg
         entry.state, entry.reason = run.state()
         since = run.status().get("time")
         entry.since = datetime.datetime.fromisoformat(since) if since else None
@@ -86,7 +87,7 @@ def read(path: Path) -> Entry:
             entry.epoch = epochs[-1]["epoch"]
             watched = next((key for one in epochs for key in one if key.startswith("eval_")), None)
             entry.val = next((one[watched] for one in reversed(epochs) if watched in one), None)
-    except (RunError, KeyError, TypeError, ValueError, OSError) as error:
+    except (RunError, KeyError, TypeError, ValueError, AttributeError, OSError) as error:
         entry.state, entry.reason = "damaged", str(error) or type(error).__name__
     return entry
 
@@ -111,8 +112,8 @@ def keys_of(cfg: TrainConfig) -> dict[str, object]:
 
 
 def console() -> Console:
-    out = Console(highlight=False)
-    return out if out.is_terminal or "COLUMNS" in out._environ else Console(highlight=False, width=WIDE)
+    out = Console(highlight=False, markup=False)
+    return out if out.is_terminal or "COLUMNS" in out._environ else Console(highlight=False, markup=False, width=WIDE)
 
 
 def show(entries: list[Entry]) -> None:
@@ -121,7 +122,7 @@ def show(entries: list[Entry]) -> None:
     out = console()
     out.print(listing([*good, *bad], out.width))
     for line in failures(bad):
-        out.print(line, style="red", markup=False, soft_wrap=True)
+        out.print(line, style="red", soft_wrap=True)
 
 
 def differing(entries: Sequence[Entry]) -> list[str]:

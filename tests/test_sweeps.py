@@ -49,7 +49,7 @@ def test_a_sweeper_is_given_the_metric_of_each_job_finished_ones_included(tmp_pa
     monkeypatch.setattr(train, "headline", lambda summary: "")
 
     def trained(cfg, run):
-        summary = {"objective": 40.0 + cfg.seed, "top1": 90.0, "run": str(run.path)}
+        summary = {**RESULT, "objective": 40.0 + cfg.seed, "run": str(run.path)}
         run.set_status("done")
         run.write_result("summary.json", summary)
         return summary
@@ -102,7 +102,8 @@ JOBS = """
         with cli.command():
             main()
 """
-RESULT = {"objective": 50.0, "top1": 50.0, "metrics": [], "samples": 1, "epochs": 1, "seconds": 1.0}
+RESULT = {"objective": 50.0, "top1": 50.0, "samples": 1, "epochs": 1, "seconds": 1.0, "best_split": "val"}
+RESULT["metrics"] = [{"key": "top1", "label": "top-1", "unit": "%"}]
 LAUNCHERS = {
     "joblib": ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
     "submitit": ["hydra/launcher=submitit_local"],

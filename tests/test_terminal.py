@@ -231,7 +231,8 @@ def finish(job: Job, seconds: float, took: float | None = None) -> None:
         from dropkey.config.identity import evaluation_settings
 
         return run.write_result(job.result, {**result, "settings": evaluation_settings(job.evaluation)})
-    run.write_result("summary.json", {**result, "seconds": seconds, "samples": 100, "samples_per_second": 20.0})
+    result |= {"seconds": seconds, "samples": 100, "samples_per_second": 20.0, "epochs": 1, "best_split": "val"}
+    run.write_result("summary.json", result)
     run.set_status("done")
     if took is not None:
         job.claim.write_text(str(took))

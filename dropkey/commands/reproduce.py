@@ -9,6 +9,7 @@ Exit codes: 0 all done, 1 something failed, 2 config, 130 and 143 interrupted an
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Dict, Optional
 
@@ -71,19 +72,20 @@ def main(words: list[str]) -> int:
 
 def load(args: Args, overrides: tuple[str, ...]):
     from dropkey.reproduction import tables
+    from dropkey.reproduction.table_parts import read_seeds
 
     require(bool(args.table), f"table= is missing; choices: {', '.join(tables.names())}")
     require(bool(args.scale), "scale= is missing, such as scale=smoke")
-    require(args.delta >= 0, f"delta={args.delta} must be above 0")
+    require(0 <= args.delta < math.inf, f"delta={args.delta} must be above 0")
     require(0 < args.power < 1, f"power={args.power} must be between 0 and 1")
-    require(args.deviation is None or args.deviation > 0, f"deviation={args.deviation} must be above 0")
+    require(args.deviation is None or 0 < args.deviation < math.inf, f"deviation={args.deviation} must be above 0")
     parts = [part for part in args.seeds.split(",") if part]
     require(
-        all(part.isascii() and part.isdigit() for part in parts),
-        f"seeds={args.seeds}: a number, or numbers with commas",
+        all(part.isascii() and part.isdigit() and len(part) < 20 for part in parts),
+        f"seeds={args.seeds[:60]}: a number, or numbers with commas",
     )
-    seeds = tuple(map(int, parts)) if "," in args.seeds else tuple(range(int(args.seeds or 0)))
-    table = tables.load(args.table, args.scale, seeds if parts else None, overrides)
+    seeds = read_seeds([*map(int, parts)] if "," in args.seeds else int(parts[0]), "") if parts else None
+    table = tables.load(args.table, args.scale, seeds, overrides)
     if args.until == "planned":
         return table
     require(not parts, "until=decided chooses the seeds itself: leave out seeds=, or say max_seeds=")

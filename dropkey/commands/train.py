@@ -44,7 +44,7 @@ def train(cfg: TrainConfig) -> float:
     cfg = check(cfg)
     run = RunDirectory(run_directory(cfg))
     multirun.note_job(run.path)
-    if run.finished and not cfg.overwrite:
+    if not cfg.overwrite and run.finished:
         summary = run.summary()
         origin.require_same_start(run, cfg)
         if cli.is_first():
@@ -54,8 +54,8 @@ def train(cfg: TrainConfig) -> float:
                 print(f"data   as trained, in {root}; data.root={cfg.data.root} was not looked at")
             if "WANDB_SWEEP_ID" in os.environ:  # a sweep counts a run that reports nothing as crashed
                 tracking.replay(cfg, run, print)
-    elif run.status().get("state") == "diverged" and not cfg.overwrite:
-        raise Diverged(f"{run.path} diverged before: {run.status()['reason']}; overwrite=true trains it again")
+    elif not cfg.overwrite and run.status().get("state") == "diverged":
+        raise Diverged(f"{run.path} diverged before: {run.state()[1]}; overwrite=true trains it again")
     else:
         check_device("trainer.device", cfg.trainer.device)
         if cli.is_first() and not multirun.is_job() and (other := sibling(cfg)):

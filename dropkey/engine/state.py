@@ -38,7 +38,7 @@ class State:
     scaler: torch.amp.GradScaler
     ema: Optional[ModelEmaV3]
     position: Position = field(default_factory=Position)
-    record: Optional[dict] = None  # of the last finished epoch, should metrics.jsonl lose it
+    record: Optional[dict] = None  # the last one, should metrics.jsonl lose it
 
     @property
     def evaluated(self) -> nn.Module:

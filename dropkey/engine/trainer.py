@@ -228,7 +228,6 @@ class Trainer:
             better = here.best is None or watched.better(here.last, here.best)
         if better:
             here.best, here.best_epoch = here.last, here.epoch
-        self.state.record = record
         self.record(record)
         self.progress.finish_epoch(record)
         if better and self.dist.is_main:
@@ -241,6 +240,7 @@ class Trainer:
     # ---------------------------------------------------------------------------------------- records and endings
 
     def record(self, record: dict) -> None:
+        self.state.record = record
         if self.dist.is_main:
             self.run.append(record)
             self.tracker.log(record)

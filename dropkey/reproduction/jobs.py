@@ -68,13 +68,14 @@ def jobs_of(table: Table, output: str) -> dict[tuple[str, str, int], Job]:
     for column, model in table.columns.items():
         for row in sorted(table.rows.values(), key=lambda row: row.of is not None):  # rows that others start from first
             chosen = row_overrides(table, table.rows[row.of] if row.of else row, column)
+            with named_errors(f"table {table.name}, row '{row.label}', column '{column}'"):
+                evaluation = composed_evaluation(row.evaluate) if row.evaluate else None
             if chosen is None:
                 continue
             base = (*model, *chosen, *table.overrides)
             overrides = (*base, *row.overrides) if row.of else base
             with named_errors(f"table {table.name}, row '{row.label}', column '{column}'"):
                 config = composed(overrides)
-                evaluation = composed_evaluation(row.evaluate) if row.evaluate else None
             for seed in table.seeds:
                 needs = found.get((row.of, column, seed))
                 job = (

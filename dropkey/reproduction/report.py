@@ -70,11 +70,11 @@ def markdown(comparison: Comparison, drawn: dict[str, str]) -> str:
         metric=comparison.metric,
         drawn=drawn,
         mixed=comparison.mixed,
-        about=sentences.about(comparison),
+        about=sentences.about(comparison, escape_markdown),
         overview=content.overview(comparison),
         overview_caption=sentences.overview_caption(comparison),
         recipes=content.recipes(comparison),
-        columns=[[column, " ".join(overrides)] for column, overrides in table.columns.items()],
+        columns=[[escape_markdown(column), " ".join(overrides)] for column, overrides in table.columns.items()],
         crowded=pictures.crowded(comparison),
         claims=content.claims(comparison) if findings else None,
         checks=content.checks(comparison) if findings else None,
@@ -177,7 +177,9 @@ def as_json(comparison: Comparison) -> str:
 
 
 def escape_markdown(text: str) -> str:
-    return re.sub(r"([\\`*|<])", r"\\\1", text)
+    """Text as it is: no link, no emphasis, no entity, no HTML."""
+    text = re.sub(r"([\\`*|<]|\](?=[(\[:])|(?<!\w)_|_(?!\w)|&(?=#?\w+;))", r"\\\1", text)
+    return re.sub(r"^([#>+=~-]|\d+(?=[.)]))", lambda found: f"{found[1][:-1]}\\{found[1][-1]}", text)
 
 
 def escape_latex(value) -> str:

@@ -2,19 +2,21 @@
 
 import math
 from collections import Counter
+from collections.abc import Callable
 
 from dropkey.reproduction import results
 from dropkey.reproduction.comparison import Comparison
 from dropkey.reproduction.content import number, verdict
 
 
-def about(comparison: Comparison) -> str:
+def about(comparison: Comparison, show: Callable[[str], str] = str) -> str:
+    """`show` escapes the names and texts of the table."""
     table = comparison.table
-    runs = "; ".join(f"{column}: {trainings(comparison, column)}" for column in table.columns)
+    runs = show("; ".join(f"{column}: {trainings(comparison, column)}" for column in table.columns))
     overrides = (
         f" Overrides of every run: `{' '.join(comparison.head['overrides'])}`." if comparison.head["overrides"] else ""
     )
-    return f"Scale `{table.scale}`: {table.about}. Ours is {runs}.{overrides}"
+    return f"Scale `{table.scale}`: {show(table.about)}. Ours is {runs}.{overrides}"
 
 
 def plan(comparison: Comparison) -> list[str]:

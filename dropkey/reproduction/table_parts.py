@@ -1,6 +1,7 @@
 """The parts of a table's YAML file: rows, claims, the design, tuning; each with how it is read and checked."""
 
 import itertools
+import math
 import shlex
 from dataclasses import dataclass
 from typing import Optional
@@ -13,6 +14,7 @@ from dropkey.errors import ConfigError
 
 NAMES = {str: "text", dict: "a mapping", list: "a list", int: "a number", (int, float): "a number"}
 NAMES |= {(int, list): "a number or a list", (str, list): "a row or a list of rows"}
+MOST_SEEDS = 10_000  # of a table
 FEWEST = 3  # seeds at a look; two cannot show their spread
 SET_BY_TABLES = ("seed", "output", "overwrite", "init_from")  # for each run
 TUNING_SEED = 1000  # the first seed of tuning; a comparison has seeds of its own
@@ -76,6 +78,13 @@ def check_types(content: dict, keys: dict[str, type | tuple[type, ...]], where: 
         require(value is None or good, f"{where}{key}={value} must be {NAMES[keys[key]]}")
 
 
+def read_text(text: str, where: str) -> str:
+    """In one line, as reports and terminals show it."""
+    found = " ".join(text.split())
+    require(found.isprintable(), f"{where} has characters that cannot be printed: {ascii(found)[:80]}")
+    return found
+
+
 def read_overrides(text, where: str) -> tuple[str, ...]:
     """The overrides in a line such as "regularizer=dropkey schedule=constant"."""
     require(isinstance(text, str), f"{where} must be one line of overrides, not {text!r}")
@@ -100,10 +109,10 @@ def read_row(label: str, value, where: str) -> Row:
         return Row(label, candidates=read_candidates(value["best_of"], where))
     if "like" in value:
         require(not {*value} - {"like", "train"}, f"{where} is like another row, so it has train: and nothing else")
-        return Row(label, read_overrides(value.get("train"), where), like=value["like"])
+        return Row(label, read_overrides(value.get("train") or "", where), like=value["like"])
     require("of" in value, f"{where} needs of: <the row whose runs it starts from>, or like:, or best_of:")
     require(("train" in value) != ("evaluate" in value), f"{where} needs either train: or evaluate:")
-    train, evaluate = (read_overrides(value.get(key, ""), where) for key in ("train", "evaluate"))
+    train, evaluate = (read_overrides(value.get(key) or "", where) for key in ("train", "evaluate"))
     return Row(label, train, value["of"], evaluate)
 
 
@@ -136,9 +145,11 @@ def read_candidates(text, where: str) -> tuple[tuple[str, ...], ...]:
 
 def read_seeds(value: int | list, where: str) -> tuple[int, ...]:
     """5 means 0 to 4."""
+    count = value if isinstance(value, int) else len(value)
+    require(count <= MOST_SEEDS, f"{where}seeds={value if count == value else count}: at most {MOST_SEEDS:,}")
     seeds = tuple(range(value)) if isinstance(value, int) else tuple(value)
-    good = seeds and all(type(seed) is int and seed >= 0 for seed in seeds) and len(set(seeds)) == len(seeds)
-    require(bool(good), f"{where}seeds={value}: a number of seeds from 1, or a list of different seeds")
+    good = seeds and all(type(seed) is int and 0 <= seed < 2**63 for seed in seeds) and len(set(seeds)) == len(seeds)
+    require(bool(good), f"{where}seeds={value}: a number of seeds from 1, or a list of different seeds below 2**63")
     return seeds
 
 
@@ -152,14 +163,14 @@ def read_design(content: dict, scale: dict, where: str) -> Design:
     looks = (len(seeds),) if looks is None else tuple(looks)
     require(len(seeds) == looks[-1], f"{where}looks={list(looks)} end at another number than there are seeds")
     margin = content.get("margin")
-    require(margin is None or margin > 0, f"{where}margin={margin} must be above 0")
+    require(margin is None or 0 < margin < math.inf, f"{where}margin={margin} must be above 0")
     return Design(seeds, looks, margin)
 
 
 def read_tuning(value: dict, columns: dict, where: str) -> dict:
     check_types(value, {"seeds": int, "column": str}, f"{where}tuning: ")
     count, column = value.get("seeds", 3), value.get("column")
-    require(count > 0, f"{where}tuning: seeds={count} must be a number from 1")
+    require(0 < count <= MOST_SEEDS, f"{where}tuning: seeds={count} must be a number from 1 to {MOST_SEEDS:,}")
     hint = nearest(str(column), columns)
     require(column is None or column in columns, f"{where}tuning: column '{column}' does not exist{hint}")
     return {"tuning_seeds": tuple(range(TUNING_SEED, TUNING_SEED + count)), "tuning_column": column}
@@ -178,11 +189,13 @@ def read_claim(value, rows: dict, where: str) -> Claim:
     """A claim is "row > row", or for means over several rows claim (the sentence), better and worse (lists of rows)."""
     if isinstance(value, dict):
         check_types(value, {"claim": str, "better": (str, list), "worse": (str, list)}, f"{where}claims: ")
-        require(len(value) == 3, f"{where}a claim needs claim, better and worse")
+        need = len(value) == 3 and all(value.values())
+        require(need, f"{where}a claim needs claim, better and worse")
         sides = [[side] if isinstance(side, str) else side for side in (value["better"], value["worse"])]
-        claim = Claim(value["claim"], *(tuple(map(str, side)) for side in sides))
+        claim = Claim(read_text(value["claim"], f"{where}claim"), *(tuple(map(str, side)) for side in sides))
     else:
-        better, _, worse = (part.strip() for part in str(value).partition(" > "))
+        require(isinstance(value, str), f"{where}claim {value} must be text: 'row > row'")
+        better, _, worse = (" ".join(part.split()) for part in value.partition(" > "))
         require(bool(better and worse), f"{where}claim '{value}' must read 'row > row'")
         claim = Claim(f"{better} > {worse}", (better,), (worse,))
     for row in claim.rows:

@@ -1,5 +1,6 @@
 """A table is one YAML file under configs/table/: rows x columns x seeds, its claims, and when these are tested."""
 
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Optional
@@ -11,6 +12,7 @@ from dropkey.config.compose import CONFIGS
 from dropkey.errors import ConfigError
 from dropkey.reproduction.table_parts import (
     FEWEST,
+    MOST_SEEDS,
     Claim,
     Design,
     Row,
@@ -21,11 +23,13 @@ from dropkey.reproduction.table_parts import (
     read_overrides,
     read_row,
     read_seeds,
+    read_text,
     read_tuning,
 )
 
 TABLES = CONFIGS / "table"
 SCALES = TABLES / "scales.yaml"  # shared by all tables
+TEXTS = ("title", "question", "figure")
 TABLE_KEYS = {  # the keys of a table, and what each holds
     **dict.fromkeys(("title", "question", "figure", "baseline", "published_baseline"), str),
     **{"rows": dict, "claims": list, "margin": (int, float), "tuning": dict, "paper": dict, "scales": dict},
@@ -83,9 +87,16 @@ def load(table: str, scale: str, seeds: Optional[tuple[int, ...]] = None, overri
     check_types(content, TABLE_KEYS, where)
     for key in ("title", "baseline", "rows"):
         require(bool(content.get(key)), f"{where}{key} is missing")
+    texts = {key: read_text(content.get(key, ""), where + key) for key in TEXTS}
     chosen = read_scale(content.get("scales") or {}, scale, where)
-    columns = {str(name): read_overrides(text, f"{where}column '{name}'") for name, text in chosen["columns"].items()}
-    written = {str(label): value for label, value in {**content["rows"], **chosen.get("rows", {})}.items()}
+    columns = {
+        read_text(str(name), f"{where}column '{name}'"): read_overrides(text, f"{where}column '{name}'")
+        for name, text in chosen["columns"].items()
+    }
+    written = {
+        read_text(str(label), f"{where}row '{label}'"): value
+        for label, value in {**content["rows"], **chosen.get("rows", {})}.items()
+    }
     rows = {label: read_row(label, value, where) for label, value in written.items() if value is not None}
     check_rows(rows, where)
     for key in ("baseline", "published_baseline"):
@@ -94,8 +105,12 @@ def load(table: str, scale: str, seeds: Optional[tuple[int, ...]] = None, overri
     paper = content.get("paper") or {}
     for column, results in paper.items():
         check_types({"paper": results}, {"paper": dict}, f"{where}column '{column}' of ")
-        for label in results:
-            require(label in written, f"{where}paper '{column}': '{label}' is not a row{nearest(label, written)}")
+        for label, value in (results or {}).items():
+            at = f"{where}paper '{column}': "
+            require(label in written, f"{at}'{label}' is not a row{nearest(str(label), written)}")
+            check_types({label: value}, {label: (int, float)}, at)
+            require(value is None or math.isfinite(value), f"{at}{label}={value} must be a number")
+    paper = {read_text(str(name), f"{where}paper"): results or {} for name, results in paper.items()}
     design, tuning = read_design(content, chosen, where), read_tuning(content.get("tuning") or {}, columns, where)
     chosen_seeds = design.seeds if seeds is None else read_seeds(list(seeds), "")
     if any(row.candidates for row in rows.values()):
@@ -104,10 +119,10 @@ def load(table: str, scale: str, seeds: Optional[tuple[int, ...]] = None, overri
     return Table(
         name=path.stem,
         scale=scale,
-        title=content["title"],
-        question=content.get("question", ""),
-        figure=content.get("figure", "none"),
-        about=chosen.get("about", ""),
+        title=texts["title"],
+        question=texts["question"],
+        figure=texts["figure"] or "none",
+        about=read_text(chosen.get("about", ""), f"{where}scales.{scale}: about"),
         baseline=content["baseline"],
         design=design,
         seeds=chosen_seeds,
@@ -128,6 +143,7 @@ def read_scale(own: dict, scale: str, where: str) -> dict:
     require(scale in {**common, **own}, f"scale={scale} does not exist{nearest(scale, {**common, **own})}")
     check_types(own, dict.fromkeys(own, dict), f"{where}scales: ")
     found = {**common.get(scale, {}), **(own.get(scale) or {})}
+    found = {key: value for key, value in found.items() if value is not None}
     check_types(found, SCALE_KEYS, f"{where}scales.{scale}: ")
     require(bool(found.get("columns")), f"{where}scale={scale} has no columns")
     protocol = found.get("protocol")
@@ -138,18 +154,32 @@ def read_scale(own: dict, scale: str, where: str) -> dict:
 
 def until_decided(table: Table, max_seeds: int) -> Table:
     """The table with a look after every seed from 5 on, up to `max_seeds`."""
-    first = min(5, max_seeds)
     require(max_seeds >= FEWEST, f"max_seeds={max_seeds} must be {FEWEST} or more")
-    seeds = tuple(range(max_seeds))
+    require(max_seeds <= MOST_SEEDS, f"max_seeds={max_seeds} must be {MOST_SEEDS:,} or fewer")
+    first, seeds = min(5, max_seeds), tuple(range(max_seeds))
     require(table.protocol is None, f"scale={table.scale} follows {table.protocol}, which fixes when it ends")
     design = replace(table.design, seeds=seeds, looks=tuple(range(first, max_seeds + 1)), until_decided=True)
     return replace(table, design=design, seeds=seeds)
 
 
+class OneOfEach(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    """Refuses a key that is there twice, of which YAML silently takes the last."""
+
+    def construct_mapping(self, node, deep=False):
+        seen: set = set()
+        for key, _ in node.value:
+            name = key.value if isinstance(key.value, str) else id(key)
+            if name in seen and name != "<<":
+                raise yaml.constructor.ConstructorError(None, None, f"'{name}' is there twice", key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> dict:
+    """A mapping, without keys that are null."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, OSError) as error:
+        content = yaml.load(path.read_text(encoding="utf-8"), OneOfEach)
+    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
     require(isinstance(content, dict), f"{path} has no keys")
-    return content
+    return {key: value for key, value in content.items() if value is not None}
