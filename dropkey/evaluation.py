@@ -73,15 +73,20 @@ def evaluate_run(cfg: EvalConfig, trained: TrainConfig, directory: Path) -> tupl
             "versions": versions(),
             "code": code_of(settings, cuda=dist.device.type == "cuda"),
         }
-        path = directory / identity.evaluation_name(cfg)
-        if cfg.data is not None and run.read_json(path.name).get("data_fingerprint", fingerprint) != fingerprint:
-            path = path.with_name(f"{path.stem}-{fingerprint}.json")  # another data set of the same name
+        path = result_file(cfg, run, fingerprint)
         try:
             save_result(run, path.name, result, scores, dist)
         except StorageError as error:
             print(describe_result(result))
             raise StorageError(f"the result above is not stored: {error}") from error
         return result, path
+
+
+def result_file(cfg: EvalConfig, run: RunDirectory, fingerprint: str) -> Path:
+    path = run.path / identity.evaluation_name(cfg)
+    if cfg.data is not None and run.read_json(path.name).get("data_fingerprint", fingerprint) != fingerprint:
+        return path.with_name(f"{path.stem}-{fingerprint}.json")  # another data set of the same name
+    return path
 
 
 def opened(cfg: EvalConfig, trained: TrainConfig, directory: Path) -> tuple[TrainConfig, Task, Any]:

@@ -23,7 +23,8 @@ MAY_IMPORT = {
     "regularizers": {"bernoulli"},
     "plotting": {"errors", "metrics"},
     "page": set(),
-    "records": {"errors", "metrics"},
+    "shapes": {"errors"},
+    "records": {"errors", "metrics", "shapes"},
     "config": {"errors", "invocation", "records"},
     "code_version": {"config"},
     "cli": {"config", "errors"},
@@ -61,7 +62,9 @@ MAY_IMPORT = {
         *("analysis", "cli", "config", "engine", "errors", "evaluation", "exporting", "invocation", "loading"),
         *("metrics", "multirun", "origin", "records", "reproduction", "run_table", "session", "tasks"),
     },
-    "reproduction": {"code_version", "config", "errors", "invocation", "metrics", "page", "plotting", "records"},
+    "reproduction": {
+        *("code_version", "config", "errors", "invocation", "metrics", "page", "plotting", "records", "shapes"),
+    },
 }
 FILES = [file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py"]
 
