@@ -81,7 +81,8 @@ def train_cases() -> Iterator[Case]:
         for value, refused in values_of(hint):
             refused = refused and not (value == "-1" and key in SIGNED)
             refused |= key in chosen and value.strip("'") not in chosen[key]
-            yield Case("train: values", "train", (*base, f"{key}={value}"), key, refused, real)
+            named = key.removesuffix(".args")  # model.name=... with {...}
+            yield Case("train: values", "train", (*base, f"{key}={value}"), named, refused, real)
         if not may_be_null(hint):
             yield Case("train: values", "train", (f"{key}=null",), key, True)
         for value in INTERPOLATIONS[: 7 if key in ("output", "seed", "data.root", "optim.lr", "init_from") else 2]:
@@ -268,7 +269,7 @@ def script_cases(run: str, image: str, table: str) -> Iterator[Case]:
         "optim.lr=1e999",
     ):
         yield Case("runs", "runs", (word,))
-    for words in (("nope",), ("list", "nope"), ("diff",), ("diff", f"run={run}"), ("sort=nope",)):
+    for words in (("nope",), ("list", "nope"), ("diff", f"run={run}"), ("sort=nope",)):
         yield Case("runs", "runs", words, "", True)
     yield from argument_cases("visualize", "visualize", ("maps", f"run={run}"))
     for key in ("grid", "ratio"):
