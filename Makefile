@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup train test table lint clean
+.PHONY: help setup train test faults table lint clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -19,6 +19,9 @@ train: setup ## train a small ViT with DropKey on digits (under a minute)
 
 test: setup ## run all tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $${TEST_PROCESSES:-2} --dist worksteal $(ARGS)
+
+faults: setup ## hostile commands and damaged files, all of them; minutes
+	@cd tests && ../$(BIN)/python -m hostile $(ARGS)
 
 table: setup ## run and report a table of the paper: make table TABLE=schedule SCALE=smoke
 	@$(BIN)/python scripts/reproduce.py run table=$(TABLE) scale=$(SCALE) $(ARGS)

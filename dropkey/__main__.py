@@ -6,13 +6,13 @@ import sys
 from typing import NoReturn
 
 from dropkey import __version__
-from dropkey.errors import ConfigError, reader_may_leave
+from dropkey.errors import ConfigError, edge, say
 from dropkey.invocation import COMMANDS
 
 
 def main(program: str = "dropkey") -> None:
     """Runs the command that sys.argv names; `program` is what the user typed before it."""
-    with reader_may_leave():
+    with edge():
         run(program)
 
 
@@ -56,7 +56,7 @@ def complete(words: list[str]) -> None:
 
 
 def fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+    say(f"error: {message}")
     sys.exit(ConfigError.exit_code)
 
 

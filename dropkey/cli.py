@@ -15,7 +15,7 @@ from hydra.types import RunMode
 
 from dropkey.config.compose import REFUSALS, explain
 from dropkey.config.schema import TrainConfig
-from dropkey.errors import ConfigError, Interrupted, PeerLost, RunError, reader_may_leave
+from dropkey.errors import ConfigError, Interrupted, PeerLost, RunError, edge, known, say
 
 PATIENCE = 30  # seconds that a process waits for torchrun to end it, when another one has the error to tell
 
@@ -29,13 +29,15 @@ def job() -> Iterator[None]:
     """
     try:
         yield
+    except BrokenPipeError:  # nobody reads what is printed; see `edge`
+        raise
     except Exception as error:
-        failure = error if isinstance(error, RunError) else RunError(f"{type(error).__name__}: {error}")
-        if failure is error:
+        failure = known(error)
+        if failure is not None:
             report(failure)
-        else:
+        else:  # a mistake of this program
             traceback.print_exc()
-            tell_torchrun(failure)
+            tell_torchrun(failure := RunError(f"{type(error).__name__}: {error}"))
         multirun = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
         if multirun and not isinstance(failure, Interrupted):
             raise failure from None
@@ -47,7 +49,7 @@ def command(schema: type = TrainConfig) -> Iterator[None]:
     """Wraps the call of a @hydra.main function; what its jobs have not printed is printed here."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises errors instead of printing them
     try:
-        with reader_may_leave():
+        with edge():
             yield
         return
     except KeyboardInterrupt:  # outside a training, where nothing is to be saved
@@ -75,7 +77,7 @@ def report(error: RunError) -> None:
         time.sleep(PATIENCE)
     prefix = "" if isinstance(error, Interrupted) else "error: "
     where = "" if is_first() else f"process {os.environ['RANK']}: "
-    print(f"{prefix}{where}{error}", file=sys.stderr, flush=True)
+    say(f"{prefix}{where}{error}")
     tell_torchrun(error)
 
 
@@ -87,7 +89,8 @@ def tell_torchrun(error: RunError) -> None:
     """Puts the error at the end of torchrun's own report, which has thirty lines of its own before."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         message = {"message": str(error), "extraInfo": {"timestamp": str(int(time.time()))}}
-        Path(file).write_text(json.dumps({"message": message}))
+        with contextlib.suppress(OSError):
+            Path(file).write_text(json.dumps({"message": message}))
 
 
 def is_first() -> bool:

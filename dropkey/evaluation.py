@@ -2,8 +2,9 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
-from dropkey import datasets, patching, tasks, weights
+from dropkey import datasets, origin, patching, tasks, weights
 from dropkey.build import build_regularized, last_ratio
 from dropkey.code_version import code_of
 from dropkey.config import identity
@@ -11,12 +12,13 @@ from dropkey.config.schema import EvalConfig, TrainConfig
 from dropkey.engine.distributed import DistContext
 from dropkey.engine.evaluate import evaluate, monte_carlo
 from dropkey.engine.optim import build_autocast
-from dropkey.errors import ConfigError
+from dropkey.errors import ConfigError, StorageError
 from dropkey.metrics import Metric
 from dropkey.provenance import device_name, versions
 from dropkey.records import RunDirectory
 from dropkey.seeds import derive_seed
 from dropkey.session import rounded, save_result
+from dropkey.tasks.base import Task
 
 
 def evaluate_run(cfg: EvalConfig, trained: TrainConfig, directory: Path) -> tuple[dict, Path]:
@@ -27,15 +29,8 @@ def evaluate_run(cfg: EvalConfig, trained: TrainConfig, directory: Path) -> tupl
         ConfigError, DataError, StorageError: see dropkey.errors.
     """
     options = cfg.eval
-    with DistContext.start(options.device) as dist:
-        settings = copy.deepcopy(trained)
-        settings.regularizer.impl = "auto"  # the implementation used in training may not exist here
-        if cfg.root is not None:
-            settings.data.root = cfg.root
-        if cfg.data is not None:
-            settings.data = datasets.preprocessed_as(cfg.data, trained.data, options.split)
-        task = tasks.build(settings)
-        data = task.load_data()
+    with DistContext.start(options.device, "eval.device") as dist:
+        run, (settings, task, data) = RunDirectory(directory), opened(cfg, trained, directory)
         model, _ = build_regularized(task, data, dist)
         file = Path(cfg.checkpoint) if cfg.checkpoint else weights.find_checkpoint(directory, options.weights)
         if weights.load_weights(model, file):
@@ -64,10 +59,12 @@ def evaluate_run(cfg: EvalConfig, trained: TrainConfig, directory: Path) -> tupl
             averaged = monte_carlo(predict, task.average, options.monte_carlo, reseed)
             with patching.always_on(model):
                 result = evaluate(averaged, scores, loader, dist, autocast=autocast)
+        fingerprint = data.fingerprint()
         result = rounded(task, result) | {
             "split": options.split,
             "data": settings.data.name,
             "root": settings.data.root,
+            "data_fingerprint": fingerprint,
             "monte_carlo": options.monte_carlo,
             "settings": identity.evaluation_settings(cfg),
             "checkpoint": str(file),
@@ -76,9 +73,36 @@ def evaluate_run(cfg: EvalConfig, trained: TrainConfig, directory: Path) -> tupl
             "versions": versions(),
             "code": code_of(settings, cuda=dist.device.type == "cuda"),
         }
-        path = directory / identity.evaluation_name(cfg)
-        save_result(RunDirectory(directory), path.name, result, scores, dist)
+        path = result_file(cfg, run, fingerprint)
+        try:
+            save_result(run, path.name, result, scores, dist)
+        except StorageError as error:
+            print(describe_result(result))
+            raise StorageError(f"the result above is not stored: {error}") from error
         return result, path
+
+
+def result_file(cfg: EvalConfig, run: RunDirectory, fingerprint: str) -> Path:
+    path = run.path / identity.evaluation_name(cfg)
+    if cfg.data is not None and run.read_json(path.name).get("data_fingerprint", fingerprint) != fingerprint:
+        return path.with_name(f"{path.stem}-{fingerprint}.json")  # another data set of the same name
+    return path
+
+
+def opened(cfg: EvalConfig, trained: TrainConfig, directory: Path) -> tuple[TrainConfig, Task, Any]:
+    """The config, task and data of an evaluation; refused where the run's config or data have changed."""
+    settings = copy.deepcopy(trained)
+    settings.regularizer.impl = "auto"  # the implementation used in training may not exist here
+    if cfg.root is not None:
+        settings.data.root = cfg.root
+    if cfg.data is not None:
+        settings.data = datasets.preprocessed_as(cfg.data, trained.data, cfg.eval.split)
+    task = tasks.build(settings)
+    data = task.load_data()
+    origin.require_same_config(RunDirectory(directory), trained)
+    if cfg.data is None:
+        origin.require_same_data(RunDirectory(directory), data, "data=<set> measures the run on other data")
+    return settings, task, data
 
 
 def describe_result(result: dict) -> str:

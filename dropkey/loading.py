@@ -10,7 +10,7 @@ from typing import Optional
 import torch
 from torch import Tensor, nn
 
-from dropkey import patching, tasks
+from dropkey import origin, patching, tasks
 from dropkey.build import last_ratio, regularize
 from dropkey.config import compose
 from dropkey.config.check import require
@@ -131,11 +131,12 @@ def load(
         StorageError: no checkpoint, or a damaged one.
     """
     directory = RunDirectory(find_run(str(run)))
-    cfg, place = compose.load(directory.config), pick_device(device)
+    cfg, place = compose.load(directory.config), pick_device(device, key="device")
+    origin.require_same_config(directory, cfg)
     file, task = weights_file(directory.path, weights), tasks.build(cfg)
     known = (directory.path / "model.json").exists()
     info = directory.read_json("model.json") if known else info_from_data(directory.path, cfg, root)
-    require(bool(info), f"task={cfg.task.name} does not say how its model is used (Task.model_info)")
+    require("label_names" in info, f"task={cfg.task.name} does not say how its model is used (Task.model_info)")
     model = initial_model(task, info, fused=not (place.type == "cpu" and cfg.trainer.amp == "bf16"))
     if load_weights(model, file):
         raise ConfigError(f"{file} has other classes than the {len(info['label_names'])} of the run")

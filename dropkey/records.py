@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import errno
 import fcntl
 import functools
 import json
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Callable, Iterator, Optional
 
 from dropkey import shapes
-from dropkey.errors import Busy, StorageError
+from dropkey.errors import Busy, StorageError, explained
 from dropkey.metrics import Metric
 
 PATIENCE = 0.3  # seconds: `is_locked` of another process holds the lock for a moment
@@ -30,8 +31,14 @@ def replace_file(path: Path, write: Callable, verify: Optional[Callable[[Path], 
     Raises:
         StorageError: the disk is full or refuses; the old file is intact and the temporary one gone.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:200]}.")
+    except OSError as error:
+        error.filename = error.filename2 = None  # perhaps the temporary name
+        raise StorageError(f"cannot write {path}: {explained(error)}") from error
     temporary = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -45,12 +52,14 @@ def replace_file(path: Path, write: Callable, verify: Optional[Callable[[Path], 
         sync_directory(path.parent)
     except (OSError, RuntimeError) as error:  # torch.save wraps a full disk in RuntimeError
         written = temporary.stat().st_size if temporary.exists() else 0
-        free = shutil.disk_usage(path.parent).free
-        raise StorageError(
-            f"cannot write {path}: {error} (after {written:,} bytes; {free:,} free); the old file is intact"
-        ) from error
+        free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
+        refused = error if isinstance(error, OSError) else error.__context__  # what torch.save wrapped
+        reason = explained(refused) if isinstance(refused, OSError) else str(error).splitlines()[0]
+        kept = "; the old file is intact" if path.exists() else ""
+        raise StorageError(f"cannot write {path}: {reason} (after {written:,} bytes; {free:,} free){kept}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def current_umask() -> int:
@@ -70,6 +79,11 @@ def sync_directory(path: Path) -> None:
 def write_json(path: Path, content: dict) -> None:
     text = json.dumps(content, indent=2) + "\n"
     replace_file(path, lambda file: file.write(text.encode()))
+
+
+def unfollowed(path: str, flags: int) -> int:
+    """For `open`: refuses a link (ELOOP), which might lead to a file of somebody else."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
 def locked_within(file, seconds: float) -> bool:
@@ -125,7 +139,7 @@ class RunDirectory:
     def is_locked(self) -> bool:
         """Whether a training holds the run now; its lock is released however it ends."""
         try:
-            with open(self.path / ".lock", "rb") as file:
+            with open(self.path / ".lock", "rb", opener=unfollowed) as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except FileNotFoundError:
             return False
@@ -209,7 +223,7 @@ class RunDirectory:
         replace_file(self.metrics, lambda file: file.write(text.encode()))
 
     def log(self, text: str) -> None:
-        with open(self.path / "log.txt", "a", encoding="utf-8") as file:
+        with open(self.path / "log.txt", "a", encoding="utf-8", errors="surrogateescape") as file:
             file.write(text + "\n")
 
     # ------------------------------------------------------------------------------------------------------- life
@@ -228,7 +242,7 @@ class RunDirectory:
             Busy: another process holds it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / ".lock", "a") as file:
+        with open(self.path / ".lock", "ab", opener=unfollowed) as file:
             if not locked_within(file, PATIENCE):
                 holder = {}
                 with contextlib.suppress(StorageError):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dropkey import plotting, tasks, weights
+from dropkey import origin, plotting, tasks, weights
 from dropkey.build import build_regularized, microbatch_hook
 from dropkey.code_version import code_of
 from dropkey.config import compose, identity
@@ -47,6 +47,9 @@ def train(cfg: TrainConfig, run: RunDirectory) -> dict:
         task = tasks.build(cfg)
         progress = Progress(cfg.trainer.epochs, shown_metrics(task), run.log, show=dist.is_main)
         data = task.load_data()
+        if resumes:
+            origin.require_same_data(run, data, "Bring them back, or start over with overwrite=true")
+            origin.require_same_start(run, cfg)
         model, report = build_regularized(task, data, dist, pretrained=cfg.model.pretrained and not resumes)
         if dist.any(stop.number != 0)[0]:
             raise stop.interrupted(f"interrupted before the first step of {run.path}, nothing is lost")
@@ -58,8 +61,9 @@ def train(cfg: TrainConfig, run: RunDirectory) -> dict:
         # 2. Where people see it.
         watched = progress.split = "test" if data.val is None else "val"
         introduce(cfg, run, task, data, model, report, dist, progress)
-        if dist.is_main:
-            write_json(run.path / "model.json", task.model_info(data, model))
+        if dist.is_main and not (resumes and (run.path / origin.FILE).exists()):
+            made_of = {origin.KEY: origin.origin_of(cfg, data)}
+            write_json(run.path / origin.FILE, task.model_info(data, model) | made_of)
         tracker = tracking.start(cfg, run.path, progress.info) if dist.is_main else tracking.NoOpTracker()
 
         # 3. Training, then the final evaluation of the last epoch's weights.

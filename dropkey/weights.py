@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dropkey import origin
 from dropkey.engine import checkpoint
 from dropkey.errors import ConfigError, StorageError
 
@@ -60,6 +61,12 @@ def load_weights(model: nn.Module, path: Path) -> list[str]:
         weights = adapt(weights, model)
     own = model.state_dict()
     heads = classifier_names(model)
+    superfluous = [name for name in weights if name not in own and not name.startswith(heads)]
+    if superfluous:
+        raise ConfigError(
+            f"{path} does not fit the model: it has {len(superfluous)} weights that the model lacks, first "
+            f"{superfluous[0]}; choose the model it was trained with"
+        )
     missing_keys = [name for name in own if name not in weights or weights[name].shape != own[name].shape]
     wrong = [name for name in missing_keys if not name.startswith(heads)]
     if wrong:
@@ -75,6 +82,9 @@ def start_from(model: nn.Module, source: str) -> str:
     """Starts `model` from a run or a file; returns a line that says what was loaded."""
     file = find_checkpoint(source)
     missing_keys = load_weights(model, file)
+    progress = origin.progress_of(source)
+    if progress:
+        file = f"{file}, of a run that is {progress}"
     return f"weights from {file}" + (f"; new: {', '.join(missing_keys)}" if missing_keys else "")
 
 

@@ -23,7 +23,8 @@ MAY_IMPORT = {
     "regularizers": {"bernoulli"},
     "plotting": {"errors", "metrics"},
     "page": set(),
-    "records": {"errors", "metrics"},
+    "shapes": {"errors"},
+    "records": {"errors", "metrics", "shapes"},
     "config": {"errors", "invocation", "records"},
     "code_version": {"config"},
     "cli": {"config", "errors"},
@@ -34,19 +35,19 @@ MAY_IMPORT = {
     "patching": {"bernoulli", "operator", "regularizers", "schedules", "seeds"},
     "tasks": {"config", "data", "datasets", "errors", "metrics", "models"},
     "engine": {"config", "errors", "metrics", "records", "seeds"},
-    "weights": {"engine", "errors"},
+    "weights": {"engine", "errors", "origin"},
     "provenance": {"__version__", "engine", "records"},
     "build": {"config", "engine", "errors", "operator", "patching", "regularizers", "schedules", "seeds", "tasks"},
     "session": {
-        *("build", "code_version", "config", "engine", "errors", "plotting", "provenance"),
+        *("build", "code_version", "config", "engine", "errors", "origin", "plotting", "provenance"),
         *("records", "tasks", "weights"),
     },
     "evaluation": {
-        *("build", "code_version", "config", "datasets", "engine", "errors", "metrics", "patching"),
+        *("build", "code_version", "config", "datasets", "engine", "errors", "metrics", "origin", "patching"),
         *("provenance", "records", "seeds", "session", "tasks", "weights"),
     },
     "loading": {
-        *("build", "config", "engine", "errors", "patching", "records", "seeds", "tasks", "weights"),
+        *("build", "config", "engine", "errors", "origin", "patching", "records", "seeds", "tasks", "weights"),
     },
     "exporting": {"config", "errors", "loading", "records", "tasks"},
     "analysis": {
@@ -55,12 +56,15 @@ MAY_IMPORT = {
     },
     "api": {"commands", "config", "loading", "records"},
     "multirun": {"config", "run_table"},
+    "origin": {"config", "errors", "records"},
     "run_table": {"config", "errors", "metrics", "records"},
     "commands": {
         *("analysis", "cli", "config", "engine", "errors", "evaluation", "exporting", "invocation", "loading"),
-        *("metrics", "multirun", "records", "reproduction", "run_table", "session", "tasks"),
+        *("metrics", "multirun", "origin", "records", "reproduction", "run_table", "session", "tasks"),
     },
-    "reproduction": {"code_version", "config", "errors", "invocation", "metrics", "page", "plotting", "records"},
+    "reproduction": {
+        *("code_version", "config", "errors", "invocation", "metrics", "page", "plotting", "records", "shapes"),
+    },
 }
 FILES = [file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py"]
 

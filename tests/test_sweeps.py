@@ -396,7 +396,7 @@ def test_a_changed_default_begins_another_search(monkeypatch):
 
 WRONG = {
     "seed=0": "nothing to search",
-    "optim.lr=1e-2..1e-4": "low=0.01, high=0.0001",
+    "optim.lr=1e-2..1e-4": "the lower end comes first",
     "optim.weight_decay=log:0..1": "low",
     "lr=0..1": "did you mean optim.lr?",
     "regularizer.ratio=0..1": "must be in [0, 1)",

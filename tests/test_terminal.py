@@ -145,7 +145,10 @@ def test_samples_per_second_are_of_the_epoch_alone_without_evaluation(tmp_path, 
 
 
 def test_a_training_goes_on_when_nobody_reads_its_lines(tmp_path):
-    program = "from dropkey.engine.progress import Progress; p = Progress(1); [p.info('x' * 99) for _ in range(9)]"
+    program = (
+        "import sys; from dropkey.errors import Unread; from dropkey.engine.progress import Progress; "
+        "sys.stdout = Unread(sys.stdout); p = Progress(1); [p.info('x' * 99) for _ in range(9)]"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", f"import time; time.sleep(0.2); {program}; open({str(tmp_path / 'end')!r}, 'w')"],
         cwd=ROOT,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dropkey.analysis import capture
 from dropkey.analysis.trained import config_of, open_run
 from dropkey.code_version import code_of
-from dropkey.errors import Diverged
+from dropkey.errors import Diverged, StorageError, say
 from dropkey.provenance import device_name, versions
 from dropkey.records import RunDirectory, write_json
 
@@ -100,7 +100,10 @@ def record_entropy(path: str | Path, root: Optional[str] = None) -> tuple[dict, 
         "versions": versions(),
         **made_by,
     }
-    write_json(run.path / RECORD, new)
+    try:
+        write_json(run.path / RECORD, new)
+    except StorageError as error:  # somebody else's run, say: it is measured again next time
+        say(f"the entropy of {path} is not stored: {error}")
     return new, False
 
 

@@ -70,7 +70,7 @@ def write_gallery(run: str | Path, path: Path, root: Optional[str] = None) -> No
         config=trained.run.config.read_text(encoding="utf-8"),
     )
     text = page(title, body)
-    replace_file(path, lambda file: file.write(text.encode()))
+    replace_file(path, lambda file: file.write(text.encode(errors="surrogateescape")))
 
 
 def tried(draw: Callable) -> tuple:

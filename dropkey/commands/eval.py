@@ -30,8 +30,6 @@ def evaluate(cfg: EvalConfig) -> None:
         cfg.run = str(find_run(cfg.run))
     cfg = check_evaluation(cfg)
     directory = Path(cfg.run) if cfg.run else Path(cfg.checkpoint).resolve().parent.parent
-    if not (directory / "config.yaml").exists():
-        raise ConfigError(f"{directory} is no run directory: it has no config.yaml")
     trained = load(directory / "config.yaml")
     if cfg.eval.monte_carlo and trained.regularizer.name == "none":
         raise ConfigError(f"eval.monte_carlo: {directory} has no regularizer that could be left on")

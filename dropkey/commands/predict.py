@@ -14,7 +14,6 @@ import glob
 import io
 import json
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,10 @@ from typing import Optional
 
 from dropkey.config.check import in_range, require
 from dropkey.config.run_lookup import find_run
+from dropkey.config.schema import DEVICES
 from dropkey.config.script_args import arg, parse, run_script
-from dropkey.errors import DataError
+from dropkey.errors import DataError, StorageError, say
+from dropkey.records import replace_file
 
 BATCH = 64
 FORMATS = ("table", "json", "csv")
@@ -38,7 +39,7 @@ class Args:
     format: str = arg("table", "what to print", choices=FORMATS)
     output: str = arg("", "file .json or .csv to write instead")
     weights: str = arg("last", "last, best, or a checkpoint file")
-    device: str = arg("auto", "auto, cpu, cuda or mps")
+    device: str = arg("auto", "where to compute", choices=DEVICES)
     root: Optional[str] = arg(None, "where the run's images are now; needed once for runs without model.json")
 
 
@@ -78,7 +79,7 @@ def predictions(model, paths: list[str], args: Args) -> Iterator[tuple[str, list
             try:
                 images[path] = model.transform(path)
             except DataError as error:
-                print(f"error: {error}", file=sys.stderr, flush=True)
+                say(f"error: {error}")
         if images:
             found = model.predict(torch.stack(list(images.values())), monte_carlo=args.monte_carlo)
             chosen = dict(zip(images, found.top(args.k), strict=True))
@@ -122,6 +123,15 @@ def as_json(found: list[tuple[str, list[dict]]]) -> str:
     return json.dumps([{"image": image, "top": top} for image, top in found], indent=2, ensure_ascii=False) + "\n"
 
 
+def store(text: str, path: Path) -> None:
+    """StorageError where it cannot be written; it is printed then, because it took its time."""
+    try:
+        replace_file(path, lambda file: file.write(text.encode(errors="surrogateescape")))
+    except StorageError as error:
+        print(text, end="")
+        raise StorageError(f"the predictions above are not stored: {error}") from error
+
+
 def main(words: list[str]) -> int:
     args = parse(Args, [word for word in words if is_argument(word)], __doc__)
     require(bool(args.run), "run= is missing, such as run=runs/<directory>")
@@ -148,12 +158,12 @@ def main(words: list[str]) -> int:
     if form != "table":
         text = {"json": as_json, "csv": as_csv}[form](found)
         if args.output:
-            Path(args.output).write_text(text, encoding="utf-8")
+            store(text, Path(args.output))
             print(f"wrote  {args.output}  ({len(found)} images)")
         else:
             print(text, end="")
     if unread:
-        print(f"error: {unread} of {len(paths)} images could not be read", file=sys.stderr)
+        say(f"error: {unread} of {len(paths)} images could not be read")
     return DataError.exit_code if unread else 0
 
 

@@ -148,7 +148,7 @@ def as_rows(entries: Sequence[Entry]) -> list[dict[str, object]]:
 
 def write_csv(entries: list[Entry], path: Path) -> None:
     rows = as_rows(entries)
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         writer.writerows(rows)

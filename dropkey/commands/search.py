@@ -48,10 +48,14 @@ class Space:
         self.fixed, self.seeds, values, logarithmic = [], ["0"], {}, set()
         for override in OverridesParser.create().parse_overrides(words):
             key, _, value = override.input_line.partition("=")
+            require(bool(key), f"cannot read '{override.input_line}'; overrides are key=value or group=option")
             choices = list(override.sweep_string_iterator()) if override.is_sweep_override() else [value]
+            found = RANGE.fullmatch(value)
             if key == "seed":
+                require(not found, f"seed={value}: several seeds are averaged, not searched; list them: seed=0,1,2")
                 self.seeds = choices
-            elif found := RANGE.fullmatch(value):
+            elif found:
+                require(float(found[2]) < float(found[3]), f"{key}={value} is no range: the lower end comes first")
                 values[key] = found.groups()[1:]
                 logarithmic |= {key} if found.group(1) else set()
             elif len(choices) > 1:
@@ -105,7 +109,7 @@ class Space:
 
 def search(words: list[str]) -> None:
     trials = next((word.removeprefix("trials=") for word in words if word.startswith("trials=")), "20")
-    require(trials.isdigit(), f"trials={trials} must be a whole number")
+    require(bool(re.fullmatch(r"[1-9]\d{0,8}", trials, re.ASCII)), f"trials={trials} must be a whole number from 1")
     space = Space([word for word in words if not word.startswith("trials=")])
     space.output.mkdir(parents=True, exist_ok=True)
     storage = optuna.storages.RDBStorage(

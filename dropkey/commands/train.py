@@ -1,7 +1,7 @@
 """Trains one run: dropkey train [group=option] [key=value]; `dropkey train --help` lists them.
 
 Exit codes: 0 done, 2 config, 3 data, 4 diverged, 5 storage, 6 another process is training the run,
-130 / 143 interrupted and saved.
+129 / 130 / 143 interrupted and saved.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from typing import Iterator
 import hydra
 from omegaconf import DictConfig
 
-from dropkey import cli, multirun
+from dropkey import cli, multirun, origin
 from dropkey.config.check import check
 from dropkey.config.compose import CONFIGS, register_schemas, typed
 from dropkey.config.device import check_device
@@ -21,7 +21,7 @@ from dropkey.config.identity import run_directory
 from dropkey.config.run_lookup import sibling
 from dropkey.config.schema import TrainConfig
 from dropkey.engine import tracking
-from dropkey.errors import Diverged, Interrupted
+from dropkey.errors import Diverged, Interrupted, Unread
 from dropkey.invocation import invocation
 from dropkey.records import RunDirectory, headline
 
@@ -30,7 +30,7 @@ register_schemas()
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")
 def main(cfg: DictConfig) -> float:
-    with cli.job(), way_on():
+    with cli.job(), way_on(), contextlib.redirect_stdout(Unread(sys.stdout)):
         return train(typed(cfg))
 
 
@@ -46,9 +46,12 @@ def train(cfg: TrainConfig) -> float:
     multirun.note_job(run.path)
     if not cfg.overwrite and run.finished:
         summary = run.summary()
+        origin.require_same_start(run, cfg)
         if cli.is_first():
             print(f"done already: {run.path} (overwrite=true trains it again)")
             print_result(summary)
+            if (root := origin.other_root(run, cfg)) is not None:
+                print(f"data   as trained, in {root}; data.root={cfg.data.root} was not looked at")
             if "WANDB_SWEEP_ID" in os.environ:  # a sweep counts a run that reports nothing as crashed
                 tracking.replay(cfg, run, print)
     elif not cfg.overwrite and run.status().get("state") == "diverged":

@@ -5,6 +5,8 @@ import importlib.util
 import math
 import os
 import re
+import sys
+from dataclasses import asdict
 from functools import lru_cache, reduce
 from pathlib import Path
 from typing import Iterable
@@ -19,49 +21,13 @@ SMALL_IMAGE = 96  # pixels; below, a patch of 16 leaves fewer than 6 x 6 tokens
 SOFT_SPLITS = {"t2t_vit_small_image": ((3, 2, 1), (3, 2, 1))}  # kernel, stride, padding; all others:
 IMAGENET_SPLITS = ((7, 4, 2), (3, 2, 1), (3, 2, 1))
 MIN_T2T_TOKENS = 9
+OWN_ARGUMENTS = {  # of timm's constructors, and the key that sets each
+    **{key: f"model.{key}" for key in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "pretrained")},
+    **{"drop_path_rate": "model.drop_path", "img_size": "data.image_size"},
+    **{"in_chans": "data.channels", "num_classes": "data.num_classes"},
+}
 
 # ---------------------------------------------------------------------------------------------------- single values
-
-RANGES = {
-    "above 0": lambda number: number > 0,
-    "0 or more": lambda number: number >= 0,
-    "in [0, 1]": lambda number: 0 <= number <= 1,
-    "in [0, 1)": lambda number: 0 <= number < 1,
-    "in [0.1, 1]": lambda number: 0.1 <= number <= 1,
-}
-VALUES = (  # the range or the choices that the values of some keys must be in; null is left to the schema
-    (
-        "above 0",
-        "model.patch_size model.embed_dim model.depth model.num_heads model.mlp_ratio data.image_size data.std "
-        "data.max_train_samples data.num_classes augment.aug_repeats augment.crop_scale optim.lr optim.clip_grad_norm "
-        "trainer.epochs trainer.max_steps trainer.batch_size trainer.grad_accum_steps trainer.eval_batch_size "
-        "trainer.eval_every trainer.log_every trainer.checkpoint_minutes eval.batch_size",
-    ),
-    (
-        "0 or more",
-        "seed data.num_workers augment.mixup augment.cutmix augment.crop_padding optim.weight_decay optim.momentum "
-        "optim.warmup_epochs optim.warmup_lr optim.min_lr eval.monte_carlo",
-    ),
-    (
-        "in [0, 1)",
-        "model.drop_path regularizer.ratio schedule.end data.val_fraction data.test_fraction augment.label_smoothing "
-        "trainer.ema_decay",
-    ),
-    ("in [0, 1]", "augment.hflip augment.random_erasing augment.mixup_prob"),
-    ("in [0.1, 1]", "data.crop_pct optim.layer_decay"),
-    ((1, 3), "data.channels"),
-    (schema.REGULARIZER_NAMES, "regularizer.name"),
-    (schema.LAYERS, "regularizer.layers"),
-    (schema.IMPLS, "regularizer.impl"),
-    (schema.SCHEDULES, "schedule.name"),
-    (schema.OVER, "schedule.over"),
-    (schema.AMP, "trainer.amp"),
-    (schema.DEVICES, "trainer.device eval.device"),
-    (("wandb", "none"), "logger.name"),
-    (("offline", "online"), "logger.mode"),
-    (schema.SPLITS, "eval.split"),
-    (("last", "best"), "eval.weights"),
-)
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
@@ -84,17 +50,30 @@ def one_of(key: str, value, choices: Iterable) -> None:
         raise ConfigError(f"{key}={value} does not exist{nearest(value, choices)}")
 
 
-def in_range(key: str, value: float, name: str) -> None:
-    """Refuses a number outside the range of that name in RANGES."""
-    require(RANGES[name](value), f"{key}={value} must be {name}")
+def in_range(key: str, value: float, name: str, most: float = sys.float_info.max) -> None:
+    """Refuses a number outside the range of that name in schema.RANGES or above `most`; NaN and infinity always."""
+    limit = "" if name.endswith(("]", ")")) else f" and at most {most:g}"
+    number = isinstance(value, (int, float)) and schema.RANGES[name](value) and value <= most
+    require(number, f"{key}={value} must be {name}{limit}")
 
 
 def check_values(cfg: TrainConfig | EvalConfig) -> None:
-    """Applies VALUES to each key that the config has; to each element where the value is a list."""
-    for rule, key in ((rule, key) for rule, keys in VALUES for key in keys.split()):
-        value = reduce(lambda node, name: getattr(node, name, None), key.split("."), cfg)
-        for item in value if isinstance(value, list) else [] if value is None else [value]:
-            (in_range if isinstance(rule, str) else one_of)(key, item, rule)
+    """Applies schema.VALUES to each key that the config has; to each element where the value is a list."""
+    for keys, *rule in schema.VALUES:
+        for key in keys.split():
+            value = reduce(lambda node, name: getattr(node, name, None), key.split("."), cfg)
+            for item in value if isinstance(value, list) else [] if value is None else [value]:
+                (in_range if isinstance(rule[0], str) else one_of)(key, item, *rule)
+    for key, value in flatten(asdict(cfg)).items():
+        for item in [] if ".args." in key else value if isinstance(value, list) else [value]:
+            require(
+                not isinstance(item, (list, dict)), f"{key} holds {item}, a list or mapping; it takes single values"
+            )
+            if isinstance(item, str):
+                require(bool(item.strip()), f"{key} is empty{'; null stands for none' if key == 'init_from' else ''}")
+                require("\0" not in item, f"{key} has a character with the code 0")
+                longest = max(item.split("/"), key=len)
+                require(len(longest.encode()) < 256, f"{key}={item}: no name may have more than 255 letters")
 
 
 # ------------------------------------------------------------------------------------------------ model and image
@@ -141,6 +120,8 @@ def check_model(model: ModelConfig, image_size: int) -> None:
     kind, names = family(base), known_models()
     if base not in names:
         raise ConfigError(f"model.name={model.name} is not in timm or dropkey.models{nearest(base, names)}")
+    for name in OWN_ARGUMENTS.keys() & model.args.keys():
+        raise ConfigError(f"model.args.{name}: take {OWN_ARGUMENTS[name]}, which sets it")
     require(
         model.depth is None or model.embed_dim is None or base == RESIZED or kind == "t2t",
         f"model.name={model.name} with the depth and width of another model; take model=timm model.name={model.name}",
@@ -182,12 +163,24 @@ def fit_patches(model: ModelConfig, kind: str, base: str, image_size: int) -> No
     )
 
 
+def grid_side(model: ModelConfig, image_size: int, layers: list[str]) -> int | None:
+    """Tokens on a side of the finest grid that these attention layers see; None: only the model itself knows."""
+    kind = family(model.name)
+    if kind == "t2t":
+        return math.isqrt(t2t_tokens(model.name, image_size)) if "token" not in layers else None
+    if kind == "volo":
+        return image_size // model.patch_size // (1 if "outlook" in layers else 2)
+    return image_size // model.patch_size if kind == "vit" else None
+
+
 # --------------------------------------------------------------------------------------------- values that must fit
 
 
 def check_regularizer(regularizer: RegularizerConfig, schedule: ScheduleConfig) -> None:
     name, window = regularizer.name, regularizer.window
-    require(bool(regularizer.layers), f"regularizer.layers is empty; choices: {', '.join(schema.LAYERS)}")
+    layers = regularizer.layers
+    require(bool(layers), f"regularizer.layers is empty; choices: {', '.join(schema.LAYERS)}")
+    require(len(set(layers)) == len(layers), f"regularizer.layers=[{','.join(layers)}] names one twice")
     if name.startswith(("dropkey_block", "dropkey_cross")):
         cross = name.startswith("dropkey_cross")
         odd = isinstance(window, int) and window > 0 and window % 2 == 1
@@ -205,12 +198,23 @@ def check_regularizer(regularizer: RegularizerConfig, schedule: ScheduleConfig) 
     )
 
 
+def check_window(cfg: TrainConfig) -> None:
+    """Refuses a window that reaches over the whole grid from every cell and beyond: one training, several hashes."""
+    window, side = cfg.regularizer.window, grid_side(cfg.model, cfg.data.image_size, cfg.regularizer.layers)
+    whole = 2 * side - 1 if side else None
+    require(
+        whole is None or not isinstance(window, int) or window <= whole,
+        f"regularizer.window={window}: the grid has {side} x {side} keys, which a window of {whole} already spans; "
+        f"take regularizer.window={whole} or less",
+    )
+
+
 def check_data(data: schema.DataConfig) -> None:
     if ":" not in data.name:  # module:function is the user's own
         one_of("data.name", data.name, schema.DATASETS)
     seed = data.split_seed
     require(
-        seed == "run" or (type(seed) is int and seed >= 0),
+        seed == "run" or (type(seed) is int and 0 <= seed < 2**63),
         f"data.split_seed={seed} must be a number from 0, or run: each run's own seed",
     )
     require(
@@ -237,8 +241,11 @@ def check_warmup(optim: schema.OptimConfig, trainer: schema.TrainerConfig) -> No
 
 def check_lr_scale(scales: dict) -> None:
     for key, value in flatten(scales).items():
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        require(number and value >= 0, f"optim.lr_scale.{key}={value} must be a number from 0, which freezes that part")
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        require(
+            number and 0 <= value <= schema.FACTOR,
+            f"optim.lr_scale.{key}={value} must be a number from 0, which freezes that part, to {schema.FACTOR}",
+        )
 
 
 def check(cfg: TrainConfig) -> TrainConfig:
@@ -251,6 +258,7 @@ def check(cfg: TrainConfig) -> TrainConfig:
     check_regularizer(cfg.regularizer, cfg.schedule)
     check_data(cfg.data)
     check_model(cfg.model, cfg.data.image_size)
+    check_window(cfg)
     augment, trainer, size = cfg.augment, cfg.trainer, cfg.data.image_size
     scale = augment.crop_scale
     require(
@@ -268,14 +276,14 @@ def check(cfg: TrainConfig) -> TrainConfig:
         f"trainer.batch_size={trainer.batch_size} is not divisible by processes x trainer.grad_accum_steps = {parts}",
     )
     if cfg.init_from is not None:
-        cfg.init_from = start_of(cfg)
         require(not cfg.model.pretrained, "init_from and model.pretrained=true both give weights; take one")
+        cfg.init_from = start_of(cfg)
     return cfg
 
 
 def start_of(cfg: TrainConfig) -> str:
-    """`init_from` as a path that exists."""
-    if Path(cfg.init_from).exists():
+    """`init_from` as the path of a run or a file that exists."""
+    if Path(cfg.init_from).is_file() or (Path(cfg.init_from) / "checkpoints").is_dir():
         return cfg.init_from
     from dropkey.config.run_lookup import find_run  # which composes configs
 
@@ -288,9 +296,11 @@ def check_evaluation(cfg: EvalConfig) -> EvalConfig:
         (cfg.run is None) != (cfg.checkpoint is None),
         "an evaluation takes either run=<run directory> or checkpoint=<file in one>",
     )
-    path = cfg.run or cfg.checkpoint
-    require(Path(path).exists(), f"{'run' if cfg.run else 'checkpoint'}={path} does not exist")
     check_values(cfg)
+    path, key = cfg.run or cfg.checkpoint, "run" if cfg.run else "checkpoint"
+    require(Path(path).exists(), f"{key}={path} does not exist")
+    directory = Path(path) if cfg.run else Path(path).resolve().parent.parent
+    require((directory / "config.yaml").is_file(), f"{key}={path}: {directory} is no run, it has no config.yaml")
     if cfg.data is not None:
         check_data(cfg.data)
     return cfg

@@ -1,9 +1,11 @@
 """From configs, overrides and saved files to the typed config; what Hydra refuses becomes one line (ConfigError)."""
 
+import contextlib
 import dataclasses
 import difflib
 import itertools
 import re
+import sys
 from pathlib import Path
 
 import hydra
@@ -25,6 +27,7 @@ INSTALLED = (PACKAGE / "configs").exists()  # they travel in the wheel; in a che
 CONFIGS = (PACKAGE if INSTALLED else PACKAGE.parent) / "configs"
 SCHEMAS = {"train": TrainConfig, "eval": EvalConfig}
 FREE = ("task.args", "model.args", "optim.args", "optim.lr_scale")  # keys that the schema does not know
+TOO_LONG = re.compile(r"\d{4301}")  # for Python's int
 REFUSALS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, AssertionError)  # of a composition
 
 
@@ -57,7 +60,9 @@ def typed(cfg: DictConfig) -> TrainConfig | EvalConfig:
     schema = OmegaConf.get_type(cfg)
     keys = valid_keys(schema)
     for key in flatten(OmegaConf.to_container(cfg)):
-        if key not in keys and not key.startswith(FREE):  # +key=value adds it
+        if (
+            key not in keys and key not in FREE and not key.startswith(tuple(f"{free}." for free in FREE))
+        ):  # +key=value adds it
             raise ConfigError(unknown(key, schema))
     try:
         return OmegaConf.to_object(cfg)
@@ -68,7 +73,8 @@ def typed(cfg: DictConfig) -> TrainConfig | EvalConfig:
 def compose(overrides: list[str] = (), config_name: str = "train") -> TrainConfig | EvalConfig:
     """The config that `dropkey train <overrides>` would run, unchecked. For scripts, notebooks and tests."""
     register_schemas()
-    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+    started = GlobalHydra.instance().is_initialized()  # within a @hydra.main function
+    with contextlib.nullcontext() if started else hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         try:
             return typed(hydra.compose(config_name, list(overrides)))
         except REFUSALS as error:
@@ -78,8 +84,11 @@ def compose(overrides: list[str] = (), config_name: str = "train") -> TrainConfi
 def load(path: Path, schema: type = TrainConfig) -> TrainConfig | EvalConfig:
     """A run's config.yaml as the typed config; keys that a later version added take their defaults."""
     try:
-        return typed(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path)))
-    except (*REFUSALS, OSError) as error:
+        tree = OmegaConf.load(path)
+        if not OmegaConf.is_dict(tree) or not tree:
+            raise ValueError("it has no keys")
+        return typed(OmegaConf.merge(OmegaConf.structured(schema), tree))
+    except (*REFUSALS, OSError, RecursionError) as error:
         raise ConfigError(f"{path} is not a config of this program: {explain(error, schema)}") from None
 
 
@@ -92,7 +101,7 @@ def read(path: Path) -> TrainConfig:
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         return filled(TrainConfig, tree)
-    except (OSError, yaml.YAMLError, TypeError, AttributeError, UnicodeDecodeError) as error:
+    except (OSError, yaml.YAMLError, TypeError, AttributeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is not a config of this program: {str(error).splitlines()[0]}") from None
 
 
@@ -131,6 +140,8 @@ def explain(error: BaseException, schema: type) -> str:
         return f"{group}={option} does not exist{nearest(option, error.options)}"
     if "Unexpected type for root" in str(error):  # a key below one that is null
         return "data.<key>=... needs data=<set>; root=<directory> says where the run's own data is now"
+    if "integer string conversion" in str(error):  # Python's limit, met by Hydra, which does not say in which word
+        return f"{next((word for word in sys.argv if TOO_LONG.search(word)), 'a value')} has too many digits"
     text = f"{error}\n{error.__cause__ or ''}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     file = re.match(r"In '(.+?)':", text)

@@ -53,9 +53,11 @@ def find_run(word: str, root: str | Path | None = None, key: str = "run") -> Pat
 
 def one_word(word: str, root: str | Path | None, key: str) -> list[Path]:
     path = Path(word)
+    require(len(os.fsencode(path.name)) < 256 and "\0" not in word, f"{key}={word} cannot be the name of a run")
     if (path / "config.yaml").is_file():
         return [path]
     require(not path.exists() or not path.is_file(), f"{key}={word} is a file; a run is a directory with a config.yaml")
+    require(bool(path.name.strip(".")), f"{key}={word} is no run, which is a directory with a config.yaml")
     inside = os.sep in word.rstrip(os.sep)
     if inside and glob.has_magic(word):
         found = [one for one in map(Path, sorted(glob.glob(word))) if (one / "config.yaml").is_file()]

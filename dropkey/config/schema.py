@@ -1,4 +1,4 @@
-"""Every key of a run, with its type and its one default.
+"""Every key of a run, with its type, its one default and its range.
 
 YAML files under configs/ hold only what differs. Standard library alone: a mistake in the config is reported before
 torch is imported.
@@ -167,6 +167,58 @@ class EvalConfig:
     root: Optional[str] = None  # where the run's own data is now; null: where it was in training
     data: Optional[DataConfig] = None  # another data set of the same classes; null: the run's own
     eval: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+RANGES = {  # none of them holds NaN
+    "above 0": lambda number: number > 0,
+    "0 or more": lambda number: number >= 0,
+    "in [0, 1]": lambda number: 0 <= number <= 1,
+    "in [0, 1)": lambda number: 0 <= number < 1,
+    "in (0, 1]": lambda number: 0 < number <= 1,
+    "in [0.1, 1]": lambda number: 0.1 <= number <= 1,
+    "in [-1000, 1000]": lambda number: -1000 <= number <= 1000,
+}
+COUNT, SIZE, FACTOR = 10**9, 10**5, 1000  # the most that keys can have which have no natural end
+VALUES = (  # keys, and the range or the choices that their values must be in; null is left to the type
+    (
+        "data.max_train_samples data.num_classes trainer.epochs trainer.max_steps trainer.batch_size "
+        "trainer.grad_accum_steps trainer.eval_batch_size trainer.eval_every trainer.log_every "
+        "trainer.checkpoint_minutes optim.clip_grad_norm eval.batch_size",
+        "above 0",
+        COUNT,
+    ),
+    ("model.patch_size model.embed_dim data.image_size", "above 0", SIZE),
+    ("model.depth model.num_heads model.mlp_ratio data.std augment.aug_repeats optim.lr", "above 0", FACTOR),
+    ("seed", "0 or more", 2**63 - 1),
+    ("optim.warmup_epochs eval.monte_carlo", "0 or more", COUNT),
+    ("augment.crop_padding", "0 or more", SIZE),
+    (
+        "data.num_workers augment.mixup augment.cutmix optim.weight_decay optim.warmup_lr optim.min_lr",
+        "0 or more",
+        FACTOR,
+    ),
+    ("data.mean", "in [-1000, 1000]"),
+    (
+        "model.drop_path regularizer.ratio schedule.end data.val_fraction data.test_fraction augment.label_smoothing "
+        "trainer.ema_decay optim.momentum",
+        "in [0, 1)",
+    ),
+    ("augment.hflip augment.random_erasing augment.mixup_prob", "in [0, 1]"),
+    ("augment.crop_scale", "in (0, 1]"),
+    ("data.crop_pct optim.layer_decay", "in [0.1, 1]"),
+    ("data.channels", (1, 3)),
+    ("regularizer.name", REGULARIZER_NAMES),
+    ("regularizer.layers", LAYERS),
+    ("regularizer.impl", IMPLS),
+    ("schedule.name", SCHEDULES),
+    ("schedule.over", OVER),
+    ("trainer.amp", AMP),
+    ("trainer.device eval.device", DEVICES),
+    ("logger.name", ("wandb", "none")),
+    ("logger.mode", ("offline", "online")),
+    ("eval.split", SPLITS),
+    ("eval.weights", ("last", "best")),
+)
 
 
 def flatten(tree: dict, prefix: str = "") -> dict[str, object]:

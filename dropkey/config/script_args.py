@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dropkey.config.check import nearest, require
 from dropkey.config.help import two_columns
-from dropkey.errors import ConfigError, RunError, reader_may_leave
+from dropkey.errors import ConfigError, RunError, edge, say
 from dropkey.invocation import as_started
 
 HELP = {"--help", "-h"}
@@ -60,7 +60,10 @@ def parse(schema: type, words: list[str], doc: str = ""):
             OmegaConf.update(cfg, key, convertible(value, types[name]))
         except OmegaConfBaseException as error:
             raise ConfigError(f"{word}: {str(error).splitlines()[0]}") from None
-    args = OmegaConf.to_object(cfg)
+    try:
+        args = OmegaConf.to_object(cfg)
+    except OmegaConfBaseException as error:  # an interpolation such as ${name}
+        raise ConfigError(f"{getattr(error, 'full_key', '')}: {str(error).splitlines()[0]}") from None
     if "action" in fields:
         require(bool(args.action), f"an action is missing; choices: {', '.join(fields['action'].metadata['choices'])}")
     return args
@@ -98,10 +101,10 @@ def help_text(fields: list[dataclasses.Field], doc: str) -> str:
 def run_script(main: Callable[[list[str]], int | None]) -> typing.NoReturn:
     """Calls `main` with the command line's words and exits with its code; a RunError becomes one line."""
     try:
-        with reader_may_leave():
+        with edge():
             sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         sys.exit(error.exit_code)

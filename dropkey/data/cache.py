@@ -1,6 +1,7 @@
 """Decoded image files as one uint8 array, kept as a .npy file in ~/.cache/dropkey (or $DROPKEY_CACHE).
 
-The file name is a hash of everything that the pixels depend on; a CRC-32 of four bytes follows the array.
+The file name is a hash of everything that the pixels depend on; a CRC-32 of four bytes follows the array. The directory
+is the user's own: in one that others may write to, links are not followed and others' files not read.
 """
 
 import fcntl
@@ -9,6 +10,7 @@ import json
 import logging
 import os
 import secrets
+import stat
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -21,7 +23,7 @@ from dropkey.config.schema import DataConfig
 from dropkey.data.augment import EvalPicture
 from dropkey.data.images import Files, Pixels
 from dropkey.data.reading import Decoding, Request
-from dropkey.errors import DataError
+from dropkey.errors import DataError, explained
 
 FORMAT = 1  # raise when decoding changes: old files are then not found
 LIMIT = 8 * 2**30  # bytes
@@ -43,13 +45,27 @@ def decoded(files: Files, data: DataConfig) -> Pixels:
     shape = (len(files), data.channels, data.image_size, data.image_size)
     require_room(shape)
     path = cache_directory() / f"{fingerprint(files, data.image_size)}.npy"
+    if not _is_own_directory(path.parent):
+        return Pixels(_decode(files, data, shape), files)
     with file_lock(path):
         array = _read(path, shape)
         if array is None:
             log.info("decoding %d images of %s once; cached in %s", len(files), files.root, path)
             array = _decode(files, data, shape)
             _write(path, array)
-    return Pixels(array)
+    return Pixels(array, files)
+
+
+def _is_own_directory(path: Path) -> bool:
+    """Makes the directory; whether this user may trust it."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        reason = "" if path.stat().st_uid == os.geteuid() else "it belongs to another user"
+    except OSError as error:
+        reason = explained(error)
+    if reason:
+        log.warning("decoded images are not cached: cannot write in %s (%s); DROPKEY_CACHE=... moves it", path, reason)
+    return not reason
 
 
 def require_room(shape: tuple[int, ...]) -> None:
@@ -86,6 +102,9 @@ def _decode(files: Files, data: DataConfig, shape: tuple[int, ...]) -> np.ndarra
 def _read(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
     """The array, memory-mapped so that processes share it; None if there is none or it is damaged."""
     try:
+        status = os.lstat(path)
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+            raise ValueError("it is no file of this user")
         array = np.lib.format.open_memmap(path, mode="c")  # c: torch wants writable, the file stays as it is
         with open(path, "rb") as file:
             file.seek(-4, os.SEEK_END)
@@ -105,14 +124,14 @@ def _write(path: Path, array: np.ndarray) -> None:
     """Written atomically. If the cache cannot be written, the run goes on without it."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             np.lib.format.write_array(file, array, allow_pickle=False)
             file.write(zlib.crc32(array).to_bytes(4, "little"))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        log.warning("decoded images are not cached: cannot write %s (%s)", path, error)
+        log.warning("decoded images are not cached: cannot write %s (%s)", path, explained(error))
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -124,8 +143,9 @@ def file_lock(path: Path) -> Iterator[None]:
     with ExitStack() as stack:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(open(path.with_suffix(".lock"), "w"))
-            fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed, or the process dies
+            lock = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            stack.callback(os.close, lock)
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed, or the process dies
         except OSError as error:
-            log.warning("cannot lock %s (%s)", path, error)
+            log.warning("cannot lock %s (%s)", path, explained(error))
         yield

@@ -4,34 +4,47 @@ Both have a length and return one image as a PIL picture of `channels` channels.
 Shape letters: N images, C channels, H and W height and width (always equal after `fit`).
 """
 
+import errno
 import os
+import stat
 import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torchvision.transforms.functional import InterpolationMode, center_crop, resize
 
-from dropkey.errors import DataError
+from dropkey.errors import DataError, Interrupted
 
+SAMPLE, TAIL = 5_000, 4_096  # files whose content counts in `Files.content`, and how many bytes of each
 MODES = {1: "L", 3: "RGB"}  # PIL's name for so many 8-bit channels
 
 
 class Files:
-    """Image files below `root`, decoded when asked for."""
+    """Image files below `root`, decoded when asked for.
 
-    def __init__(self, root: Path, names: list[str], channels: int):
+    `places`: uint64 (N,), the same for the same file under two names, to find images that are in two splits.
+    """
+
+    def __init__(self, root: Path, names: list[str], channels: int, places: np.ndarray | None = None):
         self.root = Path(root)
         # One array of bytes: a list of a million strings would be copied into every worker by reference counting.
         self.names = np.array([os.fsencode(name) for name in names])
-        self.channels = channels
+        self.channels, self.places = channels, places
 
     def __len__(self) -> int:
         return len(self.names)
 
     def content(self) -> bytes:
-        return self.names.tobytes()
+        """Names, and of a fixed sample of the files sizes and last bytes: on a network each file takes a while."""
+        digest = zlib.crc32(self.names.tobytes())
+        for row in range(0, len(self), 1 + len(self) // SAMPLE):
+            with open(self.path(row), "rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(size - TAIL, 0))
+                digest = zlib.crc32(file.read() + size.to_bytes(8, "little"), digest)
+        return self.names.tobytes() + digest.to_bytes(4, "little")
 
     def path(self, row: int) -> str:
         return os.path.join(self.root, os.fsdecode(self.names[row]))
@@ -41,10 +54,11 @@ class Files:
 
 
 class Pixels:
-    """Decoded images: uint8, N C H W. One copy per device, shared by all splits and loaders."""
+    """Decoded images: uint8, N C H W, and the files they are from. One copy per device, shared by all splits and
+    loaders."""
 
-    def __init__(self, images: np.ndarray):
-        self.images = torch.from_numpy(images)
+    def __init__(self, images: np.ndarray, files: Files | None = None):
+        self.images, self.files = torch.from_numpy(images), files
         self._on: dict[torch.device, torch.Tensor] = {}
 
     def __len__(self) -> int:
@@ -61,7 +75,7 @@ class Pixels:
         return self._on[device]
 
     def __getstate__(self) -> dict:  # worker processes decode; what lies on a GPU stays with the main process
-        return {"images": self.images, "_on": {}}
+        return {"images": self.images, "files": None, "_on": {}}
 
     def picture(self, row: int) -> Image.Image:
         return to_picture(self.images[row].numpy())
@@ -87,14 +101,26 @@ def to_tensor(picture: Image.Image) -> torch.Tensor:
 def open_image(path: str, channels: int) -> Image.Image:
     """Decodes a file and converts it to `channels` channels of 8 bits. DataError names a file that cannot be read."""
     try:
-        with Image.open(path) as picture:
-            picture.load()
-            return convert(picture, channels)
-    except MemoryError:
+        with open(path, "rb", opener=open_at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ValueError("it is no regular file")
+            with Image.open(file) as picture:
+                picture.load()
+                return convert(picture, channels)
+    except (MemoryError, Interrupted):
         raise
     except Exception as error:  # a damaged file makes PIL raise nearly anything: SyntaxError, struct.error, ...
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            raise  # too many open files: nothing is wrong with this one
         reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            reason = "it is of no kind of image that Pillow knows"
         raise DataError(f"cannot read image {path}: {reason}. Restore the file or remove it") from error
+
+
+def open_at_once(path: str, flags: int) -> int:
+    """For `open`: a pipe without a writer does not block it."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def convert(picture: Image.Image, channels: int) -> Image.Image:

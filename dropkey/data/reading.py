@@ -5,9 +5,12 @@ request alone, so the number of workers does not change the result.
 """
 
 import os
+import resource
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 import torch
@@ -16,9 +19,10 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from dropkey.data.images import Files, Pixels, to_device, to_tensor
-from dropkey.errors import DataError
+from dropkey.errors import ConfigError, DataError
 
 Key = tuple[int | str, ...]  # parts of a seed
+MOST_WORKERS = 64  # on a machine with fewer cores; thousands hang it
 
 
 class Request(NamedTuple):
@@ -57,6 +61,8 @@ class Decoding:
         workers: int,
         device: torch.device,
     ):
+        if workers > (most := max(MOST_WORKERS, os.cpu_count() or 1)):
+            raise ConfigError(f"data.num_workers={workers}: at most {most} processes decode here; take 2 to 8")
         self._pictures, self._workers, self._device = _Pictures(store, transform), workers, device
         self._plan = _Plan()
         self._loader = self._batches = None
@@ -65,10 +71,16 @@ class Decoding:
         """uint8 B C H W on the device, one per request. A new call abandons an unfinished one."""
         self._plan.requests = (request._replace(rows=request.rows.tolist()) for request in requests)
         plan = self._plan.requests
-        if self._loader is None:
-            self._loader = self._start()
-        batches = self._batches = iter(self._loader)
-        for images in batches:
+        with self._worker_errors(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="This DataLoader will create")  # more workers than cores
+            if self._loader is None:
+                self._loader = self._start()
+            batches = self._batches = iter(self._loader)
+        while True:
+            with self._worker_errors():
+                images = next(batches, None)
+            if images is None:
+                return
             if isinstance(images, str):
                 self.close()
                 raise DataError(images)
@@ -76,7 +88,24 @@ class Decoding:
             if self._plan.requests is not plan:
                 raise RuntimeError("this reading was abandoned: another one was started on the same reader")
 
+    @contextmanager
+    def _worker_errors(self) -> Iterator[None]:
+        """What torch raises where workers cannot start or work, as one line; most often files or memory ran out."""
+        try:
+            yield
+        except (OSError, EOFError, RuntimeError) as error:
+            if self._workers == 0 or isinstance(error, torch.OutOfMemoryError):
+                raise
+            reason = [line.strip() for line in str(error).splitlines() if line.strip()][-1:] or [type(error).__name__]
+            with suppress(Exception):  # the workers are gone, or this process cannot open what it needs
+                self.close()
+            remedy = "perhaps for lack of memory; the same command goes on, lower data.num_workers"
+            if "open files" in reason[0]:
+                remedy = "raise the limit (ulimit -n 4096), or lower data.num_workers"
+            raise DataError(f"the processes that decode images failed: {reason[0].split('. ')[0]}; {remedy}") from error
+
     def _start(self) -> DataLoader:
+        require_open_files(self._workers)
         return DataLoader(
             self._pictures,
             sampler=self._plan,
@@ -93,6 +122,17 @@ class Decoding:
         batches, self._loader, self._batches, self._plan.requests = self._batches, None, None, ()
         if hasattr(batches, "_shutdown_workers"):
             batches._shutdown_workers()
+
+
+def require_open_files(workers: int) -> None:
+    """ConfigError: this process may not open as many files as its workers take: three each, and two for images."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    left = limit - len(os.listdir("/dev/fd"))
+    if workers > 0 and limit != resource.RLIM_INFINITY and left < 5 * workers + 8:
+        raise ConfigError(
+            f"data.num_workers={workers} takes {5 * workers + 8} files at once, and {left} more can be opened; "
+            "raise the limit (ulimit -n 4096), or lower data.num_workers"
+        )
 
 
 class _Plan:
@@ -127,6 +167,7 @@ def _ignore_signals(worker: int) -> None:
     SIGTERM from the main process still ends the worker: torch and multiprocessing rely on it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # other systems (macOS) do not tell who sent a signal
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_wait_for_parent, daemon=True).start()

@@ -1,6 +1,8 @@
 """Splits of a data set. Held-out splits are stratified by class."""
 
 import hashlib
+import itertools
+import os
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -78,6 +80,26 @@ def array_split(images: np.ndarray, targets, data: DataConfig) -> Split:
         for row, image in enumerate(given):
             images[row] = to_tensor(resize_center_crop(convert(to_picture(image), data.channels), size)).numpy()
     return Split.whole(Pixels(np.ascontiguousarray(images)), targets)
+
+
+def refuse_shared_images(splits: dict[str, Split | None]) -> None:
+    """DataError: an image file that two of the splits have, under two names, because a link leads to it.
+
+    Numbers of files may be equal by chance, and hard links are files of their own; so paths decide.
+    """
+    known = [(name, split, files) for name, split in splits.items() if split and (files := files_of(split))]
+    for (one, split, files), (other, second, others) in itertools.combinations(known, 2):
+        _, here, there = np.intersect1d(files.places[split.rows], others.places[second.rows], return_indices=True)
+        for left, right in zip(split.rows[here].tolist(), second.rows[there].tolist(), strict=True):
+            paths = files.path(left), others.path(right)
+            if os.path.realpath(paths[0]) == os.path.realpath(paths[1]):
+                raise DataError(f"{paths[0]} ({one}) and {paths[1]} ({other}) are the same image; remove one of them")
+
+
+def files_of(split: Split) -> Files | None:
+    """The files of a split, where it is known which of them are the same."""
+    files = split.images if isinstance(split.images, Files) else getattr(split.images, "files", None)
+    return files if files is not None and files.places is not None else None
 
 
 def ranks_within_class(targets: torch.Tensor, purpose: str, seed: int) -> torch.Tensor:

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from dropkey.config.check import nearest
 from dropkey.config.schema import DataConfig
-from dropkey.data.splits import TEST_SEED, Dataset, hold_out, limit
-from dropkey.errors import ConfigError, DataError
+from dropkey.data.splits import TEST_SEED, Dataset, hold_out, limit, refuse_shared_images
+from dropkey.errors import ConfigError, DataError, explained
 
 DATASETS = {name: f"dropkey.datasets.{name}:read" for name in ("digits", "cifar10", "cifar100", "imagenet", "folder")}
 
@@ -21,10 +21,18 @@ def load(data: DataConfig, seed: int = 0) -> Dataset:
     same, so that runs are compared on them.
 
     Raises:
-        DataError: images missing, unreadable, too many for memory, or unlike what `data` says of them.
+        DataError: images missing, unreadable, too many for memory, in two splits, all of one class, or unlike what
+            `data` says of them.
         ConfigError: no such data set; data.crop_pct below 1 with images kept in memory.
     """
-    classes, train, val, test = reader(data.name)(data)
+    read = reader(data.name)
+    try:
+        classes, train, val, test = read(data)
+    except OSError as error:
+        raise DataError(f"cannot read data={data.name}: {explained(error)}") from error
+    if len(classes) < 2:
+        where = f" under {data.root}" if data.name in ("folder", "imagenet") else ""
+        raise DataError(f"data={data.name} has one class{where}: {classes[0]}; a classifier needs two or more")
     if data.num_classes is not None and data.num_classes != len(classes):
         raise DataError(
             f"data.num_classes={data.num_classes} but {data.name} has {len(classes)} classes"
@@ -40,6 +48,7 @@ def load(data: DataConfig, seed: int = 0) -> Dataset:
         train, val = hold_out(train, data.val_fraction, "val", drawn)
     if data.max_train_samples is not None:
         train = limit(train, data.max_train_samples, drawn)
+    refuse_shared_images({"train": train, "val": val, "test": test})
     return Dataset(train, val, test, classes, data.channels, data.image_size, pool)
 
 

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from dropkey.errors import ConfigError, Interrupted
 
 
-def pick_device(wanted: str, local_rank: int = 0) -> torch.device:
-    """auto, cuda, mps or cpu -> the device of this process.
+def pick_device(wanted: str, local_rank: int = 0, key: str = "trainer.device") -> torch.device:
+    """auto, cuda, mps or cpu -> the device of this process; `key` is what messages call it.
 
     Raises:
         ConfigError: no such device here.
@@ -20,7 +20,7 @@ def pick_device(wanted: str, local_rank: int = 0) -> torch.device:
     kind = next(name for name, available in there.items() if available) if wanted == "auto" else wanted
     if not there[kind]:
         found = [name for name, available in there.items() if available]
-        raise ConfigError(f"trainer.device={kind}: torch finds no such device here, only {', '.join(found)}")
+        raise ConfigError(f"{key}={kind}: torch finds no such device here, only {', '.join(found)}")
     if kind == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise ConfigError(f"process {local_rank} of this machine has no GPU; there are {torch.cuda.device_count()}")
@@ -46,9 +46,9 @@ class DistContext:
     device: torch.device
 
     @staticmethod
-    def start(wanted_device: str) -> "DistContext":
+    def start(wanted_device: str, key: str = "trainer.device") -> "DistContext":
         rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        device = pick_device(wanted_device, int(os.environ.get("LOCAL_RANK", 0)))
+        device = pick_device(wanted_device, int(os.environ.get("LOCAL_RANK", 0)), key)
         if device.type == "cuda":
             torch.cuda.set_device(device)
         if size > 1:
@@ -115,18 +115,20 @@ def is_loss_of_a_peer(error: BaseException) -> bool:
 
 
 class StopSignal:
-    """Ctrl-C, SIGTERM and SIGUSR1 ask the run to stop; the trainer checks `number` where it can save.
+    """Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP (the terminal is gone) ask the run to stop.
 
-    A second Ctrl-C raises KeyboardInterrupt at once.
+    While the trainer `checks` the `number` where it can save, a signal is only noted; a second Ctrl-C raises
+    KeyboardInterrupt at once. Before, while data are read and the model is made, one process stops at once.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
     def __init__(self):
-        self.number = 0
+        self.number, self.checks = 0, False
 
     def __enter__(self) -> "StopSignal":
-        self.before = {number: signal.signal(number, self.receive) for number in self.SIGNALS}
+        wanted = [one for one in self.SIGNALS if one != signal.SIGHUP or signal.getsignal(one) != signal.SIG_IGN]
+        self.before = {number: signal.signal(number, self.receive) for number in wanted}  # nohup ignores SIGHUP
         return self
 
     def __exit__(self, *_) -> None:
@@ -137,10 +139,13 @@ class StopSignal:
         if self.number == number == signal.SIGINT:
             raise KeyboardInterrupt
         self.number = number
+        if not self.checks and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            raise self.interrupted("interrupted before the first step, nothing is lost")
         if number == signal.SIGINT and int(os.environ.get("RANK", 0)) == 0:
             os.write(2, b"\nstopping after this step; Ctrl-C again stops at once without saving\n")
 
     def interrupted(self, message: str) -> Interrupted:
-        """The exception to leave with; 130 after Ctrl-C, else 143 (SIGUSR1 too: schedulers send it before SIGTERM)."""
-        number = signal.SIGINT if self.number == signal.SIGINT else signal.SIGTERM
+        """The exception to leave with; 130 after Ctrl-C, 129 after SIGHUP, else 143 (SIGUSR1 too: schedulers send it
+        before SIGTERM)."""
+        number = self.number if self.number in (signal.SIGINT, signal.SIGHUP) else signal.SIGTERM
         return Interrupted(message, number)

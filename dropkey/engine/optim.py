@@ -36,7 +36,7 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimiz
             layer_decay=optim.layer_decay,
             **optim.args,
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, LookupError, ArithmeticError) as error:
         raise ConfigError(f"optim.args={optim.args}: {optim.name} says: {error}") from None
 
 

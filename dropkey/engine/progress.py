@@ -1,7 +1,5 @@
 """Console output of a training: a progress bar on a terminal, one line per epoch, and the same lines in log.txt."""
 
-import os
-import sys
 from typing import Callable, Optional, Sequence
 
 from rich.console import Console
@@ -10,15 +8,6 @@ from rich.progress import Progress as Bar
 
 from dropkey.metrics import Metric
 from dropkey.records import clock
-
-
-class Terminal(Console):
-    """Where lines are shown. A training goes on when nobody reads them any more, as in `dropkey train | head`; they are
-    in log.txt too."""
-
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Progress:
@@ -43,7 +32,7 @@ class Progress:
         self.epochs, self.metrics, self.log, self.show = epochs, metrics, log, show
         self.split = "val"
         self.first: Optional[tuple[int, float]] = None  # epoch and seconds of this process's first line
-        self.console = Terminal(highlight=False, soft_wrap=True)
+        self.console = Console(highlight=False, soft_wrap=True)
         self.bar: Optional[Bar] = None
 
     def info(self, text: str) -> None:

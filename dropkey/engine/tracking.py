@@ -38,15 +38,36 @@ def start(cfg: TrainConfig, directory: Path, info: Callable[[str], None]):
         return NoOpTracker()
     for tried in dict.fromkeys([wanted, "offline"]):
         try:
+            if tried == "online":
+                require_answer(wandb.setup().settings.base_url)
             return Wandb(wandb, cfg, tried, directory)
         except Exception as error:  # whatever it is, the training matters more
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            wandb.teardown()  # its service would hold the failed run's id
+            with contextlib.suppress(Exception):
+                wandb.teardown()  # its service would hold the failed run's id
             if tried == "online":
                 info(f"W&B is offline: {reason}; upload later with: wandb sync {directory}/wandb/offline-run-*")
             else:
                 info(f"W&B is off for this run: {reason}")
     return NoOpTracker()
+
+
+def require_answer(server: str) -> None:
+    """TimeoutError or ConnectionError for a server that takes a connection and says nothing, or that it is broken: W&B
+    itself would try again for a long time. All else is left to W&B, which knows proxies, certificates and keys."""
+    import requests  # as W&B does
+
+    statuses = []
+
+    def ask() -> None:
+        with contextlib.suppress(requests.RequestException):
+            query = {"query": "{ __typename }"}
+            statuses.append(requests.post(f"{server}/graphql", json=query, timeout=2 * INIT_TIMEOUT).status_code)
+
+    if not finishes_within(INIT_TIMEOUT, ask):
+        raise TimeoutError(f"{server} does not answer within {INIT_TIMEOUT} s")
+    if statuses and statuses[0] >= 500:
+        raise ConnectionError(f"{server} answers with error {statuses[0]}")
 
 
 def mode(cfg: TrainConfig, info: Callable[[str], None]) -> str:

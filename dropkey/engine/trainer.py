@@ -79,7 +79,7 @@ class Trainer:
             self.wrapped = DistributedDataParallel(self.wrapped, ids, find_unused_parameters=unused)
 
         # 4. Epochs.
-        here = self.state.position
+        here, self.stop.checks = self.state.position, True
         with self.profiler():
             while here.epoch < epochs:
                 self.train_epoch(min(steps_per_epoch, steps - here.epoch * steps_per_epoch))

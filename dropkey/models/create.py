@@ -33,8 +33,9 @@ def create_model(
         return timm.create_model(
             model.name, pretrained=pretrained, num_classes=num_classes, in_chans=channels, **arguments
         )
-    except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+    except Exception as error:  # whatever code of timm's meets an argument that it cannot take
+        text = " ".join(str(error).split())
+        reason = f"{type(error).__name__} {text}" if isinstance(error, LookupError) else text or type(error).__name__
         hint = "; weights could not be fetched, is there a network?" if pretrained else ""
         raise ConfigError(f"model.name={model.name} with {arguments}: {reason[:300]}{hint}") from None
     finally:

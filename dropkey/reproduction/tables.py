@@ -102,15 +102,6 @@ def load(table: str, scale: str, seeds: Optional[tuple[int, ...]] = None, overri
     for key in ("baseline", "published_baseline"):
         label = content.get(key)
         require(label is None or label in rows, f"{where}{key} '{label}' is not a row{nearest(str(label), rows)}")
-    paper = content.get("paper") or {}
-    for column, results in paper.items():
-        check_types({"paper": results}, {"paper": dict}, f"{where}column '{column}' of ")
-        for label, value in (results or {}).items():
-            at = f"{where}paper '{column}': "
-            require(label in written, f"{at}'{label}' is not a row{nearest(str(label), written)}")
-            check_types({label: value}, {label: (int, float)}, at)
-            require(value is None or math.isfinite(value), f"{at}{label}={value} must be a number")
-    paper = {read_text(str(name), f"{where}paper"): results or {} for name, results in paper.items()}
     design, tuning = read_design(content, chosen, where), read_tuning(content.get("tuning") or {}, columns, where)
     chosen_seeds = design.seeds if seeds is None else read_seeds(list(seeds), "")
     if any(row.candidates for row in rows.values()):
@@ -129,12 +120,24 @@ def load(table: str, scale: str, seeds: Optional[tuple[int, ...]] = None, overri
         rows=rows,
         columns=columns,
         claims=read_claims(content.get("claims") or [], rows, written, where),
-        paper=paper,
+        paper=read_paper(content.get("paper") or {}, written, where),
         published_baseline=content.get("published_baseline"),
         protocol=chosen.get("protocol"),
         overrides=overrides,
         **tuning,
     )
+
+
+def read_paper(paper: dict, rows: dict, where: str) -> dict[str, dict[str, float]]:
+    """The paper's column -> row -> number."""
+    for column, results in paper.items():
+        check_types({"paper": results}, {"paper": dict}, f"{where}column '{column}' of ")
+        for label, value in (results or {}).items():
+            at = f"{where}paper '{column}': "
+            require(label in rows, f"{at}'{label}' is not a row{nearest(str(label), rows)}")
+            check_types({label: value}, {label: (int, float)}, at)
+            require(value is None or math.isfinite(value), f"{at}{label}={value} must be a number")
+    return {read_text(str(name), f"{where}paper"): results or {} for name, results in paper.items()}
 
 
 def read_scale(own: dict, scale: str, where: str) -> dict:
