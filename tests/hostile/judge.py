@@ -5,7 +5,6 @@ import importlib
 import io
 import logging
 import os
-import re
 import signal
 import sys
 import time
@@ -92,6 +91,12 @@ def run(command: str, words: tuple[str, ...]) -> Ended:
     return Ended(code, *texts, time.process_time() - began, escaped)
 
 
+def names(case: Case, ended: Ended) -> bool:
+    """Whether an error names the key or, where a file is at fault, the file."""
+    value = case.words[-1].partition("=")[2].strip("'") if case.words else ""
+    return case.key in ended.err or (ended.code == 5 and len(value) > 1 and value[:60] in ended.err)
+
+
 def faults(case: Case, ended: Ended) -> list[str]:
     """What is wrong with how a command ended; nothing where it survived."""
     found = []
@@ -106,7 +111,7 @@ def faults(case: Case, ended: Ended) -> list[str]:
         found.append("taken")
     elif ended.code and not err.strip():
         found.append(f"exit code {ended.code} without a word")
-    elif ended.code and case.key and not re.search(re.escape(case.key), err):
+    elif ended.code and not names(case, ended):
         found.append(f"{case.key} is not named: {err[:200]}")
     if not found and (err.count("\n") > LINES or len(err) > CHARACTERS):
         found.append(f"{err.count(chr(10))} lines, {len(err)} characters: {err[:200]}")
