@@ -102,7 +102,7 @@ def known(error: BaseException) -> RunError | None:
     if isinstance(error, RunError):
         return error
     found = None
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno is not None:  # Hydra's MissingConfigException is one without
         found = StorageError(explained(error))
     elif isinstance(error, ValueError) and "null byte" in str(error):
         found = StorageError("a path has a NUL character in it; take it out")

@@ -259,8 +259,9 @@ def test_an_unreadable_image_ends_training_and_evaluation_with_its_name(tmp_path
 
 def test_seeded_pictures_differ_from_their_neighbours(tmp_path, monkeypatch):
     monkeypatch.setenv("DROPKEY_CACHE", str(tmp_path / "cache"))
-    write_images(tmp_path / "images" / "train" / "a", 8, (16, 16))
-    write_images(tmp_path / "images" / "test" / "a", 1)
+    write_images(tmp_path / "images" / "train" / "a", 7, (16, 16))
+    for place in ("train/b", "test/a", "test/b"):
+        write_images(tmp_path / "images" / place, 1, (16, 16), seed=1)
     data = folder_config(tmp_path / "images")
     first = batches(data, HEAVY, seed=1)[0]
     assert len({image.numpy().tobytes() for image in first.images}) == 8

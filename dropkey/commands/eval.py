@@ -9,7 +9,7 @@ import hydra
 from omegaconf import DictConfig
 
 from dropkey import cli
-from dropkey.config.check import check_evaluation
+from dropkey.config.check import check_evaluation, require
 from dropkey.config.compose import CONFIGS, load, register_schemas, typed
 from dropkey.config.device import check_device
 from dropkey.config.run_lookup import find_run
@@ -30,6 +30,8 @@ def evaluate(cfg: EvalConfig) -> None:
         cfg.run = str(find_run(cfg.run))
     cfg = check_evaluation(cfg)
     directory = Path(cfg.run) if cfg.run else Path(cfg.checkpoint).resolve().parent.parent
+    where = f"run={cfg.run}" if cfg.run else f"checkpoint={cfg.checkpoint}"
+    require((directory / "config.yaml").is_file(), f"{where}: {directory} is no run, it has no config.yaml")
     trained = load(directory / "config.yaml")
     if cfg.eval.monte_carlo and trained.regularizer.name == "none":
         raise ConfigError(f"eval.monte_carlo: {directory} has no regularizer that could be left on")

@@ -299,8 +299,6 @@ def check_evaluation(cfg: EvalConfig) -> EvalConfig:
     check_values(cfg)
     path, key = cfg.run or cfg.checkpoint, "run" if cfg.run else "checkpoint"
     require(Path(path).exists(), f"{key}={path} does not exist")
-    directory = Path(path) if cfg.run else Path(path).resolve().parent.parent
-    require((directory / "config.yaml").is_file(), f"{key}={path}: {directory} is no run, it has no config.yaml")
     if cfg.data is not None:
         check_data(cfg.data)
     return cfg

@@ -63,7 +63,12 @@ def markdown(comparison: Comparison, drawn: dict[str, str]) -> str:
     table, findings = comparison.table, comparison.findings
     watched = {{"val": "validation"}.get(entry["watched"], entry["watched"]) for entry in comparison.done}
     environment = jinja2.Environment(**OPTIONS)
-    environment.filters |= {"cell": escape_markdown, "named": content.named, "in_units": content.in_units}
+    environment.filters |= {
+        "cell": escape_markdown,
+        "line": escape_line,
+        "named": content.named,
+        "in_units": content.in_units,
+    }
     text = environment.get_template("report.md.j2").render(
         table=table,
         design=table.design,
@@ -86,7 +91,7 @@ def markdown(comparison: Comparison, drawn: dict[str, str]) -> str:
         differences={column: content.differences(comparison, column) for column in table.columns},
         entropy=any(entry.get("entropy") is not None for entry in comparison.done),
         watched=" or ".join(sorted(watched)) or "validation",
-        unfinished=[escape_markdown(line) for line in sentences.unfinished(comparison)],
+        unfinished=[escape_line(line) for line in sentences.unfinished(comparison)],
         provenance=sentences.provenance(comparison),
     )
     return re.sub(r"\n{3,}", "\n\n", text)
@@ -177,9 +182,13 @@ def as_json(comparison: Comparison) -> str:
 
 
 def escape_markdown(text: str) -> str:
-    """Text as it is: no link, no emphasis, no entity, no HTML."""
-    text = re.sub(r"([\\`*|<]|\](?=[(\[:])|(?<!\w)_|_(?!\w)|&(?=#?\w+;))", r"\\\1", text)
-    return re.sub(r"^([#>+=~-]|\d+(?=[.)]))", lambda found: f"{found[1][:-1]}\\{found[1][-1]}", text)
+    """Text as it is inside a line: no link, no emphasis, no entity, no HTML."""
+    return re.sub(r"([\\`*|<]|\](?=[(\[:])|(?<!\w)_|_(?!\w)|&(?=#?\w+;))", r"\\\1", text)
+
+
+def escape_line(text: str) -> str:
+    """The same at the start of a line: no heading, list or quotation."""
+    return re.sub(r"^(\d*)([#>+=~.)-])", r"\1\\\2", escape_markdown(text))
 
 
 def escape_latex(value) -> str:
