@@ -51,7 +51,8 @@ def family(work: tuple) -> tuple[str, dict]:
         found[str(case)] = stub.tried(case, world, place, seed)
     with contextlib.suppress(OSError):
         os.chdir("/")
-    print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    survived = f"{sum(not faults for faults in found.values())} of {len(found)}"
+    print(f"{name}: {survived} in {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     return name, {"tried": len(cases), "failures": {case: faults for case, faults in found.items() if faults}}
 
 
