@@ -20,7 +20,12 @@ from dropkey.config.compose import CONFIGS
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 REQUIREMENT = re.compile(r"^([\w-]+)(?:\[([\w,]+)\])?")
-COMES_WITH = {"triton": "torch", "PIL": "torchvision", "markupsafe": "jinja2"}  # imported, but not asked for by name
+COMES_WITH = {
+    "triton": "torch",
+    "PIL": "torchvision",
+    "markupsafe": "jinja2",
+    "requests": "wandb",
+}  # imported, but not asked for by name
 
 
 def needs(extra: str) -> set[str]:

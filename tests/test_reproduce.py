@@ -73,7 +73,7 @@ WRONG = {
     "run table=schedule scale=smoke seed=1": "seed=1: a table sets seed itself (see seeds=)",
     "run table=schedule scale=smoke overwrite=true": "overwrite=true: a table sets overwrite itself",
     "run table=schedule scale=smoke seeds=a": "seeds=a: a number, or numbers with commas",
-    "run table=schedule scale=smoke seeds=0": "seeds=[]: a number of seeds from 1",
+    "run table=schedule scale=smoke seeds=0": "seeds=0: a number of seeds from 1",
     "run table=schedule scale=smoke optim.lrr=1": "optim.lrr is no key of the config; did you mean optim.lr?",
     "run table=schedule scale=smoke launcher=sge": "launcher=sge does not exist; choices: local, slurm",
     "run table=schedule scale=smoke until=forever": "until=forever does not exist; choices: planned, decided",

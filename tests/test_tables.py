@@ -175,7 +175,7 @@ def test_a_job_knows_the_directory_that_train_py_will_use(mini, tmp_path):
     for exists in (False, True):  # the name of a fine-tuned run does not depend on whether its start exists
         for job in jobs_of(table, str(tmp_path / "runs")).values():
             if not job.evaluation:
-                job.run.mkdir(parents=True, exist_ok=exists)
+                (job.run / "checkpoints").mkdir(parents=True, exist_ok=exists)
                 assert identity.run_directory(check.check(compose.compose(list(job.overrides)))) == job.run
 
 

@@ -99,7 +99,7 @@ def test_candidates_are_all_combinations_in_the_order_of_writing(table):
         ("like: best", "of: [none]", "of=['none'] must be text"),
         ("claims: [best > none]", "claims: 5", "claims=5 must be a list"),
         ("[best > none]", "[{ claim: c, better: best, worse: 5 }]", "worse=5 must be a row or a list of rows"),
-        ("[best > none]", "[{ claim: c, better: [], worse: none }]", "needs different rows on both sides"),
+        ("[best > none]", "[{ claim: c, better: [], worse: none }]", "a claim needs claim, better and worse"),
         ("[best > none]", "[best > best]", "needs different rows on both sides"),
         ("[best > none]", "[best > none, best > none]", "claim 'best > none' is there twice"),
         ("none: regularizer=none", "none: output=x", "a table sets output itself"),
