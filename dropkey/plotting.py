@@ -3,6 +3,7 @@
 import contextlib
 import io
 import math
+import re
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -118,7 +119,7 @@ def save(figure: "Figure", path: Optional[Path] = None) -> Optional[str]:
         text = io.StringIO()
         with style():  # the salt of SVG's identifiers
             figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-        return text.getvalue()
+        return numbered(text.getvalue())
     if path.suffix not in SUFFIXES:
         raise ConfigError(f"output={path}: the file name of a picture ends in {', '.join(SUFFIXES)}")
     temporary = path.with_name(f".{path.name}")
@@ -129,6 +130,13 @@ def save(figure: "Figure", path: Optional[Path] = None) -> Optional[str]:
         temporary.replace(path)
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error}; choose another place with output=...") from None
+
+
+def numbered(svg: str) -> str:
+    """The text with its parts numbered in order. Matplotlib names them by hashes of places, whose last digits, which
+    the text does not show, differ from process to process."""
+    names: dict[str, str] = {}
+    return re.sub(r"\b[a-z][0-9a-f]{10}\b", lambda found: names.setdefault(found[0], f"part{len(names)}"), svg)
 
 
 def image_axis(axis: "Axes") -> None:

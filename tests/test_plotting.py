@@ -1,5 +1,7 @@
 """Pictures are saved whole or refused in one line, and a run's curves show its own metric."""
 
+from unittest import mock
+
 import pytest
 
 from dropkey import plotting
@@ -19,6 +21,13 @@ def figure_of():
 def test_svg_is_the_same_text_every_time():
     first = plotting.save(figure_of())
     assert first == plotting.save(figure_of()) and "</svg>" in first
+
+
+def test_no_name_within_svg_is_a_hash_of_places():
+    """Their last digits differ between processes, unseen in the text."""
+    salted = plotting.save(figure_of())
+    with mock.patch.dict(plotting.STYLE, {"svg.hashsalt": "another"}):
+        assert plotting.save(figure_of()) == salted
 
 
 @pytest.mark.parametrize(("name", "begin"), [("a.png", b"\x89PNG"), ("a.jpg", b"\xff\xd8"), ("a.pdf", b"%PDF")])
