@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup train test faults table lint clean
+.PHONY: help setup train test faults soak table lint clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -22,6 +22,9 @@ test: setup ## run all tests
 
 faults: setup ## hostile commands and damaged files, all of them; minutes
 	@cd tests && ../$(BIN)/python -m hostile $(ARGS)
+
+soak: setup ## kills and resumes at random moments, for an hour; ARGS="minutes=1" in small
+	@cd tests && ../$(BIN)/python -m soak $(ARGS)
 
 table: setup ## run and report a table of the paper: make table TABLE=schedule SCALE=smoke
 	@$(BIN)/python scripts/reproduce.py run table=$(TABLE) scale=$(SCALE) $(ARGS)
