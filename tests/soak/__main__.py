@@ -13,7 +13,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dropkey.config.script_args import arg, parse, run_script
-from soak import training
+from soak import launching, training
 
 PARTS = ("all", "training", "launcher")
 
@@ -39,6 +39,9 @@ def main(words: list[str]) -> int:
         result = training.soak(place / "training", args.minutes * 60, seed, say)
         more, found = training_rows(result)
         rows, faults = [*rows, *more], [*faults, *found]
+    if args.part in ("all", "launcher"):
+        result = launching.soak(place / "launcher", args.minutes < 5, seed, say)
+        rows, faults = [*rows, *launcher_rows(result)], [*faults, *result.faults]
     width = max(len(name) for name, _ in rows)
     print("\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in rows))
     for fault in faults:
@@ -80,6 +83,23 @@ def training_rows(result: training.Result) -> tuple[list[tuple[str, str]], list[
         (f"growth of a process, uninterrupted, {result.flat_epochs} epochs ({bound})", grown(result.flat)),
         ("growth of a process, longest life among the kills", grown(result.longest)),
     ], faults
+
+
+def launcher_rows(result: launching.Result) -> list[tuple[str, str]]:
+    bad = len(result.faults_of)
+    return [
+        ("launchers: runs of the table, worked on by two at once", str(result.runs)),
+        ("  of which one " + ", one ".join(result.faults_of.values()), str(bad)),
+        ("  one launcher killed when so many runs had begun", str(result.begun_before_kill)),
+        ("healthy runs finished, each step trained once, as alone", f"{result.healthy} of {result.runs - bad}"),
+        ("failed runs that the report names with the reason", f"{result.named} of {bad}"),
+        ("  processes that tried them", str(result.tries)),
+        ("the same command without the faults: steps trained unasked", str(result.steps_again)),
+        ("  with retry=true: failed runs repaired, as alone", f"{result.repaired} of {bad}"),
+        ("  of these resumed from a checkpoint", str(result.resumed)),
+        ("  healthy runs left alone", f"{result.untouched} of {result.runs - bad}"),
+        ("  once more: steps trained", str(result.last_steps)),
+    ]
 
 
 if __name__ == "__main__":
