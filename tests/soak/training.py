@@ -29,7 +29,7 @@ BASE = (
     "optim.clip_grad_norm=1.0",
 )
 WITHIN = "trainer.checkpoint_minutes=0.02"  # so that there are checkpoints within epochs too
-NOT_COMPARED = ("seconds", "samples_per_second", "run", "peak_memory_mib")
+NOT_COMPARED = ("seconds", "samples_per_second", "run", "peak_memory_mib", "commit")
 KILLS = tuple(
     (number, target)
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
