@@ -118,25 +118,30 @@ def recorded_status(cfg: TrainConfig, run: RunDirectory, dist: DistContext) -> I
         yield
         return
     new = not run.path.exists()
+
+    def ended(state: str, reason: str) -> None:
+        if run.path.is_dir():  # else somebody removed it, and it does not come back with a status alone
+            run.set_status(state, reason=reason)
+
     with run.lock():
         prepare_directory(cfg, run)
         run.set_status("running")
         try:
             yield
         except (Interrupted, KeyboardInterrupt) as error:
-            run.set_status("interrupted", reason=str(error) or "Ctrl-C twice")
+            ended("interrupted", str(error) or "Ctrl-C twice")
             raise
         except Diverged as error:
-            run.set_status("diverged", reason=str(error))
+            ended("diverged", str(error))
             raise
         except (ConfigError, DataError) as error:
-            run.set_status("failed", reason=str(error))
+            ended("failed", str(error))
             if new and not (run.path / "log.txt").exists():  # nothing has been trained: nothing is left behind
                 shutil.rmtree(run.path)
             raise
         except BaseException as error:
             try:
-                run.set_status("failed", reason=f"{type(error).__name__}: {error}")
+                ended("failed", f"{type(error).__name__}: {error}")
             except RunError as unwritten:  # a full disk, say: the failure itself matters more
                 print(f"status.json could not be written either: {unwritten}", file=sys.stderr)
             raise
