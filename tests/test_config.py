@@ -204,7 +204,6 @@ WRONG_VALUES = {
     "trainer.epochs=1": "optim.warmup_epochs=1 must be below trainer.epochs=1, or the learning rate never falls; "
     "take optim.warmup_epochs=0.1",
     "experiment=cifar10_vit_9x192 trainer.epochs=5": "take optim.warmup_epochs=0.5",
-    "regularizer=dropkey_cross regularizer.window=7": "take regularizer.window=full, or 5 or less",
     "regularizer.window=3": "only dropkey_block and dropkey_cross",
     "regularizer.layers=[self,clas]": "did you mean class?",
     "regularizer.layers=[]": "regularizer.layers is empty",

@@ -201,13 +201,11 @@ def check_regularizer(regularizer: RegularizerConfig, schedule: ScheduleConfig) 
 def check_window(cfg: TrainConfig) -> None:
     """Refuses a window that reaches over the whole grid from every cell and beyond: one training, several hashes."""
     window, side = cfg.regularizer.window, grid_side(cfg.model, cfg.data.image_size, cfg.regularizer.layers)
-    if side is None or not isinstance(window, int):
-        return
-    whole, cross = 2 * side - 1, cfg.regularizer.name == "dropkey_cross"
+    whole = 2 * side - 1 if side else None
     require(
-        window < whole if cross else window <= whole,
+        whole is None or not isinstance(window, int) or window <= whole,
         f"regularizer.window={window}: the grid has {side} x {side} keys, which a window of {whole} already spans; "
-        f"take regularizer.window={f'full, or {whole - 2}' if cross else whole} or less",
+        f"take regularizer.window={whole} or less",
     )
 
 
