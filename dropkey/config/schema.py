@@ -13,7 +13,7 @@ REGULARIZER_NAMES = (
 )
 SCHEDULES = ("constant", "decreasing", "increasing")
 OVER = ("depth", "training")
-LAYERS = ("self", "class", "cross", "outlook", "token")
+LAYERS = ("self", "class", "cross", "outlook", "token", "layer")
 IMPLS = ("auto", "reference", "cpu", "triton", "sdpa")
 DATASETS = ("digits", "cifar10", "cifar100", "imagenet", "folder")
 OWN_VALIDATION = ("imagenet", "folder")  # data sets that may bring a validation split
