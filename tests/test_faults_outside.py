@@ -271,8 +271,12 @@ def test_a_signal_saves_and_the_exit_code_names_it(tmp_path, monkeypatch, number
 def test_a_signal_ends_a_process_that_is_blocked_before_training(tmp_path, monkeypatch, number):
     """A pipe that nobody writes to stands for a hung file server."""
     os.mkfifo(tmp_path / "pipe")
-    monkeypatch.setattr(Classification, "load_data", lambda self: (tmp_path / "pipe").read_bytes())
-    threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
+
+    def read(task):
+        threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
+        return (tmp_path / "pipe").read_bytes()
+
+    monkeypatch.setattr(Classification, "load_data", read)
     with pytest.raises(Interrupted, match="interrupted before the first step, nothing is lost"):
         runs.train(tmp_path / "runs")
     (run,) = (tmp_path / "runs").iterdir()
