@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import sys
+from functools import partial
 from typing import Iterator
 
 import numpy as np
@@ -85,14 +86,19 @@ def train(cfg: TrainConfig, run: RunDirectory) -> dict:
             )
             with local_errors(dist):
                 state = trainer.fit()
-            evaluated = state.evaluated.eval()
             test = task.eval_loader(data, "test", dist)
             autocast = build_autocast(cfg.trainer.amp, dist.device)
-            scores = task.scores()
-            result = evaluate(lambda b: task.predict(evaluated, b), scores, test, dist, stop, autocast)
-            if result is None:
-                raise stop.interrupted(f"interrupted in the final evaluation, all saved in {run.path}")
+            found = []
+            for evaluated in dict.fromkeys((state.evaluated.eval(), state.model.eval())):  # moving average, then raw
+                predict, scores = partial(task.predict, evaluated), task.scores()
+                found.append((evaluate(predict, scores, test, dist, stop, autocast), scores))
+                if found[-1][0] is None:
+                    raise stop.interrupted(f"interrupted in the final evaluation, all saved in {run.path}")
+            result, scores = found[0]
             summary = summarise(cfg, run, task, state.position, result, watched, model, dist)
+            if state.ema is not None:  # recipes differ in which they publish
+                raw = rounded(task, found[1][0])
+                summary["raw"] = {metric.key: raw[metric.key] for metric in task.metrics}
             summary |= {"steps_per_epoch": len(train_loader), "data": data.fingerprint()}
             save_result(run, "summary.json", summary, scores, dist)
         finally:

@@ -91,7 +91,15 @@ def result(value, where: str) -> str:
 
 
 def summary(value, where: str) -> str:
-    keys = {"epochs": int, "seconds": NUMBER, "best_split": str, "objective?": (*NUMBER, None), "data?": TEXT}
+    raw = {one["key"]: NUMBER for one in value["metrics"]} if "raw" in value and not result(value, where) else dict
+    keys = {
+        "raw?": raw,
+        "epochs": int,
+        "seconds": NUMBER,
+        "best_split": str,
+        "objective?": (*NUMBER, None),
+        "data?": TEXT,
+    }
     return result(value, where) or problem(value, {**keys, "samples_per_second?": NUMBER}, where)
 
 

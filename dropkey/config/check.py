@@ -236,12 +236,17 @@ def check_data(data: schema.DataConfig) -> None:
 
 
 def check_warmup(optim: schema.OptimConfig, trainer: schema.TrainerConfig) -> None:
-    """Refuses a warm-up that lasts to the end. How many steps an epoch has is known with the data only, so that
-    `trainer.max_steps` (for debugging) may end a run within its warm-up."""
+    """Refuses a warm-up and cool-down that leave nothing between. How many steps an epoch has is known with the data
+    only, so that `trainer.max_steps` (for debugging) may end a run within its warm-up."""
     require(
         optim.warmup_epochs < trainer.epochs,
         f"optim.warmup_epochs={optim.warmup_epochs:g} must be below trainer.epochs={trainer.epochs}, or the learning "
         f"rate never falls; take optim.warmup_epochs={trainer.epochs / 10:g}",
+    )
+    require(
+        optim.warmup_epochs + optim.cooldown_epochs < trainer.epochs,
+        f"optim.warmup_epochs={optim.warmup_epochs:g} and optim.cooldown_epochs={optim.cooldown_epochs:g} leave "
+        f"none of trainer.epochs={trainer.epochs} for the cosine; take fewer",
     )
 
 
