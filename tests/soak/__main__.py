@@ -62,8 +62,11 @@ def training_rows(result: training.Result) -> tuple[list[tuple[str, str]], list[
     ):
         if growth.mib > mib or growth.handles > handles:
             faults.append(f"{name}: grew by {growth.mib:.1f} MiB, {growth.handles:g} handles")
+    kills = (
+        f"{sum(result.kills.values())}, {result.early} before the first step, {result.commands} under a real torchrun"
+    )
     resumes = sorted(result.resumes) or [0.0]
-    kills = [(f"  {name} to {target}", str(number)) for (name, target), number in sorted(result.kills.items())]
+    by_kind = [(f"  {name} to {target}", str(number)) for (name, target), number in sorted(result.kills.items())]
     bound = f"bound {training.GROWTH_MIB} MiB, {training.GROWTH_HANDLES} handles"
 
     def grown(growth) -> str:
@@ -72,8 +75,8 @@ def training_rows(result: training.Result) -> tuple[list[tuple[str, str]], list[
     return [
         ("trainings: laps, each killed and resumed until done", str(result.laps)),
         ("  equal to the uninterrupted one to the last bit", f"{result.exact} of {result.laps}"),
-        ("kills", f"{sum(result.kills.values())}, of which {result.early} before the first step"),
-        *kills,
+        ("kills", kills),
+        *by_kind,
         ("  stopped on request in training: all saved", f"{result.saved} of {result.asked}"),
         ("  second start beside a killed torchrun's processes: refused", str(result.refused)),
         (

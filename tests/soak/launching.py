@@ -19,7 +19,8 @@ from typing import Callable, Iterator
 from dropkey.records import RunDirectory
 from dropkey.reproduction import tables
 from dropkey.reproduction.jobs import DIVERGED, DONE, FAILED, Job, jobs_of
-from soak.training import ROOT, unequal
+from soak.job import ROOT
+from soak.training import unequal
 
 ROWS = {
     "none": "regularizer=none",

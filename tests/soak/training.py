@@ -7,34 +7,23 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable
 
-import processes
 import runs
 from dropkey.records import RunDirectory
+from soak.job import ROOT, Life, start, words_of
 from soak.watching import Family, Growth, command_line
 
-ROOT = Path(__file__).resolve().parents[2]
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "train.py"))
-BASE = (
-    *("model.depth=2", "model.embed_dim=32", "model.num_heads=2", "model.drop_path=0.2", "regularizer.ratio=0.3"),
-    *("data.max_train_samples=480", "data.in_memory=false", "data.num_workers=1", "logger=none"),
-    *("augment.mixup=0.8", "augment.cutmix=1.0", "augment.crop_padding=1", "augment.random_erasing=0.25"),
-    *("trainer.batch_size=64", "trainer.grad_accum_steps=2", "trainer.ema_decay=0.95", "trainer.log_every=1"),
-    "optim.clip_grad_norm=1.0",
-)
-WITHIN = "trainer.checkpoint_minutes=0.02"  # so that there are checkpoints within epochs too
 NOT_COMPARED = ("seconds", "samples_per_second", "run", "peak_memory_mib", "commit")
 KILLS = tuple(
     (number, target)
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
     for target in ("one rank", "torchrun", "all")
 )
+COMMANDS = 0.15  # share of the lives that the command itself starts, which takes longer than a fork
 PATIENCE = 120  # seconds after a signal until nothing may be left
 OWN_TRACEBACK = re.compile(f'File "{re.escape(str(ROOT))}/(dropkey/|train.py)')
 WARM_UP = 3  # epochs until the uninterrupted stretch counts: the first evaluation starts its own data worker
@@ -43,24 +32,12 @@ LIFE_MIB, LIFE_HANDLES = 64, 10  # of a life among the kills, which has its firs
 
 
 @dataclass
-class Life:
-    """One start of the command, until all its processes are gone."""
-
-    family: Family
-    streams: list[Path]
-    wait: Callable[[], int]  # for its own end: the exit code
-
-    @property
-    def errors(self) -> str:
-        return self.streams[1].read_text(errors="replace")
-
-
-@dataclass
 class Result:
     laps: int = 0
     exact: int = 0
     kills: collections.Counter = field(default_factory=collections.Counter)
     early: int = 0  # of these, before the first step
+    commands: int = 0  # of these, under a torchrun that was started as a user starts it
     asked: int = 0  # to stop, while it trained
     saved: int = 0
     resumes: list[float] = field(default_factory=list)  # seconds from start to the first new step
@@ -71,41 +48,10 @@ class Result:
     faults: list[str] = field(default_factory=list)
 
 
-def words_of(output: Path, epochs: int) -> list[str]:
-    return [*BASE, WITHIN, f"trainer.epochs={epochs}", f"output={output}"]
-
-
-def rank(words: list[str]) -> None:
-    """train.py in a process that torchrun's agent has forked."""
-    from dropkey import cli
-    from dropkey.commands import train
-
-    sys.argv = ["train.py", *words]
-    with cli.command():
-        train.main()
-
-
-def start(words: list[str], place: Path, name: str, forked: bool) -> Life:
-    """`forked`: torchrun's agent and its processes are forks of one that has imported torch; they start in seconds.
-    Otherwise the command itself, as a user types it."""
-    streams = [place / f"{name}.out", place / f"{name}.err"]
-    if forked:
-        process = processes.start(streams, processes.agent, rank, (words,), 2)
-
-        def wait() -> int:
-            process.join()
-            return process.exitcode
-
-    else:
-        with open(streams[0], "w") as out, open(streams[1], "w") as err:
-            process = subprocess.Popen([*TORCHRUN, *words], stdout=out, stderr=err, cwd=place, start_new_session=True)
-        wait = process.wait
-    return Life(Family(process.pid), streams, wait)
-
-
 class Soak:
-    def __init__(self, place: Path, seed: int, epochs: int, say: Callable[[str], None]):
-        self.place, self.random, self.epochs, self.say = place, random.Random(seed), epochs, say
+    def __init__(self, place: Path, seed: int, quick: bool, say: Callable[[str], None]):
+        self.place, self.random, self.quick, self.say = place, random.Random(seed), quick, say
+        self.epochs = 6 if quick else 50
         self.result, self.lives, self.deck = Result(), 0, []
         place.mkdir(parents=True, exist_ok=True)
 
@@ -150,7 +96,7 @@ class Soak:
 
     # ------------------------------------------------------------------------------------------------------- one lap
 
-    def lap(self, reference: RunDirectory, forked: bool) -> None:
+    def lap(self, reference: RunDirectory) -> None:
         output = self.place / "lap"
         shutil.rmtree(output, ignore_errors=True)
         lives = 0
@@ -158,7 +104,7 @@ class Soak:
             lives += 1
             if lives > 200:
                 return self.fault("a lap does not come to its end")
-            self.life(output, forked)
+            self.life(output, forked=self.quick or self.random.random() > COMMANDS)
         self.result.laps += 1
         difference = unequal(reference, run)
         if difference:
@@ -189,9 +135,11 @@ class Soak:
             if not over:
                 self.kill(family, number, target)
                 self.result.kills[number.name, target] += 1
+                self.result.commands += not forked
                 self.result.early += early
                 if number == signal.SIGKILL and target == "torchrun" and not forked:
-                    self.start_again_beside(output)
+                    if not early:
+                        self.start_again_beside(output)
                     family.signal(signal.SIGTERM, family.alive())
             life.wait()
             left = family.wait_until_gone(PATIENCE)
@@ -248,7 +196,7 @@ class Soak:
         family.signal(number, chosen[target] or [family.root])
 
     def start_again_beside(self, output: Path) -> None:
-        """The same command while the processes of a killed torchrun go on: it must be refused or wait for nothing."""
+        """The same command while the processes of a killed torchrun go on: it must be refused, or find them done."""
         life = start(words_of(output, self.epochs), self.place, f"life-{self.lives}-beside", forked=False)
         with life.family as family:
             code = life.wait()
@@ -256,7 +204,10 @@ class Soak:
         if left:
             self.fault(f"life {self.lives}: the start beside it does not end")
             family.signal(signal.SIGKILL, left)
-        self.result.refused += code != 0 and "is being trained by process" in life.errors
+        if code != 0 and "is being trained by process" in life.errors:
+            self.result.refused += 1
+        elif code != 0:
+            self.fault(f"life {self.lives}: the start beside it: code {code}, {life.errors[-1500:]}")
 
     # -------------------------------------------------------------------------------------------------------- checks
 
@@ -298,14 +249,13 @@ def soak(place: Path, seconds: float, seed: int, say: Callable[[str], None]) -> 
     os.environ["OMP_NUM_THREADS"] = "1"
     quick = seconds < 300
     until = time.monotonic() + seconds
-    one = Soak(place, seed, epochs=6 if quick else 50, say=say)
+    one = Soak(place, seed, quick, say)
     reference = one.reference()
     say(f"reference trained: {reference.path.name}")
     one.flat(min(480, seconds / 6) if not quick else 10)
     say(f"uninterrupted stretch: {one.result.flat}")
     while True:
-        forked = quick or one.result.laps % 4 != 3  # every fourth lap by the commands themselves, which start slowly
-        one.lap(reference, forked)
+        one.lap(reference)
         result, killed = one.result, sum(one.result.kills.values())
         say(f"lap {result.laps}: {result.exact} exact, {killed} kills, {len(result.faults)} faults")
         if time.monotonic() > until or len(result.faults) > 20:

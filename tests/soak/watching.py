@@ -1,6 +1,8 @@
 """Processes as /proc shows them: a command's descendants, their memory and their open files."""
 
+import contextlib
 import os
+import signal
 import statistics
 import threading
 import time
@@ -78,9 +80,11 @@ class Family:
         self.thread.start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind, *_) -> None:
         self.ended.set()
         self.thread.join()
+        if kind is not None:  # Ctrl-C, say: nothing goes on by itself
+            self.signal(signal.SIGKILL, self.alive())
 
     def watch(self) -> None:
         while not self.ended.wait(self.period):
@@ -133,7 +137,8 @@ class Family:
     def signal(self, number: int, pids: list[int]) -> None:
         for pid in pids:
             if pid in self.alive():
-                os.kill(pid, number)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
 
     def growth(self, since: float) -> Growth:
         """Of the processes that have lived through most of the time since `since`."""
