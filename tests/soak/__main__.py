@@ -40,7 +40,7 @@ def main(words: list[str]) -> int:
         more, found = training_rows(result)
         rows, faults = [*rows, *more], [*faults, *found]
     if args.part in ("all", "launcher"):
-        result = launching.soak(place / "launcher", args.minutes < 5, seed, say)
+        result = launching.soak(place / "launcher", args.minutes * 60 < training.QUICK, seed, say)
         rows, faults = [*rows, *launcher_rows(result)], [*faults, *result.faults]
     width = max(len(name) for name, _ in rows)
     print("\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in rows))

@@ -2,7 +2,6 @@
 lap's files are those of the training that nobody killed."""
 
 import collections
-import os
 import random
 import re
 import shutil
@@ -24,8 +23,10 @@ KILLS = tuple(
     for target in ("one rank", "torchrun", "all")
 )
 COMMANDS = 0.15  # share of the lives that the command itself starts, which takes longer than a fork
+QUICK = 300  # seconds: in less, everything is small
 PATIENCE = 120  # seconds after a signal until nothing may be left
 OWN_TRACEBACK = re.compile(f'File "{re.escape(str(ROOT))}/(dropkey/|train.py)')
+LONGEST = 1800  # seconds of a life that nobody kills
 WARM_UP = 3  # epochs until the uninterrupted stretch counts: the first evaluation starts its own data worker
 GROWTH_MIB, GROWTH_HANDLES = 16, 2  # bounds: a leak of a batch or a handle per epoch is far beyond
 LIFE_MIB, LIFE_HANDLES = 64, 10  # of a life among the kills, which has its first evaluation within
@@ -49,9 +50,11 @@ class Result:
 
 
 class Soak:
-    def __init__(self, place: Path, seed: int, quick: bool, say: Callable[[str], None]):
-        self.place, self.random, self.quick, self.say = place, random.Random(seed), quick, say
-        self.epochs = 6 if quick else 50
+    def __init__(self, place: Path, seconds: float, seed: int, say: Callable[[str], None]):
+        self.place, self.random, self.say = place, random.Random(seed), say
+        self.until, self.quick = time.monotonic() + seconds, seconds < QUICK
+        self.epochs = 6 if self.quick else 50
+        self.between, self.time_is_over = 0.0, False  # mean seconds of training until a kill; then none comes any more
         self.result, self.lives, self.deck = Result(), 0, []
         place.mkdir(parents=True, exist_ok=True)
 
@@ -73,6 +76,7 @@ class Soak:
         run = self.run_in(output)
         if code != 0 or run is None or not run.finished:
             raise SystemExit(f"error: the reference does not train: {life.errors[-2000:]}")
+        self.between = run.summary()["seconds"] / (3 if self.quick else 10)
         return run
 
     def flat(self, seconds: float) -> None:
@@ -102,6 +106,7 @@ class Soak:
         lives = 0
         while lives == 0 or not ((run := self.run_in(output)) and run.finished):
             lives += 1
+            self.time_is_over = time.monotonic() > self.until
             if lives > 200:
                 return self.fault("a lap does not come to its end")
             self.life(output, forked=self.quick or self.random.random() > COMMANDS)
@@ -118,21 +123,10 @@ class Soak:
         number, target = self.draw()
         early = self.random.random() < 0.2
         before = self.metrics_file(output)
-        began = time.monotonic()
         life = start(words_of(output, self.epochs), self.place, f"life-{self.lives}", forked)
         with life.family as family:
-            if early:
-                over = not self.still_trains(family, self.random.uniform(0, 6 if forked else 30))
-            else:
-                over = not self.first_step(life, output, before)
-                trains = time.monotonic()
-                if not over and before:
-                    self.result.resumes.append(trains - began)
-                over = over or not self.still_trains(family, self.random.uniform(0, 8))
-                if not over:
-                    stretch = family.growth(trains + 3)
-                    self.result.longest = max(self.result.longest, stretch, key=lambda growth: growth.seconds)
-            if not over:
+            struck = not self.time_is_over and self.moment(life, output, before, early, forked)
+            if struck:
                 self.kill(family, number, target)
                 self.result.kills[number.name, target] += 1
                 self.result.commands += not forked
@@ -141,21 +135,36 @@ class Soak:
                     if not early:
                         self.start_again_beside(output)
                     family.signal(signal.SIGTERM, family.alive())
+            left = family.wait_until_gone(PATIENCE if struck else LONGEST)
+            if left:
+                shown = "; ".join(f"{pid} {command_line(pid)[:80]}" for pid in left)
+                self.fault(f"life {self.lives}: long after {number.name} to {target} there are still {shown}")
+                family.signal(signal.SIGKILL, left)
             life.wait()
-            left = family.wait_until_gone(PATIENCE)
-        if left:
-            shown = "; ".join(f"{pid} {command_line(pid)[:80]}" for pid in left)
-            self.fault(f"life {self.lives}: {PATIENCE} s after {number.name} to {target} there are still {shown}")
-            family.signal(signal.SIGKILL, left)
-        if over:
-            run = self.run_in(output)
-            if not (run and run.finished):
-                self.fault(f"life {self.lives} ended by itself: {life.errors[-1500:]}")
-        elif not early:
+        run = self.run_in(output)
+        if struck and not early:
             self.check_stop(f"life {self.lives}", output, number, target, life)
+        elif not struck and not (run and run.finished):
+            self.fault(f"life {self.lives} ended by itself: {life.errors[-1500:]}")
         if not self.result.faults:
             for stream in life.streams:
                 stream.unlink(missing_ok=True)
+
+    def moment(self, life: Life, output: Path, before: int | None, early: bool, forked: bool) -> bool:
+        """Waits for a random moment, `early` while it starts, else while it trains; False if it ends before."""
+        family, began = life.family, time.monotonic()
+        if early:
+            return self.still_trains(family, self.random.uniform(0, 6 if forked else 30))
+        if not self.first_step(life, output, before):
+            return False
+        trains = time.monotonic()
+        if before:
+            self.result.resumes.append(trains - began)
+        if not self.still_trains(family, self.random.uniform(0, 2 * self.between)):
+            return False
+        stretch = family.growth(trains + 3)
+        self.result.longest = max(self.result.longest, stretch, key=lambda growth: growth.seconds)
+        return True
 
     def draw(self) -> tuple[signal.Signals, str]:
         """Every kind of kill comes once before any comes again."""
@@ -245,18 +254,15 @@ def unequal(whole: RunDirectory, parts: RunDirectory) -> str | None:
 
 
 def soak(place: Path, seconds: float, seed: int, say: Callable[[str], None]) -> Result:
-    """Laps until the time is over; a lap that has begun is finished."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    quick = seconds < 300
-    until = time.monotonic() + seconds
-    one = Soak(place, seed, quick, say)
+    """Laps until the time is over; the last one then comes to its end without further kills."""
+    one = Soak(place, seconds, seed, say)
     reference = one.reference()
     say(f"reference trained: {reference.path.name}")
-    one.flat(min(480, seconds / 6) if not quick else 10)
+    one.flat(10 if one.quick else min(480, seconds / 6))
     say(f"uninterrupted stretch: {one.result.flat}")
     while True:
         one.lap(reference)
         result, killed = one.result, sum(one.result.kills.values())
         say(f"lap {result.laps}: {result.exact} exact, {killed} kills, {len(result.faults)} faults")
-        if time.monotonic() > until or len(result.faults) > 20:
+        if time.monotonic() > one.until or len(result.faults) > 20:
             return result
