@@ -177,7 +177,7 @@ class Soak:
         with self.killer():
             both = [self.launcher(name, "jobs=1", faults=True) for name in ("first", "second")]
             victim, other = self.random.sample(both, 2)
-            moment = self.random.randint(2, self.result.runs // 2)
+            moment = self.random.randint(self.result.runs // 3, self.result.runs // 2)
             while len({step.run for step in self.steps()}) < moment and all(one.poll() is None for one in both):
                 time.sleep(0.1)
             time.sleep(self.random.uniform(0, 3))
