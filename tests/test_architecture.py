@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "models": {"config", "errors"},
     "operator": {"bernoulli", "regularizers"},
     "patching": {"bernoulli", "operator", "regularizers", "schedules", "seeds"},
-    "tasks": {"config", "data", "datasets", "errors", "metrics", "models"},
+    "tasks": {"config", "data", "datasets", "errors", "metrics", "models", "shapes"},
     "engine": {"config", "errors", "metrics", "records", "seeds"},
     "weights": {"engine", "errors", "origin"},
     "provenance": {"__version__", "engine", "records"},

@@ -117,6 +117,10 @@ class Task(ABC):
 
     # ------------------------------------------------------------------------- the model in use (dropkey.load)
 
+    def info_fault(self, info: dict) -> str:
+        """What is wrong with what was read back of `model_info`; "" if nothing is."""
+        return ""
+
     def model_info(self, data: Any, model: nn.Module) -> dict:
         """For model.json: what the model's use must know of its data, and `label_names`; {}: it cannot be used so."""
         return {}

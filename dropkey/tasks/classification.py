@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dropkey import data as loaders
-from dropkey import datasets
+from dropkey import datasets, shapes
 from dropkey.data.augment import denormalized, per_channel
 from dropkey.metrics import Metric
 from dropkey.models import constructor_arguments, create_model
@@ -106,6 +106,18 @@ class Classification(Task):
         """Class and position, on two lines."""
         targets = getattr(data, split).targets
         return [f"{data.classes[targets[number]]}\n{split} {number}" for number in ids.tolist()]
+
+    def info_fault(self, info: dict) -> str:
+        usable = {
+            **{"architecture": str, "num_classes": int, "label_names": [str], "model_args": dict},
+            "pretrained_cfg": {"input_size": [int], "mean?": [shapes.NUMBER], "std?": [shapes.NUMBER]},
+        }
+        if wrong := shapes.problem(info, usable):
+            return wrong
+        names, size = info["label_names"], info["pretrained_cfg"]["input_size"]
+        if len(names) != info["num_classes"]:
+            return f"it has {len(names)} label_names for {info['num_classes']} classes"
+        return "" if len(size) == 3 and min(size) > 0 else f"pretrained_cfg.input_size is {size}, not C H W"
 
     def model_info(self, data: loaders.Dataset, model: nn.Module) -> dict:
         """The classes, the architecture and the preprocessing, as config.json of timm has them."""
