@@ -17,6 +17,7 @@ from dropkey import regularizers
 from dropkey.patching import layer
 from dropkey.reproduction import runner, slots
 
+pytest_plugins = ["fault_table"]
 torch.set_num_threads(1)
 
 

@@ -63,6 +63,7 @@ def test_no_flipped_bit_changes_what_is_loaded(saved):
     assert noticed >= 80
 
 
+@pytest.mark.fault(12)
 def test_two_damaged_files_end_in_one_line(saved):
     for name in ("last.pt", "previous.pt"):
         (saved / name).write_bytes(b"nothing")
@@ -75,6 +76,7 @@ class Malice:
         return os.system, ("touch /tmp/payload-has-run",)
 
 
+@pytest.mark.fault(13)
 @pytest.mark.parametrize("old_format", [False, True])
 def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path, old_format):
     file, payload = tmp_path / "last.pt", tmp_path / "ran"
@@ -117,6 +119,7 @@ def test_killed_at_any_instant_there_is_a_checkpoint_at_most_one_save_old(tmp_pa
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.fault(11)
 def test_a_full_disk_leaves_the_old_file_and_says_what_and_where(saved):
     """RLIMIT_FSIZE stands for the full disk: writing beyond it fails in the same way."""
     read, write = os.pipe()

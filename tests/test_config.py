@@ -168,6 +168,7 @@ WRONG = {
 }
 
 
+@pytest.mark.fault(26)
 @pytest.mark.parametrize("words, message", WRONG.items(), ids=WRONG)
 def test_a_mistake_ends_in_one_line_and_exit_code_2(monkeypatch, capsys, words, message):
     words = [words] if words == "key value" else words.split()
@@ -225,6 +226,7 @@ WRONG_VALUES = {
 }
 
 
+@pytest.mark.fault(26)
 @pytest.mark.parametrize("words, message", WRONG_VALUES.items(), ids=WRONG_VALUES)
 def test_a_value_that_cannot_work_is_refused_with_its_key(words, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
@@ -298,6 +300,7 @@ def test_configs_on_the_search_path_are_found(place, own, tmp_path, monkeypatch,
     assert "did you mean mine?" in error
 
 
+@pytest.mark.fault(26)
 def test_a_mistake_is_reported_before_torch_and_timm_are_imported():
     program = (
         "import sys, runpy; sys.argv = ['train.py', 'model.name=vit_tinny_patch16_224', 'regularizer.ratio=0.2']\n"
@@ -373,6 +376,7 @@ def test_an_error_that_one_process_alone_knows_is_printed_by_it(monkeypatch, cap
     assert (code, error) == (3, "error: process 1: broken.png cannot be read\n")
 
 
+@pytest.mark.fault(8)
 def test_the_batch_must_divide_among_torchruns_processes(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "3")
     code, _, error = command_line(monkeypatch, capsys, "trainer.batch_size=64")

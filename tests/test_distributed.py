@@ -45,6 +45,7 @@ def copied(run: RunDirectory, output: Path) -> RunDirectory:
     return RunDirectory(Path(shutil.copytree(run.path, output / run.path.name)))
 
 
+@pytest.mark.fault(18)
 def test_two_processes_give_the_result_of_one_with_the_same_global_batch(tmp_path):
     done, two = launch(tmp_path / "two", "regularizer=none")
     assert done.returncode == 0, done.stderr
@@ -62,12 +63,14 @@ def test_masks_belong_to_microbatches_so_two_processes_equal_two_accumulated_mic
     assert two.summary()["loss"] == pytest.approx(one.summary()["loss"], rel=1e-5)
 
 
+@pytest.mark.fault(20)
 def test_masks_differ_between_processes(two, tmp_path):
     """Were they the same, two processes would not equal two microbatches with masks of their own (the test above), and
     accumulating must not equal a single microbatch."""
     assert losses(two) != pytest.approx(losses(runs.train(tmp_path)), rel=1e-5)
 
 
+@pytest.mark.fault(1, 15)
 def test_sigterm_to_one_rank_saves_once_and_resumes_bitwise_identically(two, stopped, tmp_path):
     done, run = stopped
     assert done.returncode != 0
@@ -80,6 +83,7 @@ def test_sigterm_to_one_rank_saves_once_and_resumes_bitwise_identically(two, sto
     assert runs.records(two) == runs.records(run)
 
 
+@pytest.mark.fault(17, 21)
 def test_torchrun_restarts_a_killed_rank_and_the_result_is_bitwise_identical(two, tmp_path):
     done, run = launch(tmp_path, event=(int(signal.SIGKILL), 5, 1), restarts=1)
     assert done.returncode == 0, done.stderr
@@ -103,6 +107,7 @@ def test_an_error_in_one_process_ends_the_job_and_is_printed_once(tmp_path):
     assert run.status()["state"] == "failed"
 
 
+@pytest.mark.fault(8)
 def test_another_number_of_processes_is_logged(stopped, tmp_path):
     run = copied(stopped[1], tmp_path)
     assert runs.train(tmp_path).path == run.path

@@ -47,6 +47,7 @@ def assert_resumes_exactly(tmp_path, monkeypatch, step: int, *overrides: str, nu
 CASES = [(name, (4, 6)[i % 2], SCHEDULES[i % 3]) for i, name in enumerate(REGULARIZER_NAMES)]
 
 
+@pytest.mark.fault(1, 3, 4, 5, 6)
 @pytest.mark.parametrize(("name", "step", "schedule"), CASES)
 def test_every_regularizer_resumes_bitwise_identically_with_every_option_on(
     tmp_path, monkeypatch, name, step, schedule
@@ -56,16 +57,19 @@ def test_every_regularizer_resumes_bitwise_identically_with_every_option_on(
     assert_resumes_exactly(tmp_path, monkeypatch, step, *overrides)
 
 
+@pytest.mark.fault(1)
 @pytest.mark.parametrize("option", ["trainer.amp=bf16", "trainer.amp=fp16", "optim=sgd", "data.val_fraction=0"])
 def test_options_that_exclude_others_resume_bitwise_identically(tmp_path, monkeypatch, option):
     assert_resumes_exactly(tmp_path, monkeypatch, 4, option)
 
 
+@pytest.mark.fault(1, 15)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
 def test_other_signals_save_as_well(tmp_path, monkeypatch, number):
     assert_resumes_exactly(tmp_path, monkeypatch, 5, number=number)
 
 
+@pytest.mark.fault(1)
 def test_images_decoded_as_they_come_resume_bitwise_identically(tmp_path, monkeypatch):
     options = ("augment=deit", "data.in_memory=false", "data.num_workers=0")
     assert_resumes_exactly(tmp_path, monkeypatch, 4, *options)
@@ -88,6 +92,7 @@ def test_interruption_in_evaluation_resumes_bitwise_identically(tmp_path, monkey
     assert runs.records(whole) == runs.records(parts)
 
 
+@pytest.mark.fault(1)
 def test_three_interruptions_within_one_epoch_change_nothing(tmp_path, monkeypatch):
     whole = runs.train(tmp_path / "whole")
     for step in (1, 2, 3):
@@ -100,6 +105,7 @@ def test_three_interruptions_within_one_epoch_change_nothing(tmp_path, monkeypat
     assert runs.records(whole) == runs.records(parts)
 
 
+@pytest.mark.fault(1, 6)
 def test_a_crash_without_warning_resumes_from_the_last_checkpoint_bitwise_identically(tmp_path, monkeypatch):
     def crash(loop):
         raise MemoryError("as sudden as SIGKILL")
@@ -133,6 +139,7 @@ def test_the_sample_stream_is_that_of_the_uninterrupted_run(tmp_path, monkeypatc
     assert seen == whole
 
 
+@pytest.mark.fault(5, 14)
 def test_a_worse_epoch_after_resuming_does_not_replace_the_best(tmp_path, monkeypatch):
     figures = iter([50.0, 90.0, 10.0, 20.0])
     result = {"top5": 0.0, "loss": 1.0, "ece": 0.0, "samples": 1}
@@ -147,6 +154,7 @@ def test_a_worse_epoch_after_resuming_does_not_replace_the_best(tmp_path, monkey
     assert runs.state(run, "best.pt")["epoch"] == 2
 
 
+@pytest.mark.fault(3)
 def test_a_checkpoint_holds_raw_and_averaged_weights(tmp_path):
     content = runs.state(runs.train(tmp_path, "trainer.ema_decay=0.9"))
     assert content["model"].keys() == content["ema"].keys()
@@ -175,6 +183,7 @@ def test_overwrite_starts_over(tmp_path, monkeypatch):
     assert runs.records(again) == runs.records(whole)
 
 
+@pytest.mark.fault(17)
 def test_torchruns_restart_does_not_start_over_although_asked_to_overwrite(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         runs.on_step(patch, 4, runs.send())
