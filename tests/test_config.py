@@ -311,6 +311,18 @@ def test_a_mistake_is_reported_before_torch_and_timm_are_imported():
     assert done.stdout.split() == ["2", "False", "False"]
 
 
+@pytest.mark.fault(26, full=True)
+@pytest.mark.parametrize("words", [words for words in WRONG if words not in ("key value", "--resolve")])
+def test_train_py_itself_ends_within_two_seconds_of_work(words, figure):
+    before = os.times()
+    done = subprocess.run([sys.executable, "train.py", *words.split()], cwd=ROOT, capture_output=True, text=True)
+    after = os.times()
+    seconds = after.children_user + after.children_system - before.children_user - before.children_system
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and WRONG[words] in done.stderr
+    figure("train.py itself: one line, under 2 s of processor time")
+    assert seconds < 2
+
+
 @pytest.fixture
 def second(monkeypatch):
     """Process 1 of a job; the list of times that it waits for torchrun to end it."""

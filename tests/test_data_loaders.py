@@ -14,6 +14,7 @@ from data_samples import (
     MIXED,
     assert_equal,
     batches,
+    counted,
     digits_config,
     folder_config,
     image_folder,
@@ -22,8 +23,8 @@ from data_samples import (
     write_images,
 )
 from dropkey.config.schema import AugmentConfig
-from dropkey.data import Dataset, Split, epoch_order, eval_loader, train_loader
-from dropkey.data.images import Pixels, resize_center_crop, to_tensor
+from dropkey.data import Split, epoch_order, eval_loader, train_loader
+from dropkey.data.images import resize_center_crop, to_tensor
 from dropkey.datasets import load
 from dropkey.errors import ConfigError, DataError
 
@@ -160,13 +161,6 @@ def test_random_state_of_the_main_process_is_left_as_found(folder, augment, work
 
 
 # --------------------------------------------------------------------------------------------- evaluation
-
-
-def counted(size, in_memory=True):
-    """A data set whose test split has `size` images; image i has value i, class i % 3."""
-    images = np.arange(size, dtype=np.uint8).reshape(-1, 1, 1, 1).repeat(4, 2).repeat(4, 3)
-    split = Split(Pixels(images), torch.arange(size), torch.arange(size) % 3)
-    return Dataset(split, None, split, ["a", "b", "c"], 1, 4, split), digits_config(image_size=4, in_memory=in_memory)
 
 
 def evaluated(size, batch_size, world, in_memory=True):

@@ -567,6 +567,24 @@ def test_a_server_that_cannot_be_reached_neither_delays_nor_fails(tmp_path, key)
     assert len(RunDirectory(run).records("epoch")) == 1
 
 
+@pytest.mark.fault(27, full=True)
+def test_a_training_goes_on_when_the_service_of_wandb_is_killed_and_is_one_wandb_run(tmp_path, monkeypatch, figure):
+    with monkeypatch.context() as patch:
+        runs.on_step(patch, 2, runs.send())
+        with pytest.raises(Interrupted):
+            runs.train(tmp_path, "logger=wandb")
+        wandb.teardown()
+    done = processes.run(fault_runs.train_without_the_service_of_wandb, tmp_path)
+    ended, killed = time.time(), [float(line) for line in (tmp_path / "killed.txt").read_text().split()]
+    assert killed and done.returncode == 0 and "Traceback" not in done.stderr
+    (path,) = tmp_path.glob("vit*")
+    assert len(RunDirectory(path).records("epoch")) == 3 and RunDirectory(path).finished
+    tracked = [place.name for place in (path / "wandb").glob("offline-run-*")]
+    assert len(tracked) == 2 and len({name.rsplit("-", 1)[1] for name in tracked}) == 1
+    assert ended - killed[0] < 60
+    figure(f"its service killed: over {ended - killed[0]:.0f} s later")
+
+
 @pytest.mark.fault(27)
 def test_training_works_without_the_wandb_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
