@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import itertools
 import json
 import os
 import signal
@@ -61,24 +62,25 @@ class Cell:
 
 def begin(cells: list[Cell], output: Path) -> None:
     """Each cell trained to its end, and again until a signal to the last process."""
-    for cell in one_after_another(cells):
-        session.train(cell.config(output / "whole"), cell.run(output / "whole"))
+    numbers = itertools.count()
+    for cell in cells:
+        train(cell, output / "whole", next(numbers))
         with stopped_by_signal(cell.moment), contextlib.suppress(Interrupted):
-            session.train(cell.config(output / "parts"), cell.run(output / "parts"))
+            train(cell, output / "parts", next(numbers))
             raise AssertionError(f"{cell} was not interrupted")
 
 
 def resume(cells: list[Cell], output: Path) -> None:
-    for cell in one_after_another(cells):
-        session.train(cell.config(output / "parts"), cell.run(output / "parts"))
-
-
-def one_after_another(cells: list[Cell]):
-    """Under torchrun processes find each other anew for each training, as after a restart."""
-    plotting.curves = lambda *args: None
     for number, cell in enumerate(cells):
-        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)
-        yield cell
+        train(cell, output / "parts", number)
+
+
+def train(cell: Cell, output: Path, number: int) -> None:
+    """`number`: of the training in this process; under torchrun its processes find each other anew, as after a
+    restart."""
+    plotting.curves = lambda *args: None
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)
+    session.train(cell.config(output), cell.run(output))
 
 
 def stopped_by_signal(moment: str):

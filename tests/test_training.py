@@ -3,12 +3,15 @@
 import functools
 import json
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import wandb
 
+import fault_runs
 import processes
 import runs
 from dropkey import evaluation, plotting, weights
