@@ -1,5 +1,6 @@
 """The command line's edge: a failure becomes one line on stderr and the exit code of its class."""
 
+import argparse
 import contextlib
 import json
 import os
@@ -8,7 +9,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Iterator
+from typing import Iterator, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -49,7 +50,7 @@ def command(schema: type = TrainConfig) -> Iterator[None]:
     """Wraps the call of a @hydra.main function; what its jobs have not printed is printed here."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then raises errors instead of printing them
     try:
-        with edge():
+        with edge(), short_refusals():
             yield
         return
     except KeyboardInterrupt:  # outside a training, where nothing is to be saved
@@ -62,6 +63,21 @@ def command(schema: type = TrainConfig) -> Iterator[None]:
         failure = RunError(f"a job was lost ({str(error).splitlines()[0]}); the same command goes on with the rest")
     report(failure)
     sys.exit(failure.exit_code)
+
+
+@contextlib.contextmanager
+def short_refusals() -> Iterator[None]:
+    """Hydra's parser of options refuses in one line, instead of eight."""
+
+    def refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; --help lists keys and options")
+
+    before = argparse.ArgumentParser.error
+    argparse.ArgumentParser.error = refuse
+    try:
+        yield
+    finally:
+        argparse.ArgumentParser.error = before
 
 
 def report(error: RunError) -> None:

@@ -136,7 +136,11 @@ def load(
     file, task = weights_file(directory.path, weights), tasks.build(cfg)
     known = (directory.path / "model.json").exists()
     info = directory.read_json("model.json") if known else info_from_data(directory.path, cfg, root)
-    require("label_names" in info, f"task={cfg.task.name} does not say how its model is used (Task.model_info)")
+    require(
+        "label_names" in info,
+        f"{directory.path}/model.json has no label_names: it was edited, or task={cfg.task.name} "
+        "does not say how its model is used (Task.model_info)",
+    )
     model = initial_model(task, info, fused=not (place.type == "cpu" and cfg.trainer.amp == "bf16"))
     if load_weights(model, file):
         raise ConfigError(f"{file} has other classes than the {len(info['label_names'])} of the run")

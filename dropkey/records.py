@@ -283,8 +283,12 @@ def clock(seconds: float) -> str:
 
 def headline(summary: dict) -> str:
     """A run's result on the test split as one line."""
-    figures = ", ".join(Metric(**metric).format(summary[metric["key"]]) for metric in summary["metrics"])
+    figures = shown_figures(summary, summary["metrics"])
     return f"test   {figures}  ({summary['samples']:,} samples, epoch {summary['epochs']}, {clock(summary['seconds'])})"
+
+
+def shown_figures(figures: dict, metrics: list[dict]) -> str:
+    return ", ".join(Metric(**metric).format(figures[metric["key"]]) for metric in metrics)
 
 
 def hardware() -> str:

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import sys
+from functools import partial
 from typing import Iterator
 
 import numpy as np
@@ -85,14 +86,19 @@ def train(cfg: TrainConfig, run: RunDirectory) -> dict:
             )
             with local_errors(dist):
                 state = trainer.fit()
-            evaluated = state.evaluated.eval()
             test = task.eval_loader(data, "test", dist)
             autocast = build_autocast(cfg.trainer.amp, dist.device)
-            scores = task.scores()
-            result = evaluate(lambda b: task.predict(evaluated, b), scores, test, dist, stop, autocast)
-            if result is None:
-                raise stop.interrupted(f"interrupted in the final evaluation, all saved in {run.path}")
+            found = []
+            for evaluated in dict.fromkeys((state.evaluated.eval(), state.model.eval())):  # moving average, then raw
+                predict, scores = partial(task.predict, evaluated), task.scores()
+                found.append((evaluate(predict, scores, test, dist, stop, autocast), scores))
+                if found[-1][0] is None:
+                    raise stop.interrupted(f"interrupted in the final evaluation, all saved in {run.path}")
+            result, scores = found[0]
             summary = summarise(cfg, run, task, state.position, result, watched, model, dist)
+            if state.ema is not None:  # recipes differ in which they publish
+                raw = rounded(task, found[1][0])
+                summary["raw"] = {metric.key: raw[metric.key] for metric in task.metrics}
             summary |= {"steps_per_epoch": len(train_loader), "data": data.fingerprint()}
             save_result(run, "summary.json", summary, scores, dist)
         finally:
@@ -118,25 +124,30 @@ def recorded_status(cfg: TrainConfig, run: RunDirectory, dist: DistContext) -> I
         yield
         return
     new = not run.path.exists()
+
+    def ended(state: str, reason: str) -> None:
+        if run.path.is_dir():  # else somebody removed it, and it does not come back with a status alone
+            run.set_status(state, reason=reason)
+
     with run.lock():
         prepare_directory(cfg, run)
         run.set_status("running")
         try:
             yield
         except (Interrupted, KeyboardInterrupt) as error:
-            run.set_status("interrupted", reason=str(error) or "Ctrl-C twice")
+            ended("interrupted", str(error) or "Ctrl-C twice")
             raise
         except Diverged as error:
-            run.set_status("diverged", reason=str(error))
+            ended("diverged", str(error))
             raise
         except (ConfigError, DataError) as error:
-            run.set_status("failed", reason=str(error))
+            ended("failed", str(error))
             if new and not (run.path / "log.txt").exists():  # nothing has been trained: nothing is left behind
                 shutil.rmtree(run.path)
             raise
         except BaseException as error:
             try:
-                run.set_status("failed", reason=f"{type(error).__name__}: {error}")
+                ended("failed", f"{type(error).__name__}: {error}")
             except RunError as unwritten:  # a full disk, say: the failure itself matters more
                 print(f"status.json could not be written either: {unwritten}", file=sys.stderr)
             raise

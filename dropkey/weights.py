@@ -36,6 +36,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     with torch.serialization.safe_globals([argparse.Namespace]):  # official files carry their arguments
         content = checkpoint.load(path)
+    if not isinstance(content, dict):
+        raise StorageError(f"{path} holds no weights but a {type(content).__name__}; choose a checkpoint of a model")
     for key in ("ema", "state_dict_ema", "model_ema", "state_dict", "model"):
         if isinstance(content.get(key), dict):
             content = content[key]

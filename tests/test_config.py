@@ -202,6 +202,7 @@ WRONG_VALUES = {
     "regularizer=dropkey_cross_column regularizer.window=-0.4": "a share of the grid (such as 0.4) or full",
     "optim.warmup_epochs=40": "optim.warmup_epochs=40 must be below trainer.epochs=40, or the learning rate never "
     "falls; take optim.warmup_epochs=4",
+    "optim.cooldown_epochs=39": "optim.warmup_epochs=1 and optim.cooldown_epochs=39 leave none of trainer.epochs=40",
     "trainer.epochs=1": "optim.warmup_epochs=1 must be below trainer.epochs=1, or the learning rate never falls; "
     "take optim.warmup_epochs=0.1",
     "experiment=cifar10_vit_9x192 trainer.epochs=5": "take optim.warmup_epochs=0.5",

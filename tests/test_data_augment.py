@@ -12,19 +12,22 @@ from dropkey.config.schema import AugmentConfig
 from dropkey.data.augment import BatchAugment, Normalize
 
 
+@pytest.mark.parametrize("border", ["reflect", "black"])
 @pytest.mark.parametrize(("hflip", "padding"), [(0.5, 0), (0.0, 3), (0.5, 3), (0.8, 11)])
-def test_flip_and_padded_crop_equal_a_loop_over_single_images(hflip, padding):
+def test_flip_and_padded_crop_equal_a_loop_over_single_images(hflip, padding, border):
     data = digits_config(image_size=12, channels=3)
     images = torch.randint(0, 256, (40, 3, 12, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    augment = BatchAugment(data, AugmentConfig(hflip=hflip, crop_padding=padding), 0, torch.device("cpu"))
+    options = AugmentConfig(hflip=hflip, crop_padding=padding, border=border)
+    augment = BatchAugment(data, options, 0, torch.device("cpu"))
     draws = augment.draw(0, 0, 40)
     expected = []
     for image, (mirror, down, right, _) in zip(images.numpy(), draws.tolist(), strict=True):
-        padded = np.pad(image, ((0, 0), (padding, padding), (padding, padding)), mode="reflect")
+        mode = {"black": "constant"}.get(border, border)
+        padded = np.pad(image, ((0, 0), (padding, padding), (padding, padding)), mode=mode)
         top, left = int(down * (2 * padding + 1)), int(right * (2 * padding + 1))
         window = padded[:, top : top + 12, left : left + 12]
         expected.append(torch.from_numpy((window[:, :, ::-1] if mirror < hflip else window).copy()))
-    assert torch.equal(augment(images, draws, 0, 0), Normalize(data, torch.device("cpu"))(torch.stack(expected)))
+    assert torch.equal(augment(images, draws), Normalize(data, torch.device("cpu"))(torch.stack(expected)))
 
 
 def test_flips_and_shifts_are_uniform():
@@ -39,7 +42,8 @@ def test_erasing_puts_noise_into_one_rectangle_of_so_many_images(channels):
     data = digits_config(image_size=32, channels=channels)
     images = torch.full((2000, channels, 32, 32), 128, dtype=torch.uint8)
     augment = BatchAugment(data, AugmentConfig(random_erasing=0.25), 0, torch.device("cpu"))
-    result = augment(images, augment.draw(0, 0, 2000), 0, 0)
+    draws = augment.draw(0, 0, 2000)
+    result = augment.erase_some(augment(images, draws), draws, 0, 0)
     changed = (result != result.new_tensor(128 / 127.5 - 1)).all(1) & ((result - 128 / 127.5 + 1).abs() > 1e-5).all(1)
     erased = changed.flatten(1).any(1)
     assert abs(erased.double().mean() - 0.25) < 0.03
@@ -52,7 +56,27 @@ def test_erasing_puts_noise_into_one_rectangle_of_so_many_images(channels):
     assert min(areas) > 0.01 and max(areas) < 0.36  # timm's limits are 0.02 and 1/3, before rounding
     noise = result[changed[:, None].expand_as(result)]
     assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
-    assert torch.equal(augment(images, augment.draw(0, 0, 2000), 0, 0), result)
+    assert torch.equal(augment.erase_some(augment(images, draws), draws, 0, 0), result)
+
+
+def test_erasing_after_mixing_leaves_the_noise_at_full_strength():
+    """Before, mixup halves it with the partner."""
+    data, spread = digits_config(), {}
+    for late in (False, True):
+        options = AugmentConfig(mixup=50.0, random_erasing=1.0, erase_mixed=late)  # weights of about a half
+        plain = batches(data, replace(options, random_erasing=0.0))[0].images
+        erased = batches(data, options)[0].images
+        spread[late] = (erased - plain)[erased != plain].std()
+    assert spread[True] > 1.3 * spread[False]
+
+
+def test_random_interpolation_is_bilinear_or_bicubic_for_each_picture(folder):
+    found = {}
+    for name in ("bicubic", "random"):
+        options = AugmentConfig(crop_scale=[0.3, 0.9], interpolation=name)
+        found[name] = torch.cat([batch.images for batch in batches(folder_config(folder), options, batch_size=24)])
+    same = [torch.equal(a, b) for a, b in zip(found["bicubic"], found["random"], strict=True)]
+    assert 0.2 < sum(same) / len(same) < 0.8
 
 
 def test_mixed_targets_sum_to_one_and_are_those_of_the_mixed_images():

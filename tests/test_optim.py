@@ -67,6 +67,16 @@ def test_what_has_no_weight_decay_has_none_in_any_part(model):
     assert decay == {p: group["weight_decay"] for group in plain.param_groups for p in group["params"]}
 
 
+def test_the_cool_down_is_the_end_of_the_epochs_at_the_lowest_rate(model):
+    config = OptimConfig(lr=0.5, min_lr=0.1, warmup_epochs=1, cooldown_epochs=2, warmup_lr=0.0)
+    optimizer = build_optimizer(model, config)
+    schedule, rates = build_schedule(optimizer, config, steps=50, per_epoch=5), []
+    for step in range(50):
+        schedule.step_update(step)
+        rates.append(base_lr(optimizer))
+    assert rates[40:] == pytest.approx([0.1] * 10) and min(rates[5:40]) > 0.1 and rates[5] == pytest.approx(0.5)
+
+
 def test_t2t_has_layers_to_decay_over():
     model = timm.create_model("t2t_vit_7", img_size=64)
     found = scales(model, layer_decay=0.5)

@@ -661,6 +661,13 @@ def test_pictures_are_well_formed_and_tell_no_date(name, written):
     assert "dc:date" not in text
 
 
+def test_code_in_markdown_does_not_end_at_a_backtick_of_its_own():
+    table, head, found = changed()
+    head["overrides"] = ["data.root=a`b"]
+    text = markdown(compare(table, head, found, versions.require_one_version(found, mixed=False)))
+    assert "<code>data.root=a`b</code>" in report.html("", text, DRAWN)
+
+
 def test_latex_is_balanced_and_escaped(written):
     text = (written / "report.tex").read_text()
     body = text.split("\\begin{tabular}")[1]

@@ -227,6 +227,33 @@ def test_a_step_that_fp16_skips_does_not_count_in_the_moving_average(tmp_path, m
     assert updates == [0, 1, 3, 4]
 
 
+def test_raw_weights_are_scored_beside_their_moving_average(finished):
+    """Recipes differ in which they publish."""
+    summary, state = finished.summary(), runs.state(finished)
+    bare = weights.find_checkpoint(finished.path).with_name("raw.pt")
+    torch.save({"model": state["model"]}, bare)
+    try:
+        raw = evaluated(finished, checkpoint=str(bare))
+    finally:
+        bare.unlink()
+    assert all(summary["raw"][key] == raw[key] for key in ("top1", "top5", "loss", "ece"))
+    assert summary["raw"]["loss"] != summary["loss"]
+
+
+@pytest.mark.parametrize("warmup", [True, False])
+def test_without_a_warm_up_the_average_has_its_full_length_from_the_first_steps(tmp_path, monkeypatch, warmup):
+    decays = []
+
+    class Watched(trainer.ModelEmaV3):
+        def get_decay(self, step=None):
+            decays.append(super().get_decay(step))
+            return decays[-1]
+
+    monkeypatch.setattr(trainer, "ModelEmaV3", Watched)
+    runs.train(tmp_path, "trainer.ema_decay=0.9", f"trainer.ema_warmup={warmup}", "trainer.max_steps=3")
+    assert (decays[-1] == 0.9) != warmup
+
+
 def test_a_picture_that_cannot_be_drawn_does_not_fail_the_run(tmp_path, monkeypatch):
     def fail(*args):
         raise OSError("no font cache")

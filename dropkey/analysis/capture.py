@@ -24,7 +24,7 @@ class LayerAttention:
     """What one attention layer did with a batch."""
 
     name: str  # of the module; " (2)" is appended in the second call of a module that is called more than once
-    kind: str  # self, class, cross, outlook, token: see `dropkey.apply`
+    kind: str  # self, class, cross, outlook, token, layer: see `dropkey.apply`
     weights: Tensor  # B H Q K, each row a distribution over keys
     windows: int  # in which queries attend (Swin, outlook), one after the other among the queries; 1: the whole image
     module: nn.Module

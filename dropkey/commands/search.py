@@ -29,6 +29,7 @@ from dropkey import cli, tasks
 from dropkey.commands import train
 from dropkey.config.check import check, require
 from dropkey.config.compose import compose
+from dropkey.config.device import check_device
 from dropkey.config.identity import flatten, group_hash, has_no_effect
 from dropkey.config.schema import TrainConfig
 from dropkey.errors import Busy, DataError, Interrupted, RunError, StorageError
@@ -71,6 +72,7 @@ class Space:
         for key in values.keys() - self.searched.keys():
             make, number = (IntDistribution, int) if key in whole else (FloatDistribution, float)
             self.searched[key] = make(*map(number, values[key]), log=key in logarithmic)
+        check_device("trainer.device", configs[0].trainer.device)
         self.output = Path(configs[0].output)
         self.direction = "maximize" if tasks.build(configs[0]).metrics[0].higher_is_better else "minimize"
         named = sorted(word for word in words if not has_no_effect(word.partition("=")[0]))

@@ -23,7 +23,7 @@ from dropkey.config.schema import TrainConfig
 from dropkey.engine import tracking
 from dropkey.errors import Diverged, Interrupted, Unread
 from dropkey.invocation import invocation
-from dropkey.records import RunDirectory, headline
+from dropkey.records import RunDirectory, headline, shown_figures
 
 register_schemas()
 
@@ -89,6 +89,8 @@ def this_command() -> str:
 
 def print_result(summary: dict) -> None:
     print(headline(summary))
+    if "raw" in summary:
+        print(f"raw    {shown_figures(summary['raw'], summary['metrics'])}  (weights without the moving average)")
     print(f"run    {summary['run']}  (config.yaml, metrics.jsonl, summary.json, curves.png, checkpoints/)")
 
 

@@ -80,8 +80,8 @@ def check_values(cfg: TrainConfig | EvalConfig) -> None:
 
 
 def family(name: str) -> str:
-    """The geometry that a model's name implies: 'vit', 'volo', 't2t', or 'other' (left to the model itself)."""
-    for prefix in ("t2t_vit", "volo"):
+    """The geometry that a model's name implies: vit, volo, t2t, ceit, or other, which is left to the model itself."""
+    for prefix in ("t2t_vit", "volo", "ceit"):
         if name.startswith(prefix):
             return prefix.removesuffix("_vit")
     return "vit" if re.match(r"(vit|deit3?)_\w*patch\d+", name) else "other"
@@ -97,11 +97,11 @@ def known_models() -> frozenset[str]:
 
 
 def default_patch(name: str, image_size: int) -> int:
-    """The patch in the model's name (8 for VOLO), or on small images one of 2 px or more for about 8 x 8 tokens."""
+    """The patch in the name (VOLO 8, CeiT 16), or on small images one of 2 px or more for about 8 x 8 tokens."""
     if image_size >= SMALL_IMAGE:
         found = re.search(r"patch(\d+)", name)
-        return int(found.group(1)) if found else 8
-    if family(name) == "volo":
+        return int(found.group(1)) if found else {"ceit": 16}.get(family(name), 8)
+    if family(name) in ("volo", "ceit"):
         return 4
     divisors = [size for size in range(2, image_size + 1) if image_size % size == 0]
     return min(divisors, default=1, key=lambda size: abs(image_size / size - 8))
@@ -123,7 +123,7 @@ def check_model(model: ModelConfig, image_size: int) -> None:
     for name in OWN_ARGUMENTS.keys() & model.args.keys():
         raise ConfigError(f"model.args.{name}: take {OWN_ARGUMENTS[name]}, which sets it")
     require(
-        model.depth is None or model.embed_dim is None or base == RESIZED or kind == "t2t",
+        model.depth is None or model.embed_dim is None or base == RESIZED or kind in ("t2t", "ceit"),
         f"model.name={model.name} with the depth and width of another model; take model=timm model.name={model.name}",
     )
     require(
@@ -138,7 +138,7 @@ def check_model(model: ModelConfig, image_size: int) -> None:
             f"data.image_size={image_size} leaves {base} {tokens} tokens; "
             "take model=t2t_vit_small_image, or images of 48 px and more",
         )
-    if kind in ("vit", "volo"):
+    if kind in ("vit", "volo", "ceit"):
         fit_patches(model, kind, base, image_size)
 
 
@@ -151,6 +151,8 @@ def fit_patches(model: ModelConfig, kind: str, base: str, image_size: int) -> No
     if kind == "volo":
         require(patch in (4, 8, 16), f"model.patch_size={patch}: VOLO has 4, 8 and 16")
         step, why = 2 * patch, "twice model.patch_size"  # it halves its grid between outlook and self-attention
+    if kind == "ceit":
+        require(patch % 4 == 0, f"model.patch_size={patch}: CeiT has multiples of 4, the stride of its stem")
     require(
         image_size % step == 0,
         f"data.image_size={image_size} is not divisible by {why} ({step}); "
@@ -170,7 +172,7 @@ def grid_side(model: ModelConfig, image_size: int, layers: list[str]) -> int | N
         return math.isqrt(t2t_tokens(model.name, image_size)) if "token" not in layers else None
     if kind == "volo":
         return image_size // model.patch_size // (1 if "outlook" in layers else 2)
-    return image_size // model.patch_size if kind == "vit" else None
+    return image_size // model.patch_size if kind in ("vit", "ceit") else None
 
 
 # --------------------------------------------------------------------------------------------- values that must fit
@@ -183,6 +185,10 @@ def check_regularizer(regularizer: RegularizerConfig, schedule: ScheduleConfig) 
     require(len(set(layers)) == len(layers), f"regularizer.layers=[{','.join(layers)}] names one twice")
     if name.startswith(("dropkey_block", "dropkey_cross")):
         cross = name.startswith("dropkey_cross")
+        require(
+            "layer" not in layers,
+            f"regularizer.layers=[{','.join(layers)}]: {name} needs keys on an image; leave out layer",
+        )
         odd = isinstance(window, int) and window > 0 and window % 2 == 1
         share = isinstance(window, float) and 0 < window < 1
         require(
@@ -230,12 +236,17 @@ def check_data(data: schema.DataConfig) -> None:
 
 
 def check_warmup(optim: schema.OptimConfig, trainer: schema.TrainerConfig) -> None:
-    """Refuses a warm-up that lasts to the end. How many steps an epoch has is known with the data only, so that
-    `trainer.max_steps` (for debugging) may end a run within its warm-up."""
+    """Refuses a warm-up and cool-down that leave nothing between. How many steps an epoch has is known with the data
+    only, so that `trainer.max_steps` (for debugging) may end a run within its warm-up."""
     require(
         optim.warmup_epochs < trainer.epochs,
         f"optim.warmup_epochs={optim.warmup_epochs:g} must be below trainer.epochs={trainer.epochs}, or the learning "
         f"rate never falls; take optim.warmup_epochs={trainer.epochs / 10:g}",
+    )
+    require(
+        optim.warmup_epochs + optim.cooldown_epochs < trainer.epochs,
+        f"optim.warmup_epochs={optim.warmup_epochs:g} and optim.cooldown_epochs={optim.cooldown_epochs:g} leave "
+        f"none of trainer.epochs={trainer.epochs} for the cosine; take fewer",
     )
 
 

@@ -24,7 +24,10 @@ NO_EFFECT = (
     "trainer.find_unused_parameters",
 )
 # Keys that came later, at the value at which they change nothing: left out, so that earlier runs keep their hash.
-NEUTRAL = {"schedule.over": "depth", "optim.layer_decay": None}
+NEUTRAL = {
+    **{"schedule.over": "depth", "optim.layer_decay": None, "optim.cooldown_epochs": 0.0, "trainer.ema_warmup": True},
+    **{"augment.border": "reflect", "augment.interpolation": "bicubic", "augment.erase_mixed": False},
+}
 
 
 def has_no_effect(key: str) -> bool:

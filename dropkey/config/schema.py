@@ -13,7 +13,7 @@ REGULARIZER_NAMES = (
 )
 SCHEDULES = ("constant", "decreasing", "increasing")
 OVER = ("depth", "training")
-LAYERS = ("self", "class", "cross", "outlook", "token")
+LAYERS = ("self", "class", "cross", "outlook", "token", "layer")
 IMPLS = ("auto", "reference", "cpu", "triton", "sdpa")
 DATASETS = ("digits", "cifar10", "cifar100", "imagenet", "folder")
 OWN_VALIDATION = ("imagenet", "folder")  # data sets that may bring a validation split
@@ -79,10 +79,13 @@ class DataConfig:
 @dataclass
 class AugmentConfig:
     hflip: float = 0.0  # probability of mirroring horizontally
-    crop_padding: int = 0  # pixels of reflected border before a random crop of image_size
+    crop_padding: int = 0  # pixels of border before a random crop of image_size
+    border: str = "reflect"  # what that border shows: reflect (the image mirrored) or black
     crop_scale: Optional[List[float]] = None  # random resized crop: least and largest share of the area
+    interpolation: str = "bicubic"  # of that crop and of RandAugment; random: bilinear or bicubic, drawn for each image
     rand_augment: Optional[str] = None  # timm's policy string, such as rand-m9-mstd0.5-inc1
     random_erasing: float = 0.0  # probability of random erasing
+    erase_mixed: bool = False  # erase after mixup and cutmix, which then do not thin the noise; false: before
     aug_repeats: int = 1  # repeated augmentation: how often each image appears in an epoch, which has fewer images
     mixup: float = 0.0  # alpha of mixup's Beta distribution; 0: off
     cutmix: float = 0.0  # alpha of cutmix's Beta distribution; 0: off
@@ -98,6 +101,7 @@ class OptimConfig:
     momentum: float = 0.9  # of SGD and RMSprop
     warmup_epochs: float = 1.0  # linear warm-up, per step, from warmup_lr
     warmup_lr: float = 1e-6  # where the warm-up begins
+    cooldown_epochs: float = 0.0  # of trainer.epochs, the last ones, all at min_lr
     min_lr: float = 1e-6  # where the cosine ends
     clip_grad_norm: Optional[float] = None  # largest gradient norm; null: no clipping
     lr_scale: Dict[str, Any] = field(default_factory=dict)  # factor on lr for parts of the model: {head: 10}
@@ -115,6 +119,7 @@ class TrainerConfig:
     eval_every: int = 1  # epochs between evaluations; the last epoch is always evaluated
     amp: str = "none"  # autocast: none, bf16 or fp16
     ema_decay: Optional[float] = None  # moving average of the weights, evaluated in their place; null: off
+    ema_warmup: bool = True  # a shorter average at first; false: ema_decay from the first step
     compile: bool = False  # torch.compile
     channels_last: bool = False  # memory format, for models that begin with convolutions
     find_unused_parameters: bool = False  # DDP: for models that do not use all parameters in each step
@@ -190,7 +195,7 @@ VALUES = (  # keys, and the range or the choices that their values must be in; n
     ("model.patch_size model.embed_dim data.image_size", "above 0", SIZE),
     ("model.depth model.num_heads model.mlp_ratio data.std augment.aug_repeats optim.lr", "above 0", FACTOR),
     ("seed", "0 or more", 2**63 - 1),
-    ("optim.warmup_epochs eval.monte_carlo", "0 or more", COUNT),
+    ("optim.warmup_epochs optim.cooldown_epochs eval.monte_carlo", "0 or more", COUNT),
     ("augment.crop_padding", "0 or more", SIZE),
     (
         "data.num_workers augment.mixup augment.cutmix optim.weight_decay optim.warmup_lr optim.min_lr",
@@ -212,6 +217,8 @@ VALUES = (  # keys, and the range or the choices that their values must be in; n
     ("regularizer.impl", IMPLS),
     ("schedule.name", SCHEDULES),
     ("schedule.over", OVER),
+    ("augment.border", ("reflect", "black")),
+    ("augment.interpolation", ("bicubic", "random")),
     ("trainer.amp", AMP),
     ("trainer.device eval.device", DEVICES),
     ("logger.name", ("wandb", "none")),

@@ -1,7 +1,8 @@
 """Augmentation in two stages. Every random number is derived from the run's seed and the image's place in the epoch.
 
 1. Pictures, in the decoding workers: random resized crop and RandAugment of timm, on PIL images.
-2. Batches, on the device: mirror, padded crop, normalisation, timm's random erasing; then mixup or cutmix of timm.
+2. Batches, on the device: mirror, padded crop, normalisation, timm's random erasing; then mixup or cutmix of timm, or
+   the erasing last.
 Images in memory and images decoded on demand share the second stage, so `data.in_memory` does not change it.
 Shape letters: B images, C channels, H and W height and width.
 """
@@ -59,9 +60,11 @@ class TrainPicture:
         self.size = data.image_size
         self.crop = self.rand_augment = None
         if augment.crop_scale is not None:
-            self.crop = RandomResizedCropAndInterpolation(self.size, tuple(augment.crop_scale), interpolation="bicubic")
+            self.crop = RandomResizedCropAndInterpolation(
+                self.size, tuple(augment.crop_scale), interpolation=augment.interpolation
+            )
         if augment.rand_augment is not None:
-            self.rand_augment = rand_augment(augment.rand_augment, data)
+            self.rand_augment = rand_augment(augment.rand_augment, data, augment.interpolation)
 
     def __call__(self, picture: Image.Image, key: tuple) -> Image.Image:
         if self.crop is None and self.rand_augment is None:
@@ -71,14 +74,15 @@ class TrainPicture:
             return self.rand_augment(picture) if self.rand_augment else picture
 
 
-def rand_augment(policy: str, data: DataConfig):
+def rand_augment(policy: str, data: DataConfig, interpolation: str = "bicubic"):
     """timm's RandAugment; uncovered corners are filled with the data's mean colour. ConfigError if timm refuses it."""
     fill = tuple(min(255, round(255 * value)) for value in per_channel(data.mean, data.channels))
     hparams = {
         "translate_const": int(data.image_size * 0.45),  # pixels, as in DeiT
         "img_mean": fill if data.channels == 3 else fill[0],
-        "interpolation": Image.Resampling.BICUBIC,
     }
+    if interpolation == "bicubic":  # else timm draws bilinear or bicubic
+        hparams["interpolation"] = Image.Resampling.BICUBIC
     try:
         transform = rand_augment_transform(policy, hparams)
     except (AssertionError, KeyError, ValueError) as error:
@@ -121,7 +125,7 @@ def denormalized(images: torch.Tensor, data: DataConfig) -> torch.Tensor:
 
 
 class BatchAugment:
-    """uint8 B C H W -> float32 B C H W: mirror, crop out of a reflected border, normalise, erase.
+    """uint8 B C H W -> float32 B C H W: mirror, crop out of a border, normalise; and `erase_some`.
 
     The numbers it needs are a row of `draw` and a seed per image, so a batch may be cut into microbatches at will.
     """
@@ -130,7 +134,7 @@ class BatchAugment:
 
     def __init__(self, data: DataConfig, augment: AugmentConfig, seed: int, device: torch.device):
         self.normalize = Normalize(data, device)
-        self.hflip, self.padding = augment.hflip, augment.crop_padding
+        self.hflip, self.padding, self.black = augment.hflip, augment.crop_padding, augment.border == "black"
         self.size, self.channels, self.seed, self.device = data.image_size, data.channels, seed, device
         self.erasing = augment.random_erasing
         self.erase = RandomErasing(probability=1.0, mode="pixel", device=device)
@@ -144,14 +148,17 @@ class BatchAugment:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "augment batch", epoch, step))
         return torch.rand(batch, self.COLUMNS, dtype=torch.float64, generator=generator)
 
-    def __call__(self, images: torch.Tensor, draws: torch.Tensor, epoch: int, position: int) -> torch.Tensor:
-        """`position` is that of the first image in the epoch."""
-        flip, down, right, erase = draws.unbind(1)
+    def __call__(self, images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+        flip, down, right, _ = draws.unbind(1)
         mirrored = flip < self.hflip
         if self.hflip or self.padding > 0:
             steps = 2 * self.padding + 1
             images = self._shift(images, mirrored, (down * steps).long(), (right * steps).long())
-        images = self.normalize(images)
+        return self.normalize(images)
+
+    def erase_some(self, images: torch.Tensor, draws: torch.Tensor, epoch: int, position: int) -> torch.Tensor:
+        """In place, with noise. `position` is that of the first image in the epoch."""
+        erase = draws[:, 3]
         if self.erasing > 0:
             with seeded(0):  # leaves the generators of the host as they were
                 for index in (erase < self.erasing).nonzero().flatten().tolist():
@@ -162,19 +169,25 @@ class BatchAugment:
         return images
 
     def _shift(self, images, mirrored, down, right):
-        """The window `down` and `right` pixels into the image with its reflected border, then mirrored.
+        """The window `down` and `right` pixels into the image with its border, then mirrored.
 
         The border is never built: indices reach back into the image.
         """
         here = torch.arange(self.size)
+        places = here + down[:, None] - self.padding
         if self.padding > 0:  # whole lines of pixels first: index_select copies them many times faster than gather
-            rows = to_device(self._reflect(here + down[:, None] - self.padding), self.device)
+            rows = to_device(self._reflect(places), self.device)
             planes = torch.arange(images.shape[0] * self.channels, device=self.device).view(-1, self.channels, 1)
             lines = (planes * self.size + rows[:, None, :]).flatten()
             images = images.reshape(-1, self.size).index_select(0, lines).view(images.shape)
         columns = torch.where(mirrored[:, None], here.flip(0), here)
-        columns = to_device(self._reflect(columns + right[:, None] - self.padding), self.device)
-        return images.gather(3, columns[:, None, None, :].expand_as(images))
+        columns = columns + right[:, None] - self.padding
+        found = to_device(self._reflect(columns), self.device)
+        images = images.gather(3, found[:, None, None, :].expand_as(images))
+        if self.black and self.padding > 0:
+            above, beside = (to_device((one < 0) | (one >= self.size), self.device) for one in (places, columns))
+            images.masked_fill_(above[:, None, :, None] | beside[:, None, None, :], 0)
+        return images
 
     def _reflect(self, index):
         last = self.size - 1

@@ -94,7 +94,7 @@ class TrainLoader:
         self._microbatch, self._batch_size, self._grad_accum_steps = microbatch, batch_size, grad_accum_steps
         self._seed, self._first, self._repeats = seed, rank * grad_accum_steps, augment.aug_repeats
         self._targets = dataset.train.targets.to(device)
-        self._augment = BatchAugment(data, augment, seed, device)
+        self._augment, self._erase_mixed = BatchAugment(data, augment, seed, device), augment.erase_mixed
         self._mix = Mix(augment, dataset.num_classes)
         if data.in_memory and augment.crop_scale is None and augment.rand_augment is None:
             self._reader = OnDevice(dataset.train.images, device)
@@ -130,8 +130,12 @@ class TrainLoader:
             own = slice(microbatch * self._microbatch, (microbatch + 1) * self._microbatch)
             ids = order[begin : begin + self._microbatch]
             targets = self._targets[to_device(ids, self._device)]
-            images = self._augment(images, draws[own], epoch, begin)
+            images = self._augment(images, draws[own])
+            if not self._erase_mixed:
+                images = self._augment.erase_some(images, draws[own], epoch, begin)
             images, targets = self._mix(images, targets, self._seed, "mix", epoch, step, microbatch)
+            if self._erase_mixed:
+                images = self._augment.erase_some(images, draws[own], epoch, begin)
             yield ImageBatch(images, targets, ids)
 
     def close(self) -> None:

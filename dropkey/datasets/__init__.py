@@ -4,11 +4,12 @@ dataset = load(cfg.data)  # cfg.data.name is a key of DATASETS, or `module:funct
 """
 
 import importlib
+import inspect
 from dataclasses import replace
 
 from dropkey.config.check import nearest
 from dropkey.config.schema import DataConfig
-from dropkey.data.splits import TEST_SEED, Dataset, hold_out, limit, refuse_shared_images
+from dropkey.data.splits import TEST_SEED, Dataset, Split, hold_out, limit, refuse_shared_images
 from dropkey.errors import ConfigError, DataError, explained
 
 DATASETS = {name: f"dropkey.datasets.{name}:read" for name in ("digits", "cifar10", "cifar100", "imagenet", "folder")}
@@ -27,9 +28,12 @@ def load(data: DataConfig, seed: int = 0) -> Dataset:
     """
     read = reader(data.name)
     try:
-        classes, train, val, test = read(data)
+        found = read(data)
     except OSError as error:
         raise DataError(f"cannot read data={data.name}: {explained(error)}") from error
+    if not isinstance(found, tuple) or [type(one) for one in found[:2]] != [list, Split] or len(found) != 4:
+        raise ConfigError(f"data.name={data.name} must return a list of classes and three splits: train, val, test")
+    classes, train, val, test = found
     if len(classes) < 2:
         where = f" under {data.root}" if data.name in ("folder", "imagenet") else ""
         raise DataError(f"data={data.name} has one class{where}: {classes[0]}; a classifier needs two or more")
@@ -64,6 +68,8 @@ def reader(name: str):
     if not function:
         raise ConfigError(f"data.name={name} does not exist{nearest(name, DATASETS)} (or module:function)")
     try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+        found = getattr(importlib.import_module(module), function)
+        inspect.signature(found).bind(DataConfig)
+        return found
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError(f"data.name={name}: {error}") from None

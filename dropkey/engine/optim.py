@@ -77,12 +77,13 @@ def base_lr(optimizer: torch.optim.Optimizer) -> float:
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, optim: OptimConfig, steps: int, per_epoch: int):
-    """Cosine from optim.lr to optim.min_lr over `steps`, after a linear warm-up; a pure function of the step."""
+    """A linear warm-up, a cosine from optim.lr to optim.min_lr, a cool-down there: `steps` in all. A pure function of
+    the step."""
     logging.getLogger("timm.scheduler").setLevel(logging.ERROR)  # it warns of cosines of a single step
     warmup = min(round(optim.warmup_epochs * per_epoch), steps - 1)
     return CosineLRScheduler(
         optimizer,
-        t_initial=max(steps - warmup, 1),
+        t_initial=max(steps - warmup - round(optim.cooldown_epochs * per_epoch), 1),
         lr_min=optim.min_lr,
         warmup_t=warmup,
         warmup_lr_init=optim.warmup_lr,

@@ -59,7 +59,9 @@ class Trainer:
         optimizer = build_optimizer(model, self.optim)
         self.schedule = build_schedule(optimizer, self.optim, steps, steps_per_epoch)
         scaler = torch.amp.GradScaler(dist.device.type, enabled=options.amp == "fp16")
-        ema = ModelEmaV3(model, decay=options.ema_decay, use_warmup=True) if options.ema_decay is not None else None
+        ema = None
+        if options.ema_decay is not None:
+            ema = ModelEmaV3(model, decay=options.ema_decay, use_warmup=options.ema_warmup)
         self.state = State(model, optimizer, scaler, ema)
         self.autocast = build_autocast(options.amp, dist.device)
         self.saved_at = time.monotonic()

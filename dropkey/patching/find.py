@@ -24,6 +24,7 @@ from dropkey.regularizers import Grid
 KIND_OF_CLASS = {
     "OutlookAttention": "outlook",
     "TokenTransformerAttention": "token",
+    "LayerwiseClassAttention": "layer",
     "ClassAttention": "class",  # VOLO
     "ClassAttn": "class",  # CaiT, XCiT
     "crossvit.CrossAttention": "class",  # one branch's class token attends to the other branch

@@ -73,7 +73,8 @@ def apply(
             (0, 1), the share of the shorter side of each layer's grid, see `dropkey.regularizers.window_cells`; of a
             cross also "full".
         layers: attention layers to act on: self; class (a class token or another single query attends to the keys);
-            cross (queries and keys of different sequences); outlook (VOLO); token (T2T's token transformers).
+            cross (queries and keys of different sequences); outlook (VOLO); token (T2T's token transformers);
+            layer (CeiT: the class token attends to those of all layers).
         softmax: classes or dotted names of further attention modules ("Attention", "decoder.*.attn"; * fits anything).
             Every softmax over the last dimension in their forward is regularized, and a dropout of its result replaced.
             Modules like those of vit-pytorch (nn.Softmax, then dropout, between two matrix products) need no name.

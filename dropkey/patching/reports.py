@@ -16,7 +16,7 @@ class RegularizedLayer:
     """One regularized attention layer, as reported."""
 
     name: str
-    kind: str  # self, class, cross, outlook, token
+    kind: str  # self, class, cross, outlook, token, layer
     ratio: float
     mechanism: str  # fused, weights or softmax
     module: AttentionRegularizer = field(repr=False, compare=False)

@@ -66,6 +66,7 @@ def markdown(comparison: Comparison, drawn: dict[str, str]) -> str:
     environment.filters |= {
         "cell": escape_markdown,
         "line": escape_line,
+        "code": sentences.code,
         "named": content.named,
         "in_units": content.in_units,
     }

@@ -14,9 +14,16 @@ def about(comparison: Comparison, show: Callable[[str], str] = str) -> str:
     table = comparison.table
     runs = show("; ".join(f"{column}: {trainings(comparison, column)}" for column in table.columns))
     overrides = (
-        f" Overrides of every run: `{' '.join(comparison.head['overrides'])}`." if comparison.head["overrides"] else ""
+        f" Overrides of every run: {code(' '.join(comparison.head['overrides']))}."
+        if comparison.head["overrides"]
+        else ""
     )
-    return f"Scale `{table.scale}`: {show(table.about)}. Ours is {runs}.{overrides}"
+    return f"Scale {code(table.scale)}: {show(table.about)}. Ours is {runs}.{overrides}"
+
+
+def code(text: str) -> str:
+    """As code in Markdown, with a fence that the text does not end."""
+    return f"`` {text} ``" if "`" in text else f"`{text}`"
 
 
 def plan(comparison: Comparison) -> list[str]:
@@ -28,7 +35,7 @@ def plan(comparison: Comparison) -> list[str]:
         text += f", with a look at the claims after {listed(looks)}; the runs end when all are decided"
     found = [f"{text}. Finished: {over}."]
     if head["protocol"]:
-        found.append(f"The study follows `{table.protocol}` (hash `{head['protocol']}`).")
+        found.append(f"The study follows {code(table.protocol)} (hash `{head['protocol']}`).")
         if results.protocol_hash(table) != head["protocol"]:
             found.append(f"**The protocol was changed since, to hash `{results.protocol_hash(table)}`.**")
     if head["seen_before"]:

@@ -47,8 +47,8 @@ def family(work: tuple) -> tuple[str, dict]:
     name, cases, world, folder, seed = work
     place = Path(folder) / name.replace(" ", "-").replace(":", "")
     began, found = time.monotonic(), {}
-    for case in cases:
-        found[str(case)] = stub.tried(case, world, place, seed)
+    for number, case in enumerate(cases, 1):
+        found[f"{number} {case}"] = stub.tried(case, world, place, seed)
     with contextlib.suppress(OSError):
         os.chdir("/")
     survived = f"{sum(not faults for faults in found.values())} of {len(found)}"

@@ -184,7 +184,7 @@ class Damaged:
     case: Case
 
     def __str__(self) -> str:
-        return f"{self.file}: {self.damage}: {self.case.command} {' '.join(self.case.words[:1])}"
+        return f"{self.file}: {self.damage}: {self.case.command} {' '.join(self.case.words)[:120]}"
 
 
 def commands(world: World) -> dict[str, tuple[str, tuple[str, ...]]]:
