@@ -91,12 +91,12 @@ def test_every_cell_of_the_grid_resumes_in_a_new_process_bitwise_identically(tmp
 @pytest.mark.parametrize("moment", ["step", "evaluation", "save"])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)])
 def test_a_signal_to_a_process_and_its_workers_saves_once_whenever_it_comes(tmp_path, number, code, moment, figure):
-    words = ("augment=deit", "data.in_memory=false", "data.num_workers=2")
+    words = ("data.in_memory=false", "data.num_workers=2")
     done = processes.run(fault_runs.train_and_signal, tmp_path, int(number), moment, words)
     ended, (began, *saves) = time.time(), (tmp_path / "signal.txt").read_text().split()
     assert done.returncode == code, done.stderr
     assert len(saves) == (moment != "save") and "Traceback" not in done.stderr
-    assert ended - float(began) < 30
+    assert ended - float(began) < 30, "torchrun would have killed it"
     whole, parts = runs.train(tmp_path / "whole", *words), runs.train(tmp_path, *words)
     assert runs.unequal(runs.state(whole), runs.state(parts)) is None
     figure("in a step, an evaluation, a save, workers on: one save, 143 or 130")
