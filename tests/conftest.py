@@ -18,6 +18,7 @@ from dropkey import regularizers
 from dropkey.patching import layer
 from dropkey.reproduction import runner, slots
 
+pytest_plugins = ["fault_table"]
 torch.set_num_threads(1)
 for ignored in (signal.SIGHUP, signal.SIGINT):  # by nohup, or a shell that started the tests in the background
     if signal.getsignal(ignored) == signal.SIG_IGN:

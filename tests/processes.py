@@ -78,5 +78,5 @@ def _agent(function: Callable, args: tuple, processes: int, restarts: int) -> No
     )
     try:
         elastic_launch(config, function)(*args)
-    except ChildFailedError:
-        sys.exit(1)
+    except ChildFailedError as error:
+        sys.exit(error.get_first_failure()[1].exitcode)
