@@ -63,8 +63,8 @@ MAY_IMPORT = {
         *("metrics", "multirun", "origin", "records", "reproduction", "run_table", "session", "tasks"),
     },
     "reproduction": {
-        *("code_version", "config", "errors", "invocation", "metrics", "models", "page", "plotting", "records"),
-        "shapes",
+        *("code_version", "config", "errors", "invocation", "metrics", "page", "plotting", "records"),
+        *("shapes", "tasks"),
     },
 }
 FILES = [file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py"]

@@ -4,6 +4,7 @@ import functools
 import json
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from dropkey.commands import eval as evaluating
 from dropkey.commands import train as training
 from dropkey.config.schema import REGULARIZER_NAMES, DataConfig, EvalConfig, EvaluationConfig, OptimConfig
 from dropkey.engine import distributed, tracking, trainer
+from dropkey.engine.distributed import DistContext
 from dropkey.engine.evaluate import evaluate
 from dropkey.engine.optim import build_optimizer, build_schedule, duration
 from dropkey.errors import Busy, ConfigError, Diverged, Interrupted, RunError, StorageError
@@ -127,6 +129,37 @@ def test_compiled_training_gives_the_losses_of_eager_training(tmp_path, monkeypa
     losses = [[r["loss"] for r in run.records("step")] for run in (eager, compiled)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert runs.state(eager)["model"].keys() == runs.state(compiled)["model"].keys()
+
+
+def test_the_processes_meet_once_a_step_and_the_device_is_waited_for_once(tmp_path, monkeypatch):
+    """Every wait and every collective keeps a fast device idle."""
+    counts, steps = Counter(), []
+
+    def count(kind: type, name: str) -> None:
+        call = getattr(kind, name)
+
+        def counted(self, *args):
+            if "/torch/optim/" not in sys._getframe(1).f_code.co_filename:  # its step counts are on the host
+                counts[name] += 1
+            return call(self, *args)
+
+        monkeypatch.setattr(kind, name, counted)
+
+    for name in ("tolist", "item", "__float__", "__bool__"):
+        count(torch.Tensor, name)
+    for name in ("any", "sum"):
+        count(DistContext, name)
+    original = trainer.Trainer.step
+
+    def step(self, batches):
+        counts.clear()
+        loss = original(self, batches)
+        steps.append(dict(counts))
+        return loss
+
+    monkeypatch.setattr(trainer.Trainer, "step", step)
+    runs.train(tmp_path, "regularizer=none", "trainer.max_steps=3", "trainer.grad_accum_steps=2")
+    assert steps[1:] == [{"tolist": 1, "any": 1}] * 2  # the first adds up how many samples a batch has
 
 
 # -------------------------------------------------------------------------------------------------- things go wrong

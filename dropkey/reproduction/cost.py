@@ -3,10 +3,11 @@
 import math
 import re
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Optional
 
 from dropkey.config.check import nearest, require
-from dropkey.config.schema import ModelConfig, TrainConfig
+from dropkey.config.schema import TrainConfig
 from dropkey.reproduction.jobs import Job
 
 PEAKS = {"a100": 312.0, "h100": 989.0, "h200": 989.0, "l40s": 362.0}  # TFLOPS, dense bf16; data sheets of the vendor
@@ -50,11 +51,10 @@ def costs(jobs: dict[Job, str], tflops: float, utilisation: float) -> tuple[list
         if images is None:
             unknown += 1
             continue
-        data = cfg.data
-        need = (cfg.model, data.image_size, data.channels, data.num_classes or 10)
-        if str(need) not in counted:
-            counted[str(need)] = of_model(*need)
-        flop, parameters = counted[str(need)]
+        need = str((cfg.task, cfg.model, cfg.data))
+        if need not in counted:
+            counted[need] = of_model(cfg)
+        flop, parameters = counted[need]
         found.setdefault((column, flop, images, parameters), []).append(job)
     rate = tflops * 1e12 * utilisation * 3600
     return [
@@ -82,17 +82,19 @@ def images_of(cfg: TrainConfig) -> Optional[int]:
     return min(steps, trainer.max_steps or steps) * trainer.batch_size
 
 
-def of_model(model: ModelConfig, image_size: int, channels: int, classes: int) -> tuple[int, int]:
+def of_model(cfg: TrainConfig) -> tuple[int, int]:
     """(operations of the forward pass of an image, parameters). Counted without computing anything: a product of
     matrices, a convolution and attention as two operations for each multiplication with an addition."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from dropkey.models import create_model
+    from dropkey import tasks
 
-    with torch.device("meta"):
-        built = create_model(model, image_size=image_size, channels=channels, num_classes=classes, fused=False).eval()
+    task, nowhere = tasks.build(cfg), torch.device("meta")
+    data = task.planned_data()
+    with nowhere:
+        model = task.build_model(data, pretrained=False, fused=False).eval()
         counter = FlopCounterMode(display=False)
         with counter, torch.no_grad():
-            built(torch.empty(1, channels, image_size, image_size))
-    return counter.get_total_flops(), sum(parameter.numel() for parameter in built.parameters())
+            task.predict(model, task.example(data, SimpleNamespace(device=nowhere)))
+    return counter.get_total_flops(), sum(parameter.numel() for parameter in model.parameters())

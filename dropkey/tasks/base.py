@@ -78,7 +78,13 @@ class Task(ABC):
     def example(self, data: Any, dist) -> Batch:
         """One sample as the model takes it, for a trial forward pass."""
 
+    def planned_data(self) -> Any:
+        """What `build_model` and `example` take in place of the data: what the config says of them."""
+        raise NotImplementedError
+
     # ----------------------------------------------------------------------------------------------------- loss
+
+    fixed_normalisers = False  # whether they are the same for all batches: the processes then add them up once
 
     @abstractmethod
     def normalisers(self, batch: Batch) -> dict[str, float]:

@@ -29,6 +29,7 @@ class Classification(Task):
         Metric("loss", "loss", digits=4, higher_is_better=False),
         Metric("ece", "calibration error", "%", higher_is_better=False),
     )
+    fixed_normalisers = True  # the loader drops the last, incomplete batch
 
     def load_data(self) -> loaders.Dataset:
         return datasets.load(self.cfg.data, self.cfg.seed)
@@ -78,6 +79,10 @@ class Classification(Task):
         images = torch.zeros(1, data.channels, data.image_size, data.image_size, device=dist.device)
         zero = torch.zeros(1, dtype=torch.int64)
         return loaders.ImageBatch(images, zero.to(dist.device), zero)
+
+    def planned_data(self) -> SimpleNamespace:
+        cfg = self.cfg.data
+        return SimpleNamespace(image_size=cfg.image_size, channels=cfg.channels, num_classes=cfg.num_classes or 10)
 
     def normalisers(self, batch: loaders.ImageBatch) -> dict[str, float]:
         return {"cross_entropy": len(batch)}
