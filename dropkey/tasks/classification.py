@@ -85,10 +85,19 @@ class Classification(Task):
         return SimpleNamespace(image_size=cfg.image_size, channels=cfg.channels, num_classes=cfg.num_classes or 10)
 
     def normalisers(self, batch: loaders.ImageBatch) -> dict[str, float]:
-        return {"cross_entropy": len(batch)}
+        return dict.fromkeys(
+            ("cross_entropy", "token_cross_entropy") if self.mixes_tokens else ("cross_entropy",), len(batch)
+        )
+
+    @property
+    def mixes_tokens(self) -> bool:
+        return bool(self.cfg.model.args.get("use_mix_token"))
 
     def losses(self, model: nn.Module, batch: loaders.ImageBatch) -> dict[str, Tensor]:
-        return {"cross_entropy": F.cross_entropy(model(batch.images), batch.targets, reduction="sum")}
+        outputs = model(batch.images)
+        if self.mixes_tokens:
+            return mix_token_losses(*outputs, batch.targets)
+        return {"cross_entropy": F.cross_entropy(outputs, batch.targets, reduction="sum")}
 
     def predict(self, model: nn.Module, batch: loaders.ImageBatch) -> Tensor:
         return model(batch.images)
@@ -157,6 +166,21 @@ class Classification(Task):
 
     def transform(self) -> ImageTransform:
         return ImageTransform(self.cfg.data)
+
+
+def mix_token_losses(logits: Tensor, token_logits: Tensor, own: float, targets: Tensor) -> dict[str, Tensor]:
+    """Of what MixTokenVOLO makes in training: the image against its own and its partner's label, and half of each
+    token's against the label of the image it is from (its mean over tokens). `targets`: class ids, or B x classes."""
+    if targets.dim() == 1:
+        targets = F.one_hot(targets, logits.shape[-1]).to(logits.dtype)
+    mixed = own * targets + (1 - own) * targets.flip(0)
+    of_tokens = targets[:, None].expand(token_logits.shape)
+    count = token_logits.shape[1]
+    token_loss = F.cross_entropy(token_logits.flatten(0, 1), of_tokens.flatten(0, 1), reduction="sum") / count
+    return {
+        "cross_entropy": F.cross_entropy(logits, mixed, reduction="sum"),
+        "token_cross_entropy": 0.5 * token_loss,
+    }
 
 
 class ClassificationScores:
