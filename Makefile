@@ -20,8 +20,9 @@ train: setup ## train a small ViT with DropKey on digits (under a minute)
 test: setup ## run all tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $${TEST_PROCESSES:-2} --dist worksteal $(ARGS)
 
-faults: setup ## hostile commands and damaged files, all of them; minutes
-	@cd tests && ../$(BIN)/python -m hostile $(ARGS)
+faults: setup ## hostile commands, damaged files and 28 faults of the world around a run, all of them; half an hour
+	@cd tests && ../$(BIN)/python -m hostile
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m fault --every-fault $(ARGS)
 
 soak: setup ## kills and resumes at random moments, for an hour; ARGS="minutes=1" in small
 	@cd tests && ../$(BIN)/python -m soak $(ARGS)

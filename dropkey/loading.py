@@ -141,6 +141,8 @@ def load(
         f"{directory.path}/model.json has no label_names: it was edited, or task={cfg.task.name} "
         "does not say how its model is used (Task.model_info)",
     )
+    if wrong := task.info_fault(info):
+        raise StorageError(f"{directory.path / 'model.json'} is damaged: {wrong}; delete it, and it is made again")
     model = initial_model(task, info, fused=not (place.type == "cpu" and cfg.trainer.amp == "bf16"))
     if load_weights(model, file):
         raise ConfigError(f"{file} has other classes than the {len(info['label_names'])} of the run")

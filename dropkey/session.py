@@ -186,6 +186,10 @@ def one_line_errors(cfg: TrainConfig, run: RunDirectory) -> Iterator[None]:
             raise
         raise StorageError(f"cannot write in {run.path}: {error}") from None
     except RuntimeError as error:
+        if "find_unused_parameters=True" in str(error):  # what DistributedDataParallel advises
+            raise ConfigError(
+                "the model has parameters that no loss uses: trainer.find_unused_parameters=true"
+            ) from None
         if not is_loss_of_a_peer(error):
             raise
         raise PeerLost("another process of this job ended, for the reason it gives; this one stops too") from None

@@ -103,23 +103,11 @@ def summary(value, where: str) -> str:
     return result(value, where) or problem(value, {**keys, "samples_per_second?": NUMBER}, where)
 
 
-def model(value, where: str) -> str:
-    """Of model.json: how the model is used, if it says so, and what the run was made of (`dropkey.origin`)."""
-    data = {"fingerprint": str, "train?": int, "val?": int, "test?": int, "classes?": ([(str, int)], None)}
-    start = {"file": str, "sha256": str, "progress": str}
-    origin = {"config?": str, "data?": data, "start?": (None, start)}
-    usable = {
-        **{"architecture": str, "num_classes": int, "label_names": [str], "model_args": dict},
-        "pretrained_cfg": {"input_size": [int], "mean?": [NUMBER], "std?": [NUMBER]},
-    }
-    wrong = problem(value, {"origin?": origin, **(usable if "label_names" in value else {})}, where)
-    if wrong or "label_names" not in value:
-        return wrong
-    names, size = value["label_names"], value["pretrained_cfg"]["input_size"]
-    wrong = "" if len(names) == value["num_classes"] else f"{len(names)} label_names for {value['num_classes']} classes"
-    return wrong or ("" if len(size) == 3 and min(size) > 0 else f"pretrained_cfg.input_size is {size}, not C H W")
-
-
+ORIGIN = {  # see dropkey.origin
+    "config?": str,
+    "data?": {"fingerprint": str, "train?": int, "val?": int, "test?": int, "classes?": ([(str, int)], None)},
+    "start?": (None, {"file": str, "sha256": str, "progress": str}),
+}
 REPORTED = {"code": {str: str}, "versions": {"torch": str}, "hardware": str}  # what a table needs of a result besides
 STATES = {"running", "done", "failed", "diverged", "interrupted"}
 ENTROPY = {"mean?": NUMBER, "layers?": [{"normalised": [NUMBER]}]}
@@ -127,7 +115,7 @@ FILES = {
     "status.json": {"state": STATES, "reason?": str, "time?": str},
     "summary.json": summary,
     "entropy.json": ENTROPY,
-    "model.json": model,
+    "model.json": {"origin?": ORIGIN, "label_names?": [str]},  # and Task.info_fault
 }
 
 

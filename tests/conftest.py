@@ -1,6 +1,7 @@
 """One thread per test process: tests run in parallel, and sums come out the same on any number of cores."""
 
 import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,11 @@ from dropkey import regularizers
 from dropkey.patching import layer
 from dropkey.reproduction import runner, slots
 
+pytest_plugins = ["fault_table"]
 torch.set_num_threads(1)
+for ignored in (signal.SIGHUP, signal.SIGINT):  # by nohup, or a shell that started the tests in the background
+    if signal.getsignal(ignored) == signal.SIG_IGN:
+        signal.signal(ignored, signal.default_int_handler if ignored == signal.SIGINT else signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from dropkey.config.schema import AugmentConfig, DataConfig
-from dropkey.data import train_loader
+from dropkey.data import Dataset, Split, train_loader
+from dropkey.data.images import Pixels
 from dropkey.datasets import load
 
 LIGHT = AugmentConfig(hflip=0.5, crop_padding=2, random_erasing=0.5)
@@ -39,6 +40,13 @@ def folder_config(root: Path, **changes) -> DataConfig:
 
 def digits_config(**changes) -> DataConfig:
     return DataConfig(**{"name": "digits", "channels": 1, "num_workers": 0, **changes})
+
+
+def counted(size: int, in_memory: bool = True) -> tuple[Dataset, DataConfig]:
+    """A data set whose test split has `size` images; image i has value i, class i % 3."""
+    images = np.arange(size, dtype=np.uint8).reshape(-1, 1, 1, 1).repeat(4, 2).repeat(4, 3)
+    split = Split(Pixels(images), torch.arange(size), torch.arange(size) % 3)
+    return Dataset(split, None, split, ["a", "b", "c"], 1, 4, split), digits_config(image_size=4, in_memory=in_memory)
 
 
 def batches(data, augment, *, batch_size=8, epoch=1, start=0, seed=5, **named):

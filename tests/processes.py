@@ -85,5 +85,5 @@ def agent(function: Callable, args: tuple, processes: int, restarts: int = 0) ->
     )
     try:
         elastic_launch(config, function)(*args)
-    except ChildFailedError:
-        sys.exit(1)
+    except ChildFailedError as error:
+        sys.exit(error.get_first_failure()[1].exitcode)

@@ -71,7 +71,10 @@ def send(number: int = signal.SIGTERM) -> Callable:
 
 def state(run: RunDirectory, name: str = "last.pt") -> dict:
     """A checkpoint without its clock readings."""
-    content = torch.load(run.checkpoints / name, weights_only=True)
+    return without_clocks(torch.load(run.checkpoints / name, weights_only=True))
+
+
+def without_clocks(content: dict) -> dict:
     for key in ("training_seconds", *TIMES):
         content.get("position", {}).pop(key, None)
         (content.get("record") or {}).pop(key, None)

@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "models": {"config", "errors"},
     "operator": {"bernoulli", "regularizers"},
     "patching": {"bernoulli", "operator", "regularizers", "schedules", "seeds"},
-    "tasks": {"config", "data", "datasets", "errors", "metrics", "models"},
+    "tasks": {"config", "data", "datasets", "errors", "metrics", "models", "shapes"},
     "engine": {"config", "errors", "metrics", "records", "seeds"},
     "weights": {"engine", "errors", "origin"},
     "provenance": {"__version__", "engine", "records"},
@@ -63,7 +63,8 @@ MAY_IMPORT = {
         *("metrics", "multirun", "origin", "records", "reproduction", "run_table", "session", "tasks"),
     },
     "reproduction": {
-        *("code_version", "config", "errors", "invocation", "metrics", "page", "plotting", "records", "shapes"),
+        *("code_version", "config", "errors", "invocation", "metrics", "page", "plotting", "records"),
+        *("shapes", "tasks"),
     },
 }
 FILES = [file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py"]

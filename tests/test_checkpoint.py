@@ -4,14 +4,20 @@ import os
 import pickle
 import random
 import resource
+import shutil
 import signal
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
+import runs
+from dropkey.config.identity import run_directory
 from dropkey.engine import checkpoint
-from dropkey.errors import StorageError
+from dropkey.errors import Interrupted, StorageError
+from dropkey.records import RunDirectory
 
 
 def content(number: int, size: int = 2000) -> dict:
@@ -20,6 +26,22 @@ def content(number: int, size: int = 2000) -> dict:
 
 def is_whole(state: dict) -> bool:
     return bool((state["weights"] == state["number"]).all())
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """A real run, interrupted at step 4; its previous checkpoint is of step 3, the end of the first epoch."""
+    output = tmp_path_factory.mktemp("interrupted")
+    with pytest.MonkeyPatch.context() as patch:
+        runs.on_step(patch, 4, runs.send())
+        with pytest.raises(Interrupted):
+            runs.train(output)
+    (path,) = output.iterdir()
+    return RunDirectory(path)
+
+
+def step_of(state: dict) -> int:
+    return state["position"]["global_step"]
 
 
 @pytest.fixture
@@ -39,30 +61,37 @@ def test_a_directory_without_checkpoints_has_none(tmp_path):
     assert checkpoint.load_last(tmp_path / "nowhere", print) is None
 
 
+@pytest.mark.fault(12)
 @pytest.mark.parametrize("percent", [0, 1, 50, 99])
-def test_a_truncated_file_is_noticed_and_the_previous_one_taken(saved, percent):
-    file = saved / "last.pt"
+def test_a_truncated_file_is_noticed_and_the_previous_one_taken(interrupted, percent, tmp_path, figure):
+    place = Path(shutil.copytree(interrupted.checkpoints, tmp_path / "checkpoints"))
+    file = place / "last.pt"
     file.write_bytes(file.read_bytes()[: file.stat().st_size * percent // 100])
     said = []
-    assert checkpoint.load_last(saved, said.append)["number"] == 1
+    assert step_of(checkpoint.load_last(place, said.append)) == 3
     assert "going back to previous.pt" in said[0]
+    figure("of a file cut to 0, 1, 50, 99 % the previous one is taken")
 
 
-def test_no_flipped_bit_changes_what_is_loaded(saved):
-    """Of 100 random flips each is either noticed, or in padding that holds nothing."""
-    file = saved / "last.pt"
-    whole, dice, noticed = file.read_bytes(), random.Random(0), 0
-    for _ in range(100):
-        damaged = bytearray(whole)
+@pytest.mark.fault(12)
+def test_no_flipped_bit_changes_what_is_loaded(interrupted, tmp_path, every_fault, figure):
+    """Of random flips each is either noticed, or in padding that holds nothing."""
+    place = Path(shutil.copytree(interrupted.checkpoints, tmp_path / "checkpoints"))
+    last, previous = (checkpoint.load(place / name) for name in ("last.pt", "previous.pt"))
+    file = place / "last.pt"
+    whole, dice, noticed, flips = file.read_bytes(), random.Random(0), 0, 100 if every_fault else 20
+    for _ in range(flips):
+        damaged, said = bytearray(whole), []
         damaged[dice.randrange(len(whole))] ^= 1 << dice.randrange(8)
         file.write_bytes(damaged)
-        state = checkpoint.load_last(saved, lambda text: None)
-        noticed += state["number"] == 1
-        assert is_whole(state)
-    print(f"noticed {noticed} of 100 flipped bits, the others changed nothing")
-    assert noticed >= 80
+        state = checkpoint.load_last(place, said.append)
+        noticed += bool(said)
+        assert runs.unequal(state, previous if said else last) is None
+    figure(f"{noticed} of {flips} flipped bits noticed, the others in padding", injected=flips)
+    assert noticed >= 0.8 * flips
 
 
+@pytest.mark.fault(12)
 def test_two_damaged_files_end_in_one_line(saved):
     for name in ("last.pt", "previous.pt"):
         (saved / name).write_bytes(b"nothing")
@@ -70,11 +99,46 @@ def test_two_damaged_files_end_in_one_line(saved):
         checkpoint.load_last(saved, print)
 
 
+@pytest.mark.fault(12, 14)
+def test_a_run_whose_last_checkpoint_is_damaged_goes_on_from_the_previous_one(interrupted, tmp_path, monkeypatch):
+    """And keeps that one until there is another intact one, whenever it is killed."""
+    run = RunDirectory(Path(shutil.copytree(interrupted.path, tmp_path / interrupted.path.name)))
+    (run.checkpoints / "last.pt").write_bytes(b"nothing")
+    replaced = []
+
+    def killed(source, target):
+        replaced.append(Path(target).name)
+        if Path(target).suffix == ".pt":  # where it would be killed now
+            assert checkpoint.load_last(run.checkpoints, lambda text: None)["position"]["global_step"] >= 3
+        replace(source, target)
+
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", killed)
+    runs.train(tmp_path)
+    monkeypatch.undo()
+    assert "going back to previous.pt" in (run.path / "log.txt").read_text()
+    assert {"last.pt", "previous.pt"} <= set(replaced)
+    whole = runs.train(tmp_path / "whole")
+    assert runs.unequal(runs.state(whole), runs.state(run)) is None
+
+
+@pytest.mark.fault(14)
+def test_what_cannot_be_deleted_stops_no_training(interrupted, tmp_path):
+    """Folders in the place of leftovers: `unlink` refuses them, to root as well."""
+    run = RunDirectory(Path(shutil.copytree(interrupted.path, tmp_path / interrupted.path.name)))
+    (run.checkpoints / ".last.pt.killed").mkdir()
+    (run.checkpoints / "previous.pt").unlink()
+    (run.checkpoints / "previous.pt").mkdir()
+    assert runs.train(tmp_path).finished
+    assert checkpoint.load(run.checkpoints / "best.pt")["epoch"] == run.summary()["best_epoch"]
+
+
 class Malice:
     def __reduce__(self):
         return os.system, ("touch /tmp/payload-has-run",)
 
 
+@pytest.mark.fault(13)
 @pytest.mark.parametrize("old_format", [False, True])
 def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path, old_format):
     file, payload = tmp_path / "last.pt", tmp_path / "ran"
@@ -88,10 +152,11 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path, old_format):
     assert not payload.exists()
 
 
-def test_killed_at_any_instant_there_is_a_checkpoint_at_most_one_save_old(tmp_path):
-    dice, survived, newest = random.Random(1), 0, 0
+@pytest.mark.fault(10)
+def test_killed_at_any_instant_there_is_a_checkpoint_at_most_one_save_old(tmp_path, every_fault, figure):
+    dice, survived, newest, kills = random.Random(1), 0, 0, 100 if every_fault else 20
     marker = tmp_path / "finished"
-    for _ in range(100):
+    for _ in range(kills):
         child = os.fork()
         if child == 0:  # saves as fast as it can, noting each save that is complete
             number = newest
@@ -109,14 +174,114 @@ def test_killed_at_any_instant_there_is_a_checkpoint_at_most_one_save_old(tmp_pa
         finished = int(marker.read_text() or newest)
         survived += is_whole(state) and state["number"] >= finished
         newest = state["number"]
-    print(f"survived {survived} of 100 kills, {newest} saves")
-    assert survived == 100
-    assert newest > 20
+    figure(f"{newest} saves of a process that does nothing else", injected=kills, survived=survived)
+    assert survived == kills
+    assert newest > kills / 5
     checkpoint.remove_temporaries(tmp_path)
     assert sorted(p.name for p in tmp_path.glob("*")) == ["finished", "last.pt", "previous.pt"]
     assert not list(tmp_path.glob(".*"))
 
 
+class Training:
+    """Of many steps, a checkpoint after each, in a process that is forked from this one and can be killed."""
+
+    WORDS = ("trainer.epochs=1000", "trainer.checkpoint_minutes=1e-9")
+
+    def __init__(self, output: Path):
+        self.run, self.output = RunDirectory(run_directory(runs.config(output, *self.WORDS))), output
+
+    def start(self) -> None:
+        self.child = os.fork()
+        if self.child == 0:
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), 1)
+                os.dup2(nowhere.fileno(), 2)
+                runs.train(self.output, *self.WORDS)
+            os._exit(0)
+
+    def kill(self) -> None:
+        os.kill(self.child, signal.SIGKILL)
+        assert os.waitpid(self.child, 0)[1] == signal.SIGKILL  # it was still training
+
+    def steps(self) -> int:
+        """That it has recorded; the checkpoint of a step follows its record."""
+        return max((record["step"] for record in self.run.records("step")), default=0)
+
+
+@pytest.mark.fault(10, full=True)
+def test_a_training_killed_at_100_instants_around_its_saves_never_loses_more_than_a_step(tmp_path, figure):
+    dice, survived, oldest, lives = random.Random(2), 0, 0, 100
+    training = Training(tmp_path / "killed")
+    with pytest.MonkeyPatch.context() as patch:  # imports everything, for all children
+        runs.on_step(patch, 2, runs.send())
+        with pytest.raises(Interrupted):
+            runs.train(training.output, *training.WORDS)
+    for _ in range(lives):
+        before = training.run.metrics.stat().st_size
+        training.start()
+        if dice.random() < 0.9:  # the others die while they begin
+            while training.run.metrics.stat().st_size <= before:
+                time.sleep(0.001)
+        time.sleep(dice.uniform(0, 0.15))
+        training.kill()
+        found = checkpoint.load_last(training.run.checkpoints, print)
+        oldest = max(oldest, training.steps() - step_of(found))
+        survived += training.steps() - step_of(found) <= 1
+    reached = step_of(found)
+    figure(f"{reached} steps, oldest checkpoint {oldest} step behind", injected=lives, survived=survived)
+    assert survived == lives and reached > lives
+    assert_equal_to_a_run_that_was_not_killed(found, tmp_path / "whole")
+
+
+def assert_equal_to_a_run_that_was_not_killed(state: dict, output: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        runs.on_step(patch, step_of(state), runs.send())
+        with pytest.raises(Interrupted):
+            runs.train(output, *Training.WORDS)
+    (path,) = output.iterdir()
+    weights = [runs.without_clocks(one) for one in (state, checkpoint.load(path / "checkpoints" / "last.pt"))]
+    assert runs.unequal(*weights) is None
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(place)], capture_output=True).returncode:
+        pytest.skip("only root may mount a small tmpfs to fill")
+    yield place
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+@pytest.mark.fault(11, full=True)
+def test_a_training_on_a_disk_that_fills_up_says_so_and_goes_on_when_there_is_room(small_disk, tmp_path, figure):
+    whole, survived = runs.train(tmp_path / "whole"), 0
+    place = small_disk / whole.path.name
+    spaces = [0, 4, 8, 16, 32, 64, 96, 128, 160, 192]  # KiB that are left; a checkpoint has some 300
+
+    def fill(space: int) -> None:
+        with open(small_disk / "ballast", "wb") as file:
+            free = shutil.disk_usage(small_disk).free - 1024 * space
+            file.write(bytes(max(free, 0)))
+
+    for number, space in enumerate(spaces):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(StorageError) as full:
+            runs.on_step(patch, 3 + number % 3, lambda loop, space=space: fill(space))
+            runs.train(small_disk)
+        message, files = str(full.value), sorted(path.name for path in (place / "checkpoints").iterdir())
+        assert full.value.exit_code == 5 and str(place) in message and "No space left" in message
+        assert not [name for name in files if name.startswith(".")]
+        if number % 3:  # filled after the first save
+            assert step_of(checkpoint.load(place / "checkpoints" / "last.pt")) == 3
+        (small_disk / "ballast").unlink()
+        run = runs.train(small_disk)
+        assert runs.unequal(runs.state(whole), runs.state(run)) is None and runs.records(whole) == runs.records(run)
+        survived += 1
+        shutil.rmtree(place)
+    figure("tmpfs of 2 MiB; then resumed, equal to the bit", injected=len(spaces), survived=survived)
+
+
+@pytest.mark.fault(11)
 def test_a_full_disk_leaves_the_old_file_and_says_what_and_where(saved):
     """RLIMIT_FSIZE stands for the full disk: writing beyond it fails in the same way."""
     read, write = os.pipe()

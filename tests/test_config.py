@@ -168,6 +168,7 @@ WRONG = {
 }
 
 
+@pytest.mark.fault(26)
 @pytest.mark.parametrize("words, message", WRONG.items(), ids=WRONG)
 def test_a_mistake_ends_in_one_line_and_exit_code_2(monkeypatch, capsys, words, message):
     words = [words] if words == "key value" else words.split()
@@ -226,6 +227,7 @@ WRONG_VALUES = {
 }
 
 
+@pytest.mark.fault(26)
 @pytest.mark.parametrize("words, message", WRONG_VALUES.items(), ids=WRONG_VALUES)
 def test_a_value_that_cannot_work_is_refused_with_its_key(words, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
@@ -299,6 +301,7 @@ def test_configs_on_the_search_path_are_found(place, own, tmp_path, monkeypatch,
     assert "did you mean mine?" in error
 
 
+@pytest.mark.fault(26)
 def test_a_mistake_is_reported_before_torch_and_timm_are_imported():
     program = (
         "import sys, runpy; sys.argv = ['train.py', 'model.name=vit_tinny_patch16_224', 'regularizer.ratio=0.2']\n"
@@ -307,6 +310,18 @@ def test_a_mistake_is_reported_before_torch_and_timm_are_imported():
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.split() == ["2", "False", "False"]
+
+
+@pytest.mark.fault(26, full=True)
+@pytest.mark.parametrize("words", [words for words in WRONG if words not in ("key value", "--resolve")])
+def test_train_py_itself_ends_within_two_seconds_of_work(words, figure):
+    before = os.times()
+    done = subprocess.run([sys.executable, "train.py", *words.split()], cwd=ROOT, capture_output=True, text=True)
+    after = os.times()
+    seconds = after.children_user + after.children_system - before.children_user - before.children_system
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and WRONG[words] in done.stderr
+    figure("train.py itself: one line, under 2 s of processor time")
+    assert seconds < 2
 
 
 @pytest.fixture
@@ -374,6 +389,7 @@ def test_an_error_that_one_process_alone_knows_is_printed_by_it(monkeypatch, cap
     assert (code, error) == (3, "error: process 1: broken.png cannot be read\n")
 
 
+@pytest.mark.fault(8)
 def test_the_batch_must_divide_among_torchruns_processes(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "3")
     code, _, error = command_line(monkeypatch, capsys, "trainer.batch_size=64")

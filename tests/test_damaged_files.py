@@ -182,6 +182,7 @@ def test_overwrite_starts_over_whatever_is_damaged(how, tmp_path):
     assert train.train(cfg) >= 0 and run.state() == ("done", "")
 
 
+@pytest.mark.fault(6)
 def test_a_torn_last_line_loses_no_epoch_on_resume(tmp_path, monkeypatch):
     whole = runs.train(tmp_path / "whole")
     with monkeypatch.context() as patch:

@@ -164,6 +164,7 @@ def test_class_folders_that_differ_between_splits_are_named(tmp_path):
     fails([root / "test", "lacks", "d"], folder_config(root))
 
 
+@pytest.mark.fault(24)
 def test_class_count_unlike_the_config_names_both_numbers_and_the_fix(tmp_path):
     fails(
         ["data.num_classes=4", "3 classes", "data.num_classes=3"],
@@ -172,6 +173,7 @@ def test_class_count_unlike_the_config_names_both_numbers_and_the_fix(tmp_path):
     fails(["data.num_classes=7", "10 classes", "data.num_classes=10"], digits_config(num_classes=7))
 
 
+@pytest.mark.fault(24)
 def test_empty_held_out_splits_and_too_large_limits_are_refused(tmp_path):
     root = image_folder(tmp_path / "images", ("train",), counts=(2, 2, 2))
     fails(["val split is empty", "val_fraction=0.1"], folder_config(root, val_fraction=0.1, test_fraction=0.5))
@@ -186,6 +188,7 @@ def test_too_many_pixels_for_memory_are_refused(tmp_path, monkeypatch):
     assert len(load(folder_config(root, in_memory=False)).train) == 24
 
 
+@pytest.mark.fault(25)
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("damage", ["truncated", "text", "empty"])
 def test_decoding_names_an_unreadable_image(tmp_path, workers, damage):

@@ -14,6 +14,7 @@ from data_samples import (
     MIXED,
     assert_equal,
     batches,
+    counted,
     digits_config,
     folder_config,
     image_folder,
@@ -22,8 +23,8 @@ from data_samples import (
     write_images,
 )
 from dropkey.config.schema import AugmentConfig
-from dropkey.data import Dataset, Split, epoch_order, eval_loader, train_loader
-from dropkey.data.images import Pixels, resize_center_crop, to_tensor
+from dropkey.data import Split, epoch_order, eval_loader, train_loader
+from dropkey.data.images import resize_center_crop, to_tensor
 from dropkey.datasets import load
 from dropkey.errors import ConfigError, DataError
 
@@ -88,6 +89,7 @@ def test_two_processes_mix_what_one_process_mixes_in_two_chunks():
     assert_equal(merged(ranks, 1), batches(data, MIXED, grad_accum_steps=2))
 
 
+@pytest.mark.fault(20)
 @pytest.mark.parametrize("augment", [LIGHT, HEAVY, MIXED], ids=["light", "heavy", "mixed"])
 def test_batches_do_not_depend_on_workers(folder, augment):
     data = folder_config(folder, in_memory=False)
@@ -102,6 +104,7 @@ def test_batches_do_not_depend_on_keeping_images_in_memory(folder, augment):
     assert_equal(batches(replace(data, in_memory=False), augment), batches(data, augment))
 
 
+@pytest.mark.fault(2)
 @pytest.mark.parametrize("in_memory", [True, False])
 @pytest.mark.parametrize("augment", [LIGHT, HEAVY, replace(MIXED, aug_repeats=3)], ids=["light", "heavy", "mixed"])
 def test_resuming_within_an_epoch_continues_it(folder, augment, in_memory):
@@ -129,6 +132,7 @@ def test_an_abandoned_epoch_leaves_no_trace_in_the_next(folder, workers):
     loader.close()
 
 
+@pytest.mark.fault(20)
 @pytest.mark.parametrize("augment", [LIGHT, HEAVY], ids=["light", "heavy"])
 def test_epochs_seeds_and_positions_are_augmented_differently(folder, augment):
     data = folder_config(folder)
@@ -159,13 +163,6 @@ def test_random_state_of_the_main_process_is_left_as_found(folder, augment, work
 # --------------------------------------------------------------------------------------------- evaluation
 
 
-def counted(size, in_memory=True):
-    """A data set whose test split has `size` images; image i has value i, class i % 3."""
-    images = np.arange(size, dtype=np.uint8).reshape(-1, 1, 1, 1).repeat(4, 2).repeat(4, 3)
-    split = Split(Pixels(images), torch.arange(size), torch.arange(size) % 3)
-    return Dataset(split, None, split, ["a", "b", "c"], 1, 4, split), digits_config(image_size=4, in_memory=in_memory)
-
-
 def evaluated(size, batch_size, world, in_memory=True):
     """All ranks' batches, per rank."""
     dataset, data = counted(size, in_memory)
@@ -177,6 +174,7 @@ def evaluated(size, batch_size, world, in_memory=True):
     return found
 
 
+@pytest.mark.fault(18)
 @pytest.mark.parametrize("in_memory", [True, False])
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_evaluation_meets_every_image_once_on_any_number_of_processes(world, in_memory):
@@ -236,6 +234,7 @@ def test_a_batch_that_cannot_be_cut_is_refused_with_its_numbers():
     refused(ConfigError, ["rand_augment=random"], data, AugmentConfig(rand_augment="random"))
 
 
+@pytest.mark.fault(24)
 def test_fewer_images_than_a_batch_and_missing_splits_are_refused(folder):
     data = folder_config(folder)
     refused(DataError, ["24 images", "batch of 32", "trainer.batch_size=24"], data, LIGHT, batch_size=32)
@@ -244,6 +243,7 @@ def test_fewer_images_than_a_batch_and_missing_splits_are_refused(folder):
         eval_loader(load(data), "val", data, batch_size=4)
 
 
+@pytest.mark.fault(25)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_unreadable_image_ends_training_and_evaluation_with_its_name(tmp_path, workers):
     root = image_folder(tmp_path / "images")

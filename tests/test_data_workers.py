@@ -15,6 +15,7 @@ from dropkey.datasets import load
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.fault(15)
 def test_workers_outlive_signals_and_end_on_close(folder):
     data = folder_config(folder, in_memory=False, num_workers=2)
     loader = train_loader(load(data), data, LIGHT, batch_size=2, seed=5)

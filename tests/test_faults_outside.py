@@ -247,6 +247,7 @@ def lose_a_worker(root) -> None:
                 time.sleep(0.2)
 
 
+@pytest.mark.fault(16)
 def test_a_killed_worker_ends_in_one_line(folder):
     done = processes.run(lose_a_worker, folder)
     assert done.returncode == 3, done.stderr
@@ -257,6 +258,7 @@ def test_a_killed_worker_ends_in_one_line(folder):
 # --------------------------------------------------------------------------------------------------------- signals
 
 
+@pytest.mark.fault(15)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGHUP, 129), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_the_exit_code_names_it(tmp_path, monkeypatch, number, code):
     runs.on_step(monkeypatch, 2, runs.send(number))
@@ -267,11 +269,10 @@ def test_a_signal_saves_and_the_exit_code_names_it(tmp_path, monkeypatch, number
     assert runs.train(tmp_path).finished
 
 
+@pytest.mark.fault(15)
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_a_process_that_is_blocked_before_training(tmp_path, monkeypatch, number):
     """A pipe that nobody writes to stands for a hung file server."""
-    if signal.getsignal(number) == signal.SIG_IGN:  # under nohup
-        pytest.skip("these tests were started with this signal ignored")
     os.mkfifo(tmp_path / "pipe")
 
     def read(task):
@@ -434,6 +435,7 @@ def serve(answer: bytes) -> socket.socket:
     return server
 
 
+@pytest.mark.fault(27)
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [

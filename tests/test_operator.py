@@ -210,6 +210,7 @@ def test_a_query_without_keys_attends_to_nothing(monkeypatch, regularizer, impl,
     assert not grads[0][0, 0, 2].any()
 
 
+@pytest.mark.fault(23)
 @every_with("dtype", DTYPES)
 def test_all_keys_of_all_queries_dropped_is_zero_with_zero_gradients(monkeypatch, regularizer, impl, dtype):
     tensors = inputs(7, 15, dtype)
@@ -251,6 +252,7 @@ PLAIN = {
 }
 
 
+@pytest.mark.fault(23)
 @every_with("plain dtype", PLAIN, [torch.float32, torch.bfloat16, torch.float16])
 def test_plain_attention_is_torchs_bitwise(regularizer, impl, plain, dtype):
     tensors, towards = inputs(65, 65, dtype), torch.randn(2, 3, 65, 8)
@@ -278,6 +280,7 @@ def test_plain_attention_draws_no_random_numbers(plain):
 # ---- refusals and choices
 
 
+@pytest.mark.fault(23)
 @pytest.mark.parametrize("ratio", [-0.1, 1.0, 1.5, float("nan")])
 @pytest.mark.parametrize("training", [True, False])
 def test_a_ratio_outside_zero_to_one_is_refused(ratio, training):

@@ -60,6 +60,7 @@ def evaluate(run: RunDirectory, *words: str):
     return evaluation.evaluate_run(cfg, compose.load(run.config), run.path)
 
 
+@pytest.mark.fault(7)
 @pytest.mark.parametrize("memory", ["true", "false"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_data_that_changed_are_refused_on_resume_and_in_evaluation(change, memory, folder, tmp_path, monkeypatch):

@@ -205,5 +205,5 @@ def test_where_no_attention_is_found_the_message_tells_how_it_is_found():
 
 @pytest.mark.parametrize("wrong", ["self", ("self", "corss")])
 def test_unknown_sites_are_refused_even_beside_known_ones(wrong):
-    with pytest.raises(ValueError, match=r"layers=.* is no tuple of self, cross, outlook, token, class"):
+    with pytest.raises(ValueError, match=r"layers=.* is no tuple of self, cross, outlook, token, layer, class"):
         dropkey.apply(Decoder(), layers=wrong)

@@ -1,10 +1,15 @@
 """An interrupted run, resumed, is bitwise identical to the uninterrupted one (faults 1-6, 9)."""
 
+import functools
+import itertools
 import signal
+import time
 
 import pytest
 import torch
 
+import fault_runs
+import processes
 import runs
 from dropkey import plotting
 from dropkey.config.schema import REGULARIZER_NAMES, SCHEDULES
@@ -47,6 +52,7 @@ def assert_resumes_exactly(tmp_path, monkeypatch, step: int, *overrides: str, nu
 CASES = [(name, (4, 6)[i % 2], SCHEDULES[i % 3]) for i, name in enumerate(REGULARIZER_NAMES)]
 
 
+@pytest.mark.fault(1, 3, 4, 5, 6)
 @pytest.mark.parametrize(("name", "step", "schedule"), CASES)
 def test_every_regularizer_resumes_bitwise_identically_with_every_option_on(
     tmp_path, monkeypatch, name, step, schedule
@@ -56,23 +62,69 @@ def test_every_regularizer_resumes_bitwise_identically_with_every_option_on(
     assert_resumes_exactly(tmp_path, monkeypatch, step, *overrides)
 
 
+@pytest.mark.fault(1, full=True)
+@pytest.mark.parametrize("count", [1, 2])
+def test_every_cell_of_the_grid_resumes_in_a_new_process_bitwise_identically(tmp_path, count, figure):
+    """Regularizers, schedules and options in all combinations; the moments of the interruption take turns."""
+    grid = itertools.product(REGULARIZER_NAMES, SCHEDULES, fault_runs.OPTIONS)
+    moments = itertools.cycle(fault_runs.MOMENTS)
+    cells = [fault_runs.Cell(*place, next(moments)) for place in grid]
+    cells = list(
+        {cell.run(tmp_path).path: cell for cell in cells}.values()
+    )  # without a regularizer there is no schedule
+    run = processes.run if count == 1 else functools.partial(processes.torchrun, processes=count)
+    for stage in (fault_runs.begin, fault_runs.resume):
+        done = run(stage, cells, tmp_path, timeout=3000)
+        assert done.returncode == 0, done.stderr[-3000:]
+    wrong = {}
+    for cell in cells:
+        whole, parts = cell.run(tmp_path / "whole"), cell.run(tmp_path / "parts")
+        same = [runs.unequal(runs.state(whole, file), runs.state(parts, file)) for file in ("last.pt", "best.pt")]
+        if any(same) or runs.records(whole) != runs.records(parts):
+            wrong[cell] = same
+    text = "every regularizer x schedule x option x 1 and 2 processes, resumed in a new process"
+    figure(text, injected=len(cells), survived=len(cells) - len(wrong))
+    assert not wrong
+
+
+@pytest.mark.fault(15, full=True)
+@pytest.mark.parametrize("moment", ["step", "evaluation", "save"])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)])
+def test_a_signal_to_a_process_and_its_workers_saves_once_whenever_it_comes(tmp_path, number, code, moment, figure):
+    words = ("data.in_memory=false", "data.num_workers=2")
+    done = processes.run(fault_runs.train_and_signal, tmp_path, int(number), moment, words)
+    ended, (began, *saves) = time.time(), (tmp_path / "signal.txt").read_text().split()
+    assert done.returncode == code, done.stderr
+    assert len(saves) == (moment != "save") and "Traceback" not in done.stderr
+    assert ended - float(began) < 30, "torchrun would have killed it"
+    whole, parts = runs.train(tmp_path / "whole", *words), runs.train(tmp_path, *words)
+    assert runs.unequal(runs.state(whole), runs.state(parts)) is None
+    figure("in a step, an evaluation, a save, workers on: one save, 143 or 130")
+
+
+@pytest.mark.fault(1)
 @pytest.mark.parametrize("option", ["trainer.amp=bf16", "trainer.amp=fp16", "optim=sgd", "data.val_fraction=0"])
 def test_options_that_exclude_others_resume_bitwise_identically(tmp_path, monkeypatch, option):
     assert_resumes_exactly(tmp_path, monkeypatch, 4, option)
 
 
+@pytest.mark.fault(1, 15)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
 def test_other_signals_save_as_well(tmp_path, monkeypatch, number):
     assert_resumes_exactly(tmp_path, monkeypatch, 5, number=number)
 
 
+@pytest.mark.fault(1)
 def test_images_decoded_as_they_come_resume_bitwise_identically(tmp_path, monkeypatch):
     options = ("augment=deit", "data.in_memory=false", "data.num_workers=0")
     assert_resumes_exactly(tmp_path, monkeypatch, 4, *options)
 
 
+@pytest.mark.fault(1, 3)
 def test_interruption_in_evaluation_resumes_bitwise_identically(tmp_path, monkeypatch):
-    whole = runs.train(tmp_path / "whole")
+    """In that of the averaged weights: what is saved then are the raw ones."""
+    average = "trainer.ema_decay=0.9"
+    whole = runs.train(tmp_path / "whole", average)
     original = trainer.evaluate
 
     def interrupted(*args, **kwargs):
@@ -82,12 +134,13 @@ def test_interruption_in_evaluation_resumes_bitwise_identically(tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "evaluate", interrupted)
         with pytest.raises(Interrupted):
-            runs.train(tmp_path / "parts")
-    parts = runs.train(tmp_path / "parts")
+            runs.train(tmp_path / "parts", average)
+    parts = runs.train(tmp_path / "parts", average)
     assert runs.unequal(runs.state(whole), runs.state(parts)) is None
     assert runs.records(whole) == runs.records(parts)
 
 
+@pytest.mark.fault(1)
 def test_three_interruptions_within_one_epoch_change_nothing(tmp_path, monkeypatch):
     whole = runs.train(tmp_path / "whole")
     for step in (1, 2, 3):
@@ -100,6 +153,7 @@ def test_three_interruptions_within_one_epoch_change_nothing(tmp_path, monkeypat
     assert runs.records(whole) == runs.records(parts)
 
 
+@pytest.mark.fault(1, 6)
 def test_a_crash_without_warning_resumes_from_the_last_checkpoint_bitwise_identically(tmp_path, monkeypatch):
     def crash(loop):
         raise MemoryError("as sudden as SIGKILL")
@@ -114,7 +168,9 @@ def test_a_crash_without_warning_resumes_from_the_last_checkpoint_bitwise_identi
     assert runs.records(whole) == runs.records(parts)
 
 
-def test_the_sample_stream_is_that_of_the_uninterrupted_run(tmp_path, monkeypatch):
+@pytest.mark.fault(2)
+def test_the_sample_stream_is_that_of_the_uninterrupted_run(tmp_path, monkeypatch, figure):
+    """Interrupted twice within an epoch."""
     seen = []
     original = trainer.Trainer.step
 
@@ -125,14 +181,18 @@ def test_the_sample_stream_is_that_of_the_uninterrupted_run(tmp_path, monkeypatc
     monkeypatch.setattr(trainer.Trainer, "step", step)
     runs.train(tmp_path / "whole")
     whole, seen[:] = list(seen), []
-    with monkeypatch.context() as patch:
-        runs.on_step(patch, 4, runs.send())
-        with pytest.raises(Interrupted):
-            runs.train(tmp_path / "parts")
+    for number in (4, 5):
+        with monkeypatch.context() as patch:
+            runs.on_step(patch, number, runs.send())
+            with pytest.raises(Interrupted):
+                runs.train(tmp_path / "parts")
     runs.train(tmp_path / "parts")
+    wrong = sum(one != other for one, other in itertools.zip_longest(seen, whole))
+    figure(f"{wrong} of {len(whole)} batches wrong after 2 resumes in an epoch", injected=2)
     assert seen == whole
 
 
+@pytest.mark.fault(5, 14)
 def test_a_worse_epoch_after_resuming_does_not_replace_the_best(tmp_path, monkeypatch):
     figures = iter([50.0, 90.0, 10.0, 20.0])
     result = {"top5": 0.0, "loss": 1.0, "ece": 0.0, "samples": 1}
@@ -147,19 +207,23 @@ def test_a_worse_epoch_after_resuming_does_not_replace_the_best(tmp_path, monkey
     assert runs.state(run, "best.pt")["epoch"] == 2
 
 
+@pytest.mark.fault(3)
 def test_a_checkpoint_holds_raw_and_averaged_weights(tmp_path):
     content = runs.state(runs.train(tmp_path, "trainer.ema_decay=0.9"))
     assert content["model"].keys() == content["ema"].keys()
     assert any(not torch.equal(content["model"][k], content["ema"][k]) for k in content["model"])
 
 
-def test_a_finished_run_is_not_trained_again(tmp_path, monkeypatch, capsys):
+@pytest.mark.fault(9)
+def test_a_finished_run_is_not_trained_again(tmp_path, monkeypatch, capsys, figure):
     from dropkey.commands import train
 
     cfg = runs.config(tmp_path)
     run = runs.train(tmp_path)
     before = (run.checkpoints / "last.pt").stat().st_mtime_ns
+    began = time.monotonic()
     train.train(cfg)
+    figure(f"a finished run is over in {time.monotonic() - began:.1f} s")
     assert "done already" in capsys.readouterr().out
     assert (run.checkpoints / "last.pt").stat().st_mtime_ns == before
 
@@ -175,6 +239,7 @@ def test_overwrite_starts_over(tmp_path, monkeypatch):
     assert runs.records(again) == runs.records(whole)
 
 
+@pytest.mark.fault(17)
 def test_torchruns_restart_does_not_start_over_although_asked_to_overwrite(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         runs.on_step(patch, 4, runs.send())

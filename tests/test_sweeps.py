@@ -122,6 +122,7 @@ def multirun(launcher: str, output: Path, seeds: str) -> tuple[int, str, dict[st
     return done.returncode, done.stderr, {p.name: p.read_text() for p in (output / "begun").iterdir() if p.is_file()}
 
 
+@pytest.mark.fault(28)
 @pytest.mark.parametrize(
     "launcher, seed, code, message",
     [("joblib", 1, 4, "error: loss nan"), ("submitit", 100, 1, "error: ZeroDivisionError: division by zero")],
@@ -135,6 +136,7 @@ def test_a_failing_job_leaves_the_others_going_and_gives_the_exit_code(launcher,
         assert all(1 <= int(threads) <= share for threads in begun.values())
 
 
+@pytest.mark.fault(28)
 def test_a_killed_worker_of_joblib_ends_in_one_line(tmp_path):
     code, error, _ = multirun("joblib", tmp_path, "1000,2")
     assert code == 1

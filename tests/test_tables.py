@@ -406,6 +406,7 @@ def six(tmp_path):
     return tables.load(str(file), "smoke")
 
 
+@pytest.mark.fault(28)
 def test_runs_that_raise_exit_die_or_diverge_leave_the_others_going(six, tmp_path, stand_in, monkeypatch):
     output = tmp_path / "runs"
     names = [job.run.name for job in jobs_of(six, str(output)).values()]
@@ -478,6 +479,7 @@ def launcher_process(mini, scripts, output) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.fault(28)
 def test_two_launchers_at_once_run_nothing_twice_and_both_see_all_done(mini, tmp_path, stand_in, monkeypatch):
     monkeypatch.setenv("PAUSE", "0.3")
     output = tmp_path / "runs"
@@ -505,6 +507,7 @@ def test_a_stopped_launcher_lets_its_runs_save_and_the_next_one_goes_on(number, 
     assert {job.state for job in jobs.values()} == {DONE}
 
 
+@pytest.mark.fault(28)
 def test_a_launcher_killed_outright_loses_nothing(mini, tmp_path, stand_in, monkeypatch):
     monkeypatch.setenv("PAUSE", "0.5")
     output = tmp_path / "runs"

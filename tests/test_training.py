@@ -3,12 +3,16 @@
 import functools
 import json
 import sys
+import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import wandb
 
+import fault_runs
 import processes
 import runs
 from dropkey import evaluation, plotting, weights
@@ -16,6 +20,7 @@ from dropkey.commands import eval as evaluating
 from dropkey.commands import train as training
 from dropkey.config.schema import REGULARIZER_NAMES, DataConfig, EvalConfig, EvaluationConfig, OptimConfig
 from dropkey.engine import distributed, tracking, trainer
+from dropkey.engine.distributed import DistContext
 from dropkey.engine.evaluate import evaluate
 from dropkey.engine.optim import build_optimizer, build_schedule, duration
 from dropkey.errors import Busy, ConfigError, Diverged, Interrupted, RunError, StorageError
@@ -126,9 +131,41 @@ def test_compiled_training_gives_the_losses_of_eager_training(tmp_path, monkeypa
     assert runs.state(eager)["model"].keys() == runs.state(compiled)["model"].keys()
 
 
+def test_the_processes_meet_once_a_step_and_the_device_is_waited_for_once(tmp_path, monkeypatch):
+    """Every wait and every collective keeps a fast device idle."""
+    counts, steps = Counter(), []
+
+    def count(kind: type, name: str) -> None:
+        call = getattr(kind, name)
+
+        def counted(self, *args):
+            if "/torch/optim/" not in sys._getframe(1).f_code.co_filename:  # its step counts are on the host
+                counts[name] += 1
+            return call(self, *args)
+
+        monkeypatch.setattr(kind, name, counted)
+
+    for name in ("tolist", "item", "__float__", "__bool__"):
+        count(torch.Tensor, name)
+    for name in ("any", "sum"):
+        count(DistContext, name)
+    original = trainer.Trainer.step
+
+    def step(self, batches):
+        counts.clear()
+        loss = original(self, batches)
+        steps.append(dict(counts))
+        return loss
+
+    monkeypatch.setattr(trainer.Trainer, "step", step)
+    runs.train(tmp_path, "regularizer=none", "trainer.max_steps=3", "trainer.grad_accum_steps=2")
+    assert steps[1:] == [{"tolist": 1, "any": 1}] * 2  # the first adds up how many samples a batch has
+
+
 # -------------------------------------------------------------------------------------------------- things go wrong
 
 
+@pytest.mark.fault(22)
 def test_a_loss_that_is_not_finite_stops_before_the_update_and_leaves_evidence(tmp_path, monkeypatch):
     original = trainer.Trainer.step
 
@@ -153,6 +190,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_leaves_evidence(t
     assert runs.state(run)["position"]["epoch"] == 1
 
 
+@pytest.mark.fault(22)
 @pytest.mark.parametrize("clip", ["null", "1.0"])
 @pytest.mark.parametrize("amp", ["none", "bf16"])
 def test_a_gradient_that_is_not_finite_stops_too_although_the_loss_is_finite(tmp_path, monkeypatch, clip, amp):
@@ -160,6 +198,7 @@ def test_a_gradient_that_is_not_finite_stops_too_although_the_loss_is_finite(tmp
         train_with_nan_gradients(tmp_path, monkeypatch, f"optim.clip_grad_norm={clip}", f"trainer.amp={amp}")
 
 
+@pytest.mark.fault(22)
 def test_fp16_that_only_skips_steps_is_called_diverged(tmp_path, monkeypatch):
     with pytest.raises(Diverged):
         train_with_nan_gradients(tmp_path, monkeypatch, "trainer.amp=fp16", "trainer.epochs=20")
@@ -323,12 +362,14 @@ def test_a_failure_is_recorded_with_its_reason(tmp_path, monkeypatch):
     assert "no room" in RunDirectory(path).status()["reason"]
 
 
+@pytest.mark.fault(21)
 def test_one_process_at_a_time_trains_a_run(tmp_path):
     run = RunDirectory(training.run_directory(runs.config(tmp_path)))
     with run.lock(), pytest.raises(Busy, match="is being trained by process"):
         runs.train(tmp_path)
 
 
+@pytest.mark.fault(7)
 def test_a_run_whose_config_was_edited_is_refused_with_the_difference(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         runs.on_step(patch, 1, runs.send())
@@ -341,6 +382,7 @@ def test_a_run_whose_config_was_edited_is_refused_with_the_difference(tmp_path, 
         runs.train(tmp_path)
 
 
+@pytest.mark.fault(7)
 def test_harmless_keys_may_change_between_sessions(tmp_path, monkeypatch):
     whole = runs.train(tmp_path / "whole")
     with monkeypatch.context() as patch:
@@ -576,6 +618,7 @@ def test_offline_tracking_mirrors_the_run_under_its_hash(tmp_path):
     assert run.summary()["group"] != run.summary()["hash"]
 
 
+@pytest.mark.fault(27)
 @pytest.mark.parametrize("key", ["", "0" * 40])
 def test_a_server_that_cannot_be_reached_neither_delays_nor_fails(tmp_path, key):
     environment = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": key, "HOME": str(tmp_path)}
@@ -587,12 +630,32 @@ def test_a_server_that_cannot_be_reached_neither_delays_nor_fails(tmp_path, key)
     assert len(RunDirectory(run).records("epoch")) == 1
 
 
+@pytest.mark.fault(27, full=True)
+def test_a_training_goes_on_when_the_service_of_wandb_is_killed_and_is_one_wandb_run(tmp_path, monkeypatch, figure):
+    with monkeypatch.context() as patch:
+        runs.on_step(patch, 2, runs.send())
+        with pytest.raises(Interrupted):
+            runs.train(tmp_path, "logger=wandb")
+        wandb.teardown()
+    done = processes.run(fault_runs.train_without_the_service_of_wandb, tmp_path)
+    ended, killed = time.time(), [float(line) for line in (tmp_path / "killed.txt").read_text().split()]
+    assert killed and done.returncode == 0 and "Traceback" not in done.stderr
+    (path,) = tmp_path.glob("vit*")
+    assert len(RunDirectory(path).records("epoch")) == 3 and RunDirectory(path).finished
+    tracked = [place.name for place in (path / "wandb").glob("offline-run-*")]
+    assert len(tracked) == 2 and len({name.rsplit("-", 1)[1] for name in tracked}) == 1
+    assert ended - killed[0] < 60
+    figure(f"its service killed: over {ended - killed[0]:.0f} s later")
+
+
+@pytest.mark.fault(27)
 def test_training_works_without_the_wandb_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     run = runs.train(tmp_path, "logger=wandb", "trainer.max_steps=1")
     assert "wandb is not installed" in (run.path / "log.txt").read_text()
 
 
+@pytest.mark.fault(27)
 def test_a_tracker_that_fails_does_not_fail_the_run(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise RuntimeError("quota exceeded")

@@ -33,6 +33,9 @@ class Args:
     deviation: Optional[float] = arg(
         None, "plan delta=: of a claim's difference between seeds; empty: from the records"
     )
+    gpu: str = arg("", "plan: hours on this GPU: a100, h100, h200, l40s, or its dense TFLOPS in bf16")
+    utilisation: float = arg(0.4, "plan gpu=: the share of these that training reaches")
+    price: float = arg(0.0, "plan gpu=: of an hour of one GPU")
     output: str = arg("runs", "directory of the runs")
     results: str = arg("results", "directory of the reports")
     mixed: bool = arg(False, "compare runs of different versions; the report shows it")
@@ -79,6 +82,8 @@ def load(args: Args, overrides: tuple[str, ...]):
     require(0 <= args.delta < math.inf, f"delta={args.delta} must be above 0")
     require(0 < args.power < 1, f"power={args.power} must be between 0 and 1")
     require(args.deviation is None or 0 < args.deviation < math.inf, f"deviation={args.deviation} must be above 0")
+    require(0 < args.utilisation <= 1, f"utilisation={args.utilisation} must be above 0 and at most 1")
+    require(0 <= args.price < math.inf, f"price={args.price} must be 0 or more")
     parts = [part for part in args.seeds.split(",") if part]
     require(
         all(part.isascii() and part.isdigit() and len(part) < 20 for part in parts),

@@ -130,6 +130,10 @@ def check_model(model: ModelConfig, image_size: int) -> None:
         not model.embed_dim or not model.num_heads or model.embed_dim % model.num_heads == 0,
         f"model.embed_dim={model.embed_dim} is not divisible by model.num_heads={model.num_heads}",
     )
+    require(
+        not model.args.get("use_mix_token") or (kind == "volo" and model.args.get("use_aux_head", True)),
+        "model.args.use_mix_token: only VOLO has it, and with model.args.use_aux_head=true",
+    )
     if kind == "t2t":
         require(model.patch_size is None, f"model.patch_size: {base} has soft splits, no patches; leave it null")
         tokens = t2t_tokens(base, image_size)

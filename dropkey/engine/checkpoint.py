@@ -38,18 +38,21 @@ def save(state: dict, path: Path, *, keep_previous: bool = False) -> None:
     With `keep_previous`, the old file is kept as previous.pt.
     """
 
-    def rotate_and_verify(temporary: Path) -> None:
+    link = path.with_name(".previous")
+
+    def verify_and_keep(temporary: Path) -> None:
         verify(temporary)
         if keep_previous and path.exists():
-            link = path.with_name(".previous")
             link.unlink(missing_ok=True)
             try:
                 os.link(path, link)  # a second name, so that a checkpoint exists at every moment
             except OSError:  # a file system without hard links
                 shutil.copyfile(path, link)
-            os.replace(link, path.with_name("previous.pt"))
 
-    replace_file(path, lambda file: torch.save({"format": FORMAT, **state}, file), rotate_and_verify)
+    replace_file(path, lambda file: torch.save({"format": FORMAT, **state}, file), verify_and_keep)
+    if keep_previous and link.exists():  # now, as the old file may be damaged and previous.pt the last intact one
+        with contextlib.suppress(OSError):  # the new file is safe
+            os.replace(link, path.with_name("previous.pt"))
 
 
 def is_old_format(path: Path) -> bool:

@@ -66,6 +66,7 @@ class Trainer:
         self.autocast = build_autocast(options.amp, dist.device)
         self.saved_at = time.monotonic()
         self.trace: Optional[torch.profiler.profile] = None
+        self.fixed_divisors: Optional[dict[str, float]] = None
 
         # 2. Resume.
         self.resume(steps_per_epoch)
@@ -121,12 +122,16 @@ class Trainer:
                 before = time.perf_counter()
                 loss = self.step([next(microbatches) for _ in range(self.options.grad_accum_steps)])
                 self.count(loss, time.perf_counter() - before)
-                late = time.monotonic() - self.saved_at > 60 * self.options.checkpoint_minutes
-                stop, late = self.dist.any(self.stop.number != 0, late)
+                stop, late = self.asked() if self.dist.world_size == 1 else self.agreed
                 if stop:
                     self.leave()
                 if late and here.step < steps:
                     self.save()
+
+    def asked(self) -> tuple[bool, bool]:
+        """Whether this process is to stop, or to save."""
+        late = time.monotonic() - self.saved_at > 60 * self.options.checkpoint_minutes
+        return self.stop.number != 0, late
 
     def step(self, microbatches: list) -> float:
         """One optimizer step; returns this process's share of the loss, so that the mean over processes is the loss."""
@@ -144,10 +149,13 @@ class Trainer:
                     loss = sum(losses[key] * (dist.world_size / divisors[key]) for key in losses)  # DDP averages
                 state.scaler.scale(loss).backward()
             total = total + loss.detach()
-        value = float(total)
-        norm = self.clip_gradients()
+        value, norm = torch.stack(
+            [total, self.clip_gradients().to(total.dtype)]
+        ).tolist()  # the device is waited for once
         scale = state.scaler.get_scale()
-        if dist.any(not (math.isfinite(value) and math.isfinite(norm)))[0]:
+        # the processes meet once a step, so one that is asked to stop now stops after the next step
+        diverged, *self.agreed = dist.any(not (math.isfinite(value) and math.isfinite(norm)), *self.asked())
+        if diverged:
             self.diverge(value, norm, microbatches)
         state.scaler.step(state.optimizer)
         state.scaler.update()
@@ -161,20 +169,25 @@ class Trainer:
 
     def divisors(self, microbatches: list) -> dict[str, float]:
         """What each loss is divided by: its normaliser, summed over the microbatches of all processes."""
+        if self.fixed_divisors is not None:
+            return self.fixed_divisors
         parts = [self.task.normalisers(batch) for batch in microbatches]
         sums = torch.tensor([sum(part[key] for part in parts) for key in parts[0]], dtype=torch.float64)
-        return {key: max(value, 1.0) for key, value in zip(parts[0], self.dist.sum(sums).tolist(), strict=True)}
+        found = {key: max(value, 1.0) for key, value in zip(parts[0], self.dist.sum(sums).tolist(), strict=True)}
+        if self.task.fixed_normalisers:
+            self.fixed_divisors = found
+        return found
 
-    def clip_gradients(self) -> float:
+    def clip_gradients(self) -> torch.Tensor:
         """The gradient norm after unscaling, limited to optim.clip_grad_norm where that is given."""
         state, limit = self.state, self.optim.clip_grad_norm
         state.scaler.unscale_(state.optimizer)
         if limit is None:
-            norm = float(nn.utils.get_total_norm(p.grad for p in state.model.parameters() if p.grad is not None))
+            norm = nn.utils.get_total_norm(p.grad for p in state.model.parameters() if p.grad is not None)
         else:
-            norm = float(nn.utils.clip_grad_norm_(state.model.parameters(), limit))
+            norm = nn.utils.clip_grad_norm_(state.model.parameters(), limit)
         # the scaler itself handles fp16 overflows: it skips the step and lowers the scale
-        return 0.0 if state.scaler.is_enabled() else norm
+        return torch.zeros_like(norm) if state.scaler.is_enabled() else norm
 
     def count(self, loss: float, seconds: float) -> None:
         """Moves the position past a step and records it every `log_every` steps."""

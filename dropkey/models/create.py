@@ -6,6 +6,7 @@ from torch import nn
 from dropkey.config.check import family
 from dropkey.config.schema import ModelConfig
 from dropkey.errors import ConfigError
+from dropkey.models.mix_token import MixTokenVOLO
 
 
 def create_model(
@@ -30,7 +31,7 @@ def create_model(
     before = timm.layers.use_fused_attn()
     timm.layers.set_fused_attn(fused)  # read by each attention module when it is built
     try:
-        return timm.create_model(
+        made = timm.create_model(
             model.name, pretrained=pretrained, num_classes=num_classes, in_chans=channels, **arguments
         )
     except Exception as error:  # whatever code of timm's meets an argument that it cannot take
@@ -40,6 +41,9 @@ def create_model(
         raise ConfigError(f"model.name={model.name} with {arguments}: {reason[:300]}{hint}") from None
     finally:
         timm.layers.set_fused_attn(before)
+    if getattr(made, "mix_token", False):
+        made.__class__ = MixTokenVOLO  # the same weights, with another forward in training
+    return made
 
 
 def constructor_arguments(model: ModelConfig, image_size: int) -> dict:

@@ -14,6 +14,7 @@ from dropkey.metrics import Metric
 from dropkey.records import RunDirectory, clock
 from dropkey.reproduction import content, planning, tuning
 from dropkey.reproduction.comparison import Comparison
+from dropkey.reproduction.cost import Cost
 from dropkey.reproduction.jobs import DIVERGED, DONE, FAILED, INTERRUPTED, MISSING, RUNNING, Job, state
 from dropkey.reproduction.runner import JobState, Launcher
 from dropkey.reproduction.tables import Table
@@ -106,6 +107,25 @@ def power(lines: list[list[str]], delta: float, chance: float) -> Grid:
     grid = Grid(*head, title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2))
     for line in lines:
         grid.add_row(*line)
+    return grid
+
+
+def cost(found: list[Cost], unknown: int, tflops: float, utilisation: float, price: float) -> Grid:
+    """What `cost.costs` has found, with sums."""
+    title = f"on paper, at {100 * utilisation:g} % of {tflops:g} TFLOPS, without evaluation and reading"
+    head = ("column", "GFLOP/image", "images", "GPU h/run", "runs", "GPU h", "GiB", *(["price"] if price else []))
+    grid = Grid(*head, title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2))
+
+    def sums(some: list[Cost]) -> list[str]:
+        runs, hours = sum(one.runs for one in some), sum(one.hours * one.runs for one in some)
+        gib = sum(one.gib * one.runs for one in some)
+        return [str(runs), f"{hours:,.0f}", f"{gib:,.1f}", *([f"{hours * price:,.0f}"] if price else [])]
+
+    for one in found:
+        grid.add_row(one.column, f"{one.gflop:.3g}", f"{one.images / 1e6:,.3g} M", f"{one.hours:,.3g}", *sums([one]))
+    grid.add_row("all", "", "", "", *sums(found))
+    if unknown:
+        grid.caption = f"and {unknown} runs on as many images as their data have"
     return grid
 
 

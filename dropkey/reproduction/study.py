@@ -17,6 +17,7 @@ from dropkey.invocation import invocation
 from dropkey.records import RunDirectory, clock
 from dropkey.reproduction import (
     content,
+    cost,
     display,
     planning,
     record_file,
@@ -125,6 +126,11 @@ class Study:
             show(f"about {clock(seconds)} ({at_once}), {size / 2**20:,.0f} MiB")
         if unknown:
             show(f"{unknown} jobs of unknown length: no run of their model and data is finished")
+        if self.args.gpu:
+            missing = {job: one[1] for one, job in jobs.items() if not job.evaluation and state(job)[0] != DONE}
+            tflops = cost.peak(self.args.gpu)
+            found = cost.costs(missing, tflops, self.args.utilisation)
+            show(display.cost(*found, tflops, self.args.utilisation, self.args.price))
         if self.args.delta:
             known = {} if self.args.deviation else {one.claim: one.difference for one in self.compare().findings}
             hours = planning.hours_per_seed(distinct(jobs), len(table.seeds), len(places))

@@ -78,7 +78,13 @@ class Task(ABC):
     def example(self, data: Any, dist) -> Batch:
         """One sample as the model takes it, for a trial forward pass."""
 
+    def planned_data(self) -> Any:
+        """What `build_model` and `example` take in place of the data: what the config says of them."""
+        raise NotImplementedError
+
     # ----------------------------------------------------------------------------------------------------- loss
+
+    fixed_normalisers = False  # whether they are the same for all batches: the processes then add them up once
 
     @abstractmethod
     def normalisers(self, batch: Batch) -> dict[str, float]:
@@ -116,6 +122,10 @@ class Task(ABC):
     def sample_names(self, data: Any, split: str, ids: Tensor) -> list[str]: ...
 
     # ------------------------------------------------------------------------- the model in use (dropkey.load)
+
+    def info_fault(self, info: dict) -> str:
+        """What is wrong with what was read back of `model_info`; "" if nothing is."""
+        return ""
 
     def model_info(self, data: Any, model: nn.Module) -> dict:
         """For model.json: what the model's use must know of its data, and `label_names`; {}: it cannot be used so."""

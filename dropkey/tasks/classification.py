@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dropkey import data as loaders
-from dropkey import datasets
+from dropkey import datasets, shapes
 from dropkey.data.augment import denormalized, per_channel
 from dropkey.metrics import Metric
 from dropkey.models import constructor_arguments, create_model
@@ -29,6 +29,7 @@ class Classification(Task):
         Metric("loss", "loss", digits=4, higher_is_better=False),
         Metric("ece", "calibration error", "%", higher_is_better=False),
     )
+    fixed_normalisers = True  # the loader drops the last, incomplete batch
 
     def load_data(self) -> loaders.Dataset:
         return datasets.load(self.cfg.data, self.cfg.seed)
@@ -79,11 +80,24 @@ class Classification(Task):
         zero = torch.zeros(1, dtype=torch.int64)
         return loaders.ImageBatch(images, zero.to(dist.device), zero)
 
+    def planned_data(self) -> SimpleNamespace:
+        cfg = self.cfg.data
+        return SimpleNamespace(image_size=cfg.image_size, channels=cfg.channels, num_classes=cfg.num_classes or 10)
+
     def normalisers(self, batch: loaders.ImageBatch) -> dict[str, float]:
-        return {"cross_entropy": len(batch)}
+        return dict.fromkeys(
+            ("cross_entropy", "token_cross_entropy") if self.mixes_tokens else ("cross_entropy",), len(batch)
+        )
+
+    @property
+    def mixes_tokens(self) -> bool:
+        return bool(self.cfg.model.args.get("use_mix_token"))
 
     def losses(self, model: nn.Module, batch: loaders.ImageBatch) -> dict[str, Tensor]:
-        return {"cross_entropy": F.cross_entropy(model(batch.images), batch.targets, reduction="sum")}
+        outputs = model(batch.images)
+        if self.mixes_tokens:
+            return mix_token_losses(*outputs, batch.targets)
+        return {"cross_entropy": F.cross_entropy(outputs, batch.targets, reduction="sum")}
 
     def predict(self, model: nn.Module, batch: loaders.ImageBatch) -> Tensor:
         return model(batch.images)
@@ -106,6 +120,18 @@ class Classification(Task):
         """Class and position, on two lines."""
         targets = getattr(data, split).targets
         return [f"{data.classes[targets[number]]}\n{split} {number}" for number in ids.tolist()]
+
+    def info_fault(self, info: dict) -> str:
+        usable = {
+            **{"architecture": str, "num_classes": int, "label_names": [str], "model_args": dict},
+            "pretrained_cfg": {"input_size": [int], "mean?": [shapes.NUMBER], "std?": [shapes.NUMBER]},
+        }
+        if wrong := shapes.problem(info, usable):
+            return wrong
+        names, size = info["label_names"], info["pretrained_cfg"]["input_size"]
+        if len(names) != info["num_classes"]:
+            return f"it has {len(names)} label_names for {info['num_classes']} classes"
+        return "" if len(size) == 3 and min(size) > 0 else f"pretrained_cfg.input_size is {size}, not C H W"
 
     def model_info(self, data: loaders.Dataset, model: nn.Module) -> dict:
         """The classes, the architecture and the preprocessing, as config.json of timm has them."""
@@ -140,6 +166,21 @@ class Classification(Task):
 
     def transform(self) -> ImageTransform:
         return ImageTransform(self.cfg.data)
+
+
+def mix_token_losses(logits: Tensor, token_logits: Tensor, own: float, targets: Tensor) -> dict[str, Tensor]:
+    """Of what MixTokenVOLO makes in training: the image against its own and its partner's label, and half of each
+    token's against the label of the image it is from (its mean over tokens). `targets`: class ids, or B x classes."""
+    if targets.dim() == 1:
+        targets = F.one_hot(targets, logits.shape[-1]).to(logits.dtype)
+    mixed = own * targets + (1 - own) * targets.flip(0)
+    of_tokens = targets[:, None].expand(token_logits.shape)
+    count = token_logits.shape[1]
+    token_loss = F.cross_entropy(token_logits.flatten(0, 1), of_tokens.flatten(0, 1), reduction="sum") / count
+    return {
+        "cross_entropy": F.cross_entropy(logits, mixed, reduction="sum"),
+        "token_cross_entropy": 0.5 * token_loss,
+    }
 
 
 class ClassificationScores:
