@@ -3,6 +3,7 @@
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -27,6 +28,8 @@ class Args:
 
 def main(words: list[str]) -> int:
     args = parse(Args, words, __doc__)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which `nohup` and `&` may have left ignored
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     seed = args.seed if args.seed >= 0 else random.SystemRandom().randrange(10**6)
     began, faults, rows = time.monotonic(), [], [("seed", str(seed))]
 
