@@ -71,7 +71,7 @@ class Step:
 class Soak:
     def __init__(self, place: Path, seed: int, seeds: int, say: Callable[[str], None]):
         self.place, self.random, self.say = place, random.Random(seed), say
-        self.seeds, self.result = tuple(range(seeds)), Result()
+        self.seeds, self.result, self.launchers = tuple(range(seeds)), Result(), []
         place.mkdir(parents=True, exist_ok=True)
         rows = "".join(f'  "{label}": {overrides}\n' for label, overrides in ROWS.items())
         self.table = place / "soak.yaml"
@@ -103,7 +103,9 @@ class Soak:
         common += [f"results={self.place / output}-results", "entropy=false"]
         command = [sys.executable, str(ROOT / "scripts" / "reproduce.py"), "run", *common, *words]
         with open(self.place / f"{name}.txt", "w") as file:
-            return subprocess.Popen(command, env=environment, cwd=self.place, stdout=file, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(command, env=environment, cwd=self.place, stdout=file, stderr=subprocess.STDOUT)
+        self.launchers.append(process)
+        return process
 
     def said(self, name: str) -> str:
         return (self.place / f"{name}.txt").read_text(errors="replace")
@@ -271,4 +273,9 @@ def mount(*words: str) -> None:
 
 
 def soak(place: Path, quick: bool, seed: int, say: Callable[[str], None]) -> Result:
-    return Soak(place, seed, 1 if quick else 2, say).run()
+    one = Soak(place, seed, 1 if quick else 2, say)
+    try:
+        return one.run()
+    finally:  # after Ctrl-C, say: they stop their trainings, which save
+        for process in one.launchers:
+            process.terminate()
