@@ -21,6 +21,8 @@ import regression_task
 import runs
 from dropkey.config.identity import run_directory
 from dropkey.engine import checkpoint
+from dropkey.engine.distributed import StopSignal
+from dropkey.errors import Interrupted
 from dropkey.records import RunDirectory
 
 
@@ -127,6 +129,12 @@ def test_a_process_whose_torchrun_is_gone_before_they_met_stops_when_asked_to(tm
     left = process.is_alive()
     process.kill()
     assert not left and process.exitcode == -number
+
+
+def test_a_process_that_is_asked_to_stop_before_it_meets_the_others_does_not_wait_for_them(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with StopSignal(), pytest.raises(Interrupted, match="before the first step"):
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.mark.fault(16)

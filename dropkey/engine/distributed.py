@@ -136,7 +136,8 @@ class StopSignal:
     """Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP (the terminal is gone) ask the run to stop.
 
     While the trainer `checks` the `number` where it can save, a signal is only noted; a second Ctrl-C raises
-    KeyboardInterrupt at once. Before, while data are read and the model is made, one process stops at once.
+    KeyboardInterrupt at once. Before, while data are read and the model is made, one process stops at once, and so do
+    those of a job that have not met yet: the others may be gone.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -157,7 +158,8 @@ class StopSignal:
         if self.number == number == signal.SIGINT:
             raise KeyboardInterrupt
         self.number = number
-        if not self.checks and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        alone = int(os.environ.get("WORLD_SIZE", 1)) == 1 or not dist.is_initialized()  # before the processes have met
+        if not self.checks and alone:
             raise self.interrupted("interrupted before the first step, nothing is lost")
         if number == signal.SIGINT and int(os.environ.get("RANK", 0)) == 0:
             os.write(2, b"\nstopping after this step; Ctrl-C again stops at once without saving\n")

@@ -69,11 +69,13 @@ class Step:
 
 
 class Soak:
-    def __init__(self, place: Path, seed: int, seeds: int, say: Callable[[str], None]):
+    def __init__(self, place: Path, seed: int, quick: bool, say: Callable[[str], None]):
         self.place, self.random, self.say = place, random.Random(seed), say
-        self.seeds, self.result, self.launchers = tuple(range(seeds)), Result(), []
+        self.seeds, self.quick = (0,) if quick else (0, 1), quick
+        self.result, self.launchers = Result(), []
         place.mkdir(parents=True, exist_ok=True)
-        rows = "".join(f'  "{label}": {overrides}\n' for label, overrides in ROWS.items())
+        chosen = list(ROWS.items())[: 4 if quick else None]
+        rows = "".join(f'  "{label}": {overrides}\n' for label, overrides in chosen)
         self.table = place / "soak.yaml"
         self.table.write_text(
             f"title: Soak\nbaseline: none\nrows:\n{rows}claims: [dropkey > none, dropkey > dropout]\n"
@@ -98,8 +100,13 @@ class Soak:
             "SOAK_FAULTS": json.dumps(self.result.faults_of if faults else {}),
             "CUDA_VISIBLE_DEVICES": "",
         }
-        seeds = ",".join(map(str, self.seeds)) if len(self.seeds) > 1 else "1"
-        common = [f"table={self.table}", "scale=smoke", f"seeds={seeds}", f"output={self.place / output}", *OVERRIDES]
+        common = [
+            f"table={self.table}",
+            "scale=smoke",
+            f"seeds={len(self.seeds)}",
+            f"output={self.place / output}",
+            *OVERRIDES,
+        ]
         common += [f"results={self.place / output}-results", "entropy=false"]
         command = [sys.executable, str(ROOT / "scripts" / "reproduce.py"), "run", *common, *words]
         with open(self.place / f"{name}.txt", "w") as file:
@@ -161,7 +168,7 @@ class Soak:
     def run(self) -> Result:
         names = list(self.jobs())
         kinds = [kind for kind in REASONS if kind != "fills its disk" or os.geteuid() == 0]
-        kinds = kinds if len(self.seeds) > 1 else self.random.sample(kinds, 4)
+        kinds = self.random.sample(kinds, 3) if self.quick else kinds
         self.result.faults_of = dict(zip(self.random.sample(names, len(kinds)), kinds, strict=True))
         self.result.runs = len(names)
         alone = self.launcher("alone", "jobs=2", output="alone")
@@ -273,7 +280,7 @@ def mount(*words: str) -> None:
 
 
 def soak(place: Path, quick: bool, seed: int, say: Callable[[str], None]) -> Result:
-    one = Soak(place, seed, 1 if quick else 2, say)
+    one = Soak(place, seed, quick, say)
     try:
         return one.run()
     finally:  # after Ctrl-C, say: they stop their trainings, which save
