@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup train test faults table lint clean
+.PHONY: help setup train test faults soak table lint clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -23,6 +23,9 @@ test: setup ## run all tests
 faults: setup ## hostile commands, damaged files and 28 faults of the world around a run, all of them; half an hour
 	@cd tests && ../$(BIN)/python -m hostile
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m fault --every-fault $(ARGS)
+
+soak: setup ## kills and resumes at random moments, for an hour; ARGS="minutes=1" in small
+	@cd tests && ../$(BIN)/python -m soak $(ARGS)
 
 table: setup ## run and report a table of the paper: make table TABLE=schedule SCALE=smoke
 	@$(BIN)/python scripts/reproduce.py run table=$(TABLE) scale=$(SCALE) $(ARGS)

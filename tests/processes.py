@@ -29,15 +29,21 @@ def run(function: Callable, *args, env: dict[str, str] | None = None, timeout: f
     """Calls `function(*args)` in a process of its own; `sys.exit` inside gives the return code."""
     with tempfile.TemporaryDirectory() as folder:
         streams = [Path(folder) / name for name in ("stdout", "stderr")]
-        process = SERVER.Process(target=_inside, args=(streams, {**os.environ, **(env or {})}, function, args))
         began = time.monotonic()
-        process.start()
+        process = start(streams, function, *args, env=env)
         process.join(timeout)
         if process.is_alive():
             process.kill()
             raise TimeoutError(streams[1].read_text())
         texts = [stream.read_text() if stream.exists() else "" for stream in streams]
         return Finished(process.exitcode, *texts, time.monotonic() - began)
+
+
+def start(streams: list[Path], function: Callable, *args, env: dict[str, str] | None = None):
+    """The same without waiting for its end; `streams` are the files that receive its standard output and error."""
+    process = SERVER.Process(target=_inside, args=(streams, {**os.environ, **(env or {})}, function, args))
+    process.start()
+    return process
 
 
 def _inside(streams: list[Path], env: dict[str, str], function: Callable, args: tuple) -> None:
@@ -58,10 +64,11 @@ def _inside(streams: list[Path], env: dict[str, str], function: Callable, args: 
 
 def torchrun(function: Callable, *args, processes: int = 2, restarts: int = 0, timeout: float = 120) -> Finished:
     """The same under torchrun's agent, in `processes` workers with RANK and so on in their environment."""
-    return run(_agent, function, args, processes, restarts, timeout=timeout)
+    return run(agent, function, args, processes, restarts, timeout=timeout)
 
 
-def _agent(function: Callable, args: tuple, processes: int, restarts: int) -> None:
+def agent(function: Callable, args: tuple, processes: int, restarts: int = 0) -> None:
+    """torchrun's own code, for `start` and `run`."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 

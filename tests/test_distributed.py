@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -108,6 +109,24 @@ def test_a_killed_rank_ends_the_job(tmp_path, figure):
     assert done.seconds < 60
     figure(f"rank killed: all over after {done.seconds:.0f} s, start included")
     assert run.status()["state"] in ("failed", "interrupted", "running")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_process_whose_torchrun_is_gone_before_they_met_stops_when_asked_to(tmp_path, number):
+    """torch would wait for the dead torchrun for half an hour, deaf to Python's signal handlers."""
+    with socket.create_server(("localhost", 0)) as taken:
+        port = taken.getsockname()[1]
+    env = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    streams = [tmp_path / "out", tmp_path / "err"]
+    process = processes.start(streams, distributed_run.main, str(tmp_path), (), env=env)
+    until = time.monotonic() + 60
+    while time.monotonic() < until and not (streams[1].exists() and "failed to connect" in streams[1].read_text()):
+        time.sleep(0.05)
+    os.kill(process.pid, number)
+    process.join(15)
+    left = process.is_alive()
+    process.kill()
+    assert not left and process.exitcode == -number
 
 
 @pytest.mark.fault(16)

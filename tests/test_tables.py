@@ -427,6 +427,21 @@ def test_runs_that_raise_exit_die_or_diverge_leave_the_others_going(six, tmp_pat
     assert [(started(output) - before)[name] for name in names] == [0, 1, 1, 1, 1, 0]
 
 
+def test_a_run_that_failed_in_another_launcher_meanwhile_is_not_tried_again(six, tmp_path, stand_in, monkeypatch):
+    todo, output = distinct(jobs_of(six, str(tmp_path / "runs"))), tmp_path / "runs"
+    monkeypatch.setenv("BEHAVIOUR", json.dumps({todo[1].run.name: "exit", todo[2].run.name: "diverge"}))
+    standing_in.announce(todo, output)
+    slot = slots.slots(1, "none", 1, 1)
+
+    def others_come_first(launcher, event, one):
+        if (event, one.job) == ("start", todo[0]):
+            Launcher(todo[1:], slot).run()
+
+    states = [one.state for one in Launcher(todo, slot).run(others_come_first)]
+    assert states == [DONE, FAILED, DIVERGED, DONE, DONE, DONE]
+    assert set(started(output).values()) == {1}
+
+
 def test_what_depends_on_a_failed_run_says_so(mini, tmp_path, stand_in, monkeypatch):
     monkeypatch.setenv("BEHAVIOUR", '{"-dropkey-": "exit"}')
     jobs = launched(tables.load(str(mini), "smoke", (0,)), tmp_path / "runs")

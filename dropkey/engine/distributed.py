@@ -1,8 +1,10 @@
 """One process or many: rank, device, and the few collectives that training needs."""
 
+import contextlib
 import os
 import signal
 from dataclasses import dataclass
+from typing import Iterator
 
 import torch
 import torch.distributed as dist
@@ -37,6 +39,21 @@ def store_of_this_restart(store: dist.Store) -> dist.Store:
     return dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
+@contextlib.contextmanager
+def signals_end_the_process() -> Iterator[None]:
+    """While processes meet, what asks to stop ends them at once: nothing is to be saved yet, and torch, which waits
+    half an hour for a torchrun that was killed, lets no handler of Python's run meanwhile."""
+    before = {number: signal.getsignal(number) for number in StopSignal.SIGNALS}
+    changed = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}  # nohup's SIGHUP
+    for number in changed:
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number, handler in changed.items():
+            signal.signal(number, handler)
+
+
 @dataclass
 class DistContext:
     """The processes of a torchrun job, or this one alone, and the rank of this process."""
@@ -54,8 +71,9 @@ class DistContext:
         if size > 1:
             # tensors on the host go through gloo, on the GPU through nccl
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            store, _, _ = next(dist.rendezvous("env://"))
-            dist.init_process_group(backend, store=store_of_this_restart(store), rank=rank, world_size=size)
+            with signals_end_the_process():
+                store, _, _ = next(dist.rendezvous("env://"))
+                dist.init_process_group(backend, store=store_of_this_restart(store), rank=rank, world_size=size)
         return DistContext(rank, size, device)
 
     @property

@@ -158,9 +158,10 @@ class Launcher:
         return True
 
     def is_settled(self, one: JobState) -> bool:
-        """Whether a job that nobody else has claimed need not start: it is over, or its training runs by itself."""
+        """Whether a job that nobody else has claimed need not start: it is over, or its training runs by itself.
+        One that has failed since this launcher began has failed in another one."""
         found, reason = own_state(one.job)
-        settled = found == DONE or (found in (FAILED, DIVERGED) and one.state == ELSEWHERE)
+        settled = found == DONE or (found in (FAILED, DIVERGED) and (one.state == ELSEWHERE or not self.retry))
         if settled or found == RUNNING:
             one.leave_to_other()
         if settled:
