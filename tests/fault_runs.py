@@ -4,8 +4,10 @@ import contextlib
 import copy
 import itertools
 import json
+import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -104,6 +106,7 @@ def train_and_signal(output: Path, number: int, moment: str, words: tuple[str, .
     """train.py, with a signal to the process and its workers in a step, an evaluation or a save. Notes each save that
     begins afterwards in signal.txt."""
     os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # of workers, as in a program that tests did not start
     signalled = []
 
     def with_signal(original, when):
@@ -111,7 +114,10 @@ def train_and_signal(output: Path, number: int, moment: str, words: tuple[str, .
             if when(*args) and not signalled:
                 signalled.append(time.time())
                 (output / "signal.txt").write_text(f"{signalled[0]}\n")
-                os.killpg(0, number)
+                # from outside, as a shell or a scheduler sends it: workers obey a SIGTERM of their own parent
+                subprocess.run(
+                    ["kill", "-s", str(number), "--", f"-{os.getpgid(0)}"], check=True, start_new_session=True
+                )
             return original(*args, **kwargs)
 
         return wrapped

@@ -162,12 +162,13 @@ class _Pictures(TorchDataset):
 
 
 def _ignore_signals(worker: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach the whole process group, but only the main process should act on them.
+    """Ctrl-C, a scheduler's SIGUSR1 and SIGTERM reach the whole process group, but only the main process should act on
+    them.
 
     SIGTERM from the main process still ends the worker: torch and multiprocessing rely on it.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # other systems (macOS) do not tell who sent a signal
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_wait_for_parent, daemon=True).start()
