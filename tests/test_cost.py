@@ -34,14 +34,14 @@ def test_operations_are_twice_the_published_multiplications(model):
     ],
 )
 def test_images_are_those_of_all_whole_batches(words, images):
-    assert cost.images_of(config(*words.split())) == images
+    assert cost.samples_of(config(*words.split())) == images
 
 
 def test_hours_follow_from_operations_and_utilisation():
     jobs = {job: column for (_, column, _), job in jobs_of(tables.load("schedule", "smoke"), "runs").items()}
     (found,), unknown = cost.costs(jobs, tflops=100, utilisation=0.5)
     assert unknown == 0 and found.runs == len(jobs)
-    assert found.hours * 3600 * 100e12 * 0.5 == pytest.approx(3 * found.gflop * 1e9 * found.images)
+    assert found.hours * 3600 * 100e12 * 0.5 == pytest.approx(3 * found.gflop * 1e9 * found.samples)
     (half,), _ = cost.costs(jobs, tflops=100, utilisation=0.25)
     assert half.hours == pytest.approx(2 * found.hours)
 

@@ -14,6 +14,8 @@ from dropkey.errors import ConfigError, DataError, explained
 
 DATASETS = {name: f"dropkey.datasets.{name}:read" for name in ("digits", "cifar10", "cifar100", "imagenet", "folder")}
 
+TRAIN_SAMPLES = {"digits": 1_438, "cifar10": 50_000, "cifar100": 50_000, "imagenet": 1_281_167}
+
 
 def load(data: DataConfig, seed: int = 0) -> Dataset:
     """The data set with its splits: test is its own, else its val, else held out of train; val likewise.

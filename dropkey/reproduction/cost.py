@@ -1,4 +1,4 @@
-"""What trainings cost on GPUs, on paper: from the operations that a model needs for an image."""
+"""What trainings cost on GPUs, on paper: from the operations that a model needs for a sample."""
 
 import math
 import re
@@ -11,7 +11,6 @@ from dropkey.config.schema import TrainConfig
 from dropkey.reproduction.jobs import Job
 
 PEAKS = {"a100": 312.0, "h100": 989.0, "h200": 989.0, "l40s": 362.0}  # TFLOPS, dense bf16; data sheets of the vendor
-TRAIN_IMAGES = {"imagenet": 1_281_167, "cifar10": 50_000, "cifar100": 50_000, "digits": 1_438}
 BACKWARD = 2  # operations of the backward pass / of the forward pass
 COPIES = 10  # of the weights in a run: last and previous hold them, two moments and an average, best two
 
@@ -21,8 +20,8 @@ class Cost:
     """Of all trainings of a column that need the same."""
 
     column: str
-    gflop: float  # of the forward pass of an image
-    images: int  # that a run is trained on, all epochs together
+    gflop: float  # of the forward pass of a sample
+    samples: int  # that a run is trained on, all epochs together
     hours: float  # of one GPU for a run
     runs: int
     gib: float  # on disk, for a run
@@ -41,39 +40,41 @@ def peak(gpu: str) -> float:
 
 
 def costs(jobs: dict[Job, str], tflops: float, utilisation: float) -> tuple[list[Cost], int]:
-    """Of trainings, each with its column; and how many are of unknown length, because the number of their images is."""
+    """Of trainings, each with its column; and how many are of unknown length, as the number of their samples is."""
     found: dict[tuple, list[Job]] = {}
     counted: dict[str, tuple[int, int]] = {}
     unknown = 0
     for job, column in jobs.items():
         cfg = job.config
-        images = images_of(cfg)
-        if images is None:
+        samples = samples_of(cfg)
+        if samples is None:
             unknown += 1
             continue
         need = str((cfg.task, cfg.model, cfg.data))
         if need not in counted:
             counted[need] = of_model(cfg)
         flop, parameters = counted[need]
-        found.setdefault((column, flop, images, parameters), []).append(job)
+        found.setdefault((column, flop, samples, parameters), []).append(job)
     rate = tflops * 1e12 * utilisation * 3600
     return [
         Cost(
             column,
             flop / 1e9,
-            images,
-            (1 + BACKWARD) * flop * images / rate,
+            samples,
+            (1 + BACKWARD) * flop * samples / rate,
             len(some),
             COPIES * 4 * parameters / 2**30,
         )
-        for (column, flop, images, parameters), some in found.items()
+        for (column, flop, samples, parameters), some in found.items()
     ], unknown
 
 
-def images_of(cfg: TrainConfig) -> Optional[int]:
-    """Images that a training goes through; None where only the data know."""
+def samples_of(cfg: TrainConfig) -> Optional[int]:
+    """Samples that a training goes through; None where only the data know."""
+    from dropkey import tasks
+
     data, trainer = cfg.data, cfg.trainer
-    count = TRAIN_IMAGES.get(data.name)
+    count = tasks.build(cfg).planned_data().train_samples
     if count is None and data.max_train_samples is None:
         return None
     count = math.floor((count or math.inf) * (1 - data.val_fraction)) if count else data.max_train_samples
@@ -83,7 +84,7 @@ def images_of(cfg: TrainConfig) -> Optional[int]:
 
 
 def of_model(cfg: TrainConfig) -> tuple[int, int]:
-    """(operations of the forward pass of an image, parameters). Counted without computing anything: a product of
+    """(operations of the forward pass of a sample, parameters). Counted without computing anything: a product of
     matrices, a convolution and attention as two operations for each multiplication with an addition."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode

@@ -113,7 +113,7 @@ def power(lines: list[list[str]], delta: float, chance: float) -> Grid:
 def cost(found: list[Cost], unknown: int, tflops: float, utilisation: float, price: float) -> Grid:
     """What `cost.costs` has found, with sums."""
     title = f"on paper, at {100 * utilisation:g} % of {tflops:g} TFLOPS, without evaluation and reading"
-    head = ("column", "GFLOP/image", "images", "GPU h/run", "runs", "GPU h", "GiB", *(["price"] if price else []))
+    head = ("column", "GFLOP/sample", "samples", "GPU h/run", "runs", "GPU h", "GiB", *(["price"] if price else []))
     grid = Grid(*head, title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2))
 
     def sums(some: list[Cost]) -> list[str]:
@@ -122,10 +122,10 @@ def cost(found: list[Cost], unknown: int, tflops: float, utilisation: float, pri
         return [str(runs), f"{hours:,.0f}", f"{gib:,.1f}", *([f"{hours * price:,.0f}"] if price else [])]
 
     for one in found:
-        grid.add_row(one.column, f"{one.gflop:.3g}", f"{one.images / 1e6:,.3g} M", f"{one.hours:,.3g}", *sums([one]))
+        grid.add_row(one.column, f"{one.gflop:.3g}", f"{one.samples / 1e6:,.3g} M", f"{one.hours:,.3g}", *sums([one]))
     grid.add_row("all", "", "", "", *sums(found))
     if unknown:
-        grid.caption = f"and {unknown} runs on as many images as their data have"
+        grid.caption = f"and {unknown} runs on as many samples as their data have"
     return grid
 
 

@@ -79,7 +79,8 @@ class Task(ABC):
         """One sample as the model takes it, for a trial forward pass."""
 
     def planned_data(self) -> Any:
-        """What `build_model` and `example` take in place of the data: what the config says of them."""
+        """What `build_model` and `example` take in place of the data, as the config says, and `train_samples`, how many
+        there are before a part is held out; None where only the data tell."""
         raise NotImplementedError
 
     # ----------------------------------------------------------------------------------------------------- loss

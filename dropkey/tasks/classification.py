@@ -82,7 +82,12 @@ class Classification(Task):
 
     def planned_data(self) -> SimpleNamespace:
         cfg = self.cfg.data
-        return SimpleNamespace(image_size=cfg.image_size, channels=cfg.channels, num_classes=cfg.num_classes or 10)
+        return SimpleNamespace(
+            image_size=cfg.image_size,
+            channels=cfg.channels,
+            num_classes=cfg.num_classes or 10,
+            train_samples=datasets.TRAIN_SAMPLES.get(cfg.name),
+        )
 
     def normalisers(self, batch: loaders.ImageBatch) -> dict[str, float]:
         return dict.fromkeys(
