@@ -21,7 +21,7 @@ import regression_task
 import runs
 from dropkey.config.identity import run_directory
 from dropkey.engine import checkpoint
-from dropkey.engine.distributed import StopSignal
+from dropkey.engine.distributed import DistContext, StopSignal
 from dropkey.errors import Interrupted
 from dropkey.records import RunDirectory
 
@@ -113,6 +113,12 @@ def test_a_killed_rank_ends_the_job(tmp_path, figure):
     assert run.status()["state"] in ("failed", "interrupted", "running")
 
 
+def meet() -> None:
+    with StopSignal():
+        print("meets", flush=True)
+        DistContext.start("cpu")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_process_whose_torchrun_is_gone_before_they_met_stops_when_asked_to(tmp_path, number):
     """torch would wait for the dead torchrun for half an hour, deaf to Python's signal handlers."""
@@ -120,10 +126,10 @@ def test_a_process_whose_torchrun_is_gone_before_they_met_stops_when_asked_to(tm
         port = taken.getsockname()[1]
     env = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     streams = [tmp_path / "out", tmp_path / "err"]
-    process = processes.start(streams, distributed_run.main, str(tmp_path), (), env=env)
-    until = time.monotonic() + 60
-    while time.monotonic() < until and not (streams[1].exists() and "failed to connect" in streams[1].read_text()):
+    process = processes.start(streams, meet, env=env)
+    while process.is_alive() and not (streams[0].exists() and streams[0].read_text()):
         time.sleep(0.05)
+    time.sleep(1)
     os.kill(process.pid, number)
     process.join(15)
     left = process.is_alive()
