@@ -75,7 +75,8 @@ def usage(trained: TrainedModel, format: str, output: Path) -> list[str]:
         "torch_export": [f'torch.export.load("{output}").module()(images)'],
         "onnx": [f'onnxruntime.InferenceSession("{output}").run(["logits"], {{"images": images}})'],
     }[format]
-    if "timm.create_model" in lines[0] and not type(trained.model).__module__.startswith("timm."):
+    of_timm = any(cls.__module__.startswith("timm.") for cls in type(trained.model).__mro__)  # VOLO with MixToken too
+    if "timm.create_model" in lines[0] and not of_timm:
         lines.insert(0, f"import dropkey.models  # timm alone does not know {name}, which is written here")
     return lines
 

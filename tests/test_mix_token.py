@@ -1,5 +1,8 @@
 """VOLO with MixToken: mixed in training, VOLO in evaluation, and a loss for each token."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +11,7 @@ import runs
 from dropkey.config.check import check
 from dropkey.config.compose import compose
 from dropkey.errors import ConfigError, Interrupted
+from dropkey.exporting import usage
 from dropkey.models import create_model
 from dropkey.models.mix_token import MixTokenVOLO
 from dropkey.tasks.classification import mix_token_losses
@@ -32,6 +36,11 @@ def test_evaluation_is_that_of_volo(model):
     plain.load_state_dict(model.state_dict())
     assert type(plain) is not MixTokenVOLO
     assert torch.equal(model.eval()(images), plain.eval()(images))
+
+
+def test_timm_alone_reads_what_is_exported_of_it(model):
+    trained = SimpleNamespace(model=model, info={"architecture": "volo_d1_224", "model_args": {}})
+    assert "import dropkey" not in "".join(usage(trained, "timm", Path("x")))
 
 
 def test_training_gives_logits_of_images_and_tokens_and_the_share_that_was_not_mixed(model, monkeypatch):
