@@ -8,6 +8,8 @@ from dropkey.config.compose import compose
 from dropkey.errors import ConfigError
 from dropkey.reproduction import cost, tables
 from dropkey.reproduction.jobs import jobs_of
+from dropkey.tasks.base import Task
+from dropkey.tasks.classification import Classification
 
 GMAC = {"t2t_vit_14": 4.8, "t2t_vit_19": 8.5, "ceit_small": 4.5, "deit_base": 17.6, "volo_d1": 6.8}  # as published
 
@@ -44,6 +46,12 @@ def test_hours_follow_from_operations_and_utilisation():
     assert found.hours * 3600 * 100e12 * 0.5 == pytest.approx(3 * found.gflop * 1e9 * found.samples)
     (half,), _ = cost.costs(jobs, tflops=100, utilisation=0.25)
     assert half.hours == pytest.approx(2 * found.hours)
+
+
+def test_a_task_that_cannot_be_planned_without_its_data_is_counted_as_unknown(monkeypatch):
+    monkeypatch.setattr(Classification, "planned_data", Task.planned_data)
+    jobs = {job: column for (_, column, _), job in jobs_of(tables.load("schedule", "smoke"), "runs").items()}
+    assert cost.costs(jobs, tflops=100, utilisation=0.5) == ([], len(jobs))
 
 
 @pytest.mark.parametrize(("gpu", "tflops"), [("A100", 312), ("h100", 989), ("125.5", 125.5)])

@@ -62,8 +62,8 @@ def test_a_recipe_says_what_is_published_and_what_is_ours(name):
     assert "# Published: " in text and "# Ours: " in text
 
 
-def transfer(model, *words):
-    cfg = check(compose(["experiment=cifar10_transfer", *words]))
+def transfer(model):
+    cfg = check(compose(["experiment=cifar10_transfer"]))
     optimizer = build_optimizer(model, cfg.optim)
     schedule = build_schedule(optimizer, cfg.optim, steps=100, per_epoch=10)
     rates = []

@@ -149,9 +149,8 @@ class Trainer:
                     loss = sum(losses[key] * (dist.world_size / divisors[key]) for key in losses)  # DDP averages
                 state.scaler.scale(loss).backward()
             total = total + loss.detach()
-        value, norm = torch.stack(
-            [total, self.clip_gradients().to(total.dtype)]
-        ).tolist()  # the device is waited for once
+        # the device is waited for once; in float32, where the norm of a half-precision model does not overflow
+        value, norm = torch.stack([total.float(), self.clip_gradients().float()]).tolist()
         scale = state.scaler.get_scale()
         # the processes meet once a step, so one that is asked to stop now stops after the next step
         diverged, *self.agreed = dist.any(not (math.isfinite(value) and math.isfinite(norm)), *self.asked())

@@ -70,11 +70,14 @@ def costs(jobs: dict[Job, str], tflops: float, utilisation: float) -> tuple[list
 
 
 def samples_of(cfg: TrainConfig) -> Optional[int]:
-    """Samples that a training goes through; None where only the data know."""
+    """Samples that a training goes through; None where only the task or the data know."""
     from dropkey import tasks
 
     data, trainer = cfg.data, cfg.trainer
-    count = tasks.build(cfg).planned_data().train_samples
+    planned = tasks.build(cfg).planned_data()
+    if planned is None:
+        return None
+    count = planned.train_samples
     if count is None and data.max_train_samples is None:
         return None
     count = math.floor((count or math.inf) * (1 - data.val_fraction)) if count else data.max_train_samples

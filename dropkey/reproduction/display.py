@@ -125,7 +125,7 @@ def cost(found: list[Cost], unknown: int, tflops: float, utilisation: float, pri
         grid.add_row(one.column, f"{one.gflop:.3g}", f"{one.samples / 1e6:,.3g} M", f"{one.hours:,.3g}", *sums([one]))
     grid.add_row("all", "", "", "", *sums(found))
     if unknown:
-        grid.caption = f"and {unknown} runs on as many samples as their data have"
+        grid.caption = f"and {unknown} runs on as many samples as only their task or data tell"
     return grid
 
 

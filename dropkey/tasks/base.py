@@ -80,8 +80,8 @@ class Task(ABC):
 
     def planned_data(self) -> Any:
         """What `build_model` and `example` take in place of the data, as the config says, and `train_samples`, how many
-        there are before a part is held out; None where only the data tell."""
-        raise NotImplementedError
+        there are before a part is held out, None where only the data tell. None: it cannot be planned without data."""
+        return None
 
     # ----------------------------------------------------------------------------------------------------- loss
 
