@@ -23,6 +23,7 @@ from dropkey.engine.state import State
 from dropkey.engine.trace import traced
 from dropkey.records import RunDirectory
 
+MEETING_SECONDS = 1.0  # about so often the processes of a job agree on whether to go on
 FP16_MIN_SCALE = 2.0**-14  # of the loss; below, gradients overflow for another reason than their size
 
 
@@ -156,15 +157,7 @@ class Trainer:
             total = total + loss.detach()
         # in float32, where the norm of a half-precision model does not overflow
         figures = torch.stack([total.float(), self.clip_gradients().float()])
-        self.update(figures)
-        here.step, here.global_step = here.step + 1, here.global_step + 1
-        here.samples += self.options.batch_size
-        place = {"step": here.global_step, "epoch": here.epoch + 1, "ids": [batch.ids for batch in microbatches]}
-        return Begun.at(figures, lr=base_lr(state.optimizer), **place)
-
-    def update(self, figures: torch.Tensor) -> None:
-        """Updates the weights, unless a figure of this step or of one before is not finite."""
-        state = self.state
+        # nothing is updated with what is not finite, nor after it
         if skips_by_itself(state.optimizer):
             self.bad += (~figures.isfinite()).any()
             if not state.scaler.is_enabled():  # which looks at the gradients of this step itself
@@ -175,7 +168,11 @@ class Trainer:
         state.scaler.update()
         state.optimizer.zero_grad()
         if state.ema is not None:
-            state.ema.update(state.model, state.position.global_step)
+            state.ema.update(state.model, here.global_step)
+        here.step, here.global_step = here.step + 1, here.global_step + 1
+        here.samples += self.options.batch_size
+        place = {"step": here.global_step, "epoch": here.epoch + 1, "ids": [batch.ids for batch in microbatches]}
+        return Begun.at(figures, lr=base_lr(state.optimizer), **place)
 
     def settle(self, at_rest: bool = False) -> None:
         """Reads the figures of the step begun last, and records them every `log_every` steps."""
@@ -206,7 +203,7 @@ class Trainer:
             return False, False
         late = time.monotonic() - self.saved_at > 60 * self.options.checkpoint_minutes
         *flags, seconds = self.dist.max(self.fault is not None, self.stop.number != 0, late, self.step_seconds)
-        self.meets_at = here.global_step + min(max(int(1 / max(seconds, 1e-3)), 1), 1000)
+        self.meets_at = here.global_step + min(max(int(MEETING_SECONDS / max(seconds, 1e-3)), 1), 1000)
         if flags[0]:
             raise diverged(self.fault, self.run, self.dist)
         return bool(flags[1]), bool(flags[2])
