@@ -92,10 +92,10 @@ def stopped_by_signal(moment: str):
     name = "finish_epoch" if moment == "after evaluation" else "settle"
     original, step = getattr(Trainer, name), {"within an epoch": 4, "at its end": 3, "after evaluation": 3}[moment]
 
-    def wrapped(self, *args):
+    def wrapped(self, *args, **kwargs):
         if self.state.position.global_step == step and self.dist.rank == self.dist.world_size - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, *args)
+        return original(self, *args, **kwargs)
 
     return mock.patch.object(Trainer, name, wrapped)
 
