@@ -43,5 +43,7 @@ def install(script: Path) -> None:
 
 
 scripts = [Path(word) for word in sys.orig_argv if word.endswith("train.py")]
+if any("forkserver" in word for word in sys.orig_argv):  # the parent from which a table's jobs are forked
+    scripts = [Path(__file__).resolve().parents[3] / "train.py"]
 if scripts and "SOAK_STEPS" in os.environ:
     install(scripts[0])
