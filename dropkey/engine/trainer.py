@@ -51,6 +51,19 @@ class Trainer:
             Interrupted: a signal came; the state is saved.
             Diverged: the loss or the gradient is not finite; nothing was updated with it.
         """
+        steps, epochs, evaluated = self.prepare()
+        here, self.stop.checks, per_epoch = self.state.position, True, len(self.train_loader)
+        trace = self.options.profile and self.dist.is_main
+        with traced(trace, self.run.path / "trace.json", self.progress.info) as self.trace:
+            while here.epoch < epochs:
+                self.train_epoch(min(per_epoch, steps - here.epoch * per_epoch))
+                last = here.epoch + 1 == epochs
+                result = self.evaluate(evaluated) if last or (here.epoch + 1) % self.options.eval_every == 0 else None
+                self.finish_epoch(result)
+        return self.state
+
+    def prepare(self) -> tuple[int, int, nn.Module]:
+        """(optimizer steps, epochs, the model to evaluate)"""
         options, dist = self.options, self.dist
         steps_per_epoch = len(self.train_loader)
         steps, epochs = duration(options.epochs, options.max_steps, steps_per_epoch)
@@ -66,7 +79,7 @@ class Trainer:
             ema = ModelEmaV3(model, decay=options.ema_decay, use_warmup=options.ema_warmup)
         self.state = State(model, optimizer, scaler, ema)
         self.autocast = build_autocast(options.amp, dist.device)
-        self.saved_at = time.monotonic()
+        self.saved_at, self.trace = time.monotonic(), None
         self.fixed_divisors: Optional[dict[str, float]] = None
         self.bad = torch.zeros((), device=dist.device)  # how many steps were not finite, on the device
         self.begun: Optional[Begun] = None  # the step whose figures the host has not read
@@ -85,16 +98,7 @@ class Trainer:
             ids = [dist.device.index] if dist.device.type == "cuda" else None
             unused = options.find_unused_parameters
             self.wrapped = DistributedDataParallel(self.wrapped, ids, find_unused_parameters=unused)
-
-        # 4. Epochs.
-        here, self.stop.checks = self.state.position, True
-        with traced(options.profile and dist.is_main, self.run.path / "trace.json", self.progress.info) as self.trace:
-            while here.epoch < epochs:
-                self.train_epoch(min(steps_per_epoch, steps - here.epoch * steps_per_epoch))
-                last = here.epoch + 1 == epochs
-                result = self.evaluate(evaluated) if last or (here.epoch + 1) % options.eval_every == 0 else None
-                self.finish_epoch(result)
-        return self.state
+        return steps, epochs, evaluated
 
     def resume(self, steps_per_epoch: int) -> None:
         """Goes back to the last intact checkpoint, and the records with it."""
