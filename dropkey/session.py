@@ -46,7 +46,7 @@ def train(cfg: TrainConfig, run: RunDirectory) -> dict:
         dist.barrier()  # the first process has prepared the directory
         resumes = dist.broadcast((run.checkpoints / "last.pt").exists())
         task = tasks.build(cfg)
-        progress = Progress(cfg.trainer.epochs, shown_metrics(task), run.log, show=dist.is_main)
+        progress = Progress(cfg.trainer.epochs, task.metrics[0], run.log, show=dist.is_main)
         data = task.load_data()
         if resumes:
             origin.require_same_data(run, data, "Bring them back, or start over with overwrite=true")
@@ -208,10 +208,6 @@ def local_errors(dist: DistContext) -> Iterator[None]:
 
 
 # ---------------------------------------------------------------------------------------------------- what is shown
-
-
-def shown_metrics(task: Task) -> list:
-    return [task.metrics[0], *(metric for metric in task.metrics[1:] if metric.key == "loss")]
 
 
 def introduce(cfg, run, task, data, model, report, dist, progress) -> None:

@@ -51,13 +51,13 @@ class Trainer:
         """
         options, dist = self.options, self.dist
         steps_per_epoch = len(self.train_loader)
-        steps, epochs = duration(options.epochs, options.max_steps, steps_per_epoch)
+        self.steps, epochs = duration(options.epochs, options.max_steps, steps_per_epoch)
 
         # 1. State: everything that a checkpoint holds. The moving average is a copy made before wrapping.
         memory = torch.channels_last if options.channels_last else torch.preserve_format
         model = self.model.to(dist.device, memory_format=memory)
         optimizer = build_optimizer(model, self.optim)
-        self.schedule = build_schedule(optimizer, self.optim, steps, steps_per_epoch)
+        self.schedule = build_schedule(optimizer, self.optim, self.steps, steps_per_epoch)
         scaler = torch.amp.GradScaler(dist.device.type, enabled=options.amp == "fp16")
         ema = None
         if options.ema_decay is not None:
@@ -85,7 +85,7 @@ class Trainer:
         here, self.stop.checks = self.state.position, True
         with self.profiler():
             while here.epoch < epochs:
-                self.train_epoch(min(steps_per_epoch, steps - here.epoch * steps_per_epoch))
+                self.train_epoch(min(steps_per_epoch, self.steps - here.epoch * steps_per_epoch))
                 last = here.epoch + 1 == epochs
                 result = self.evaluate(evaluated) if last or (here.epoch + 1) % options.eval_every == 0 else None
                 self.finish_epoch(result)
@@ -199,7 +199,8 @@ class Trainer:
         lr = base_lr(self.state.optimizer)
         if here.global_step % self.options.log_every == 0:
             mean = self.dist.mean(loss)
-            self.record({"kind": "step", "step": here.global_step, "epoch": here.epoch + 1, "loss": mean, "lr": lr})
+            record = {"kind": "step", "step": here.global_step, "epoch": here.epoch + 1, "loss": mean, "lr": lr}
+            self.record({**record, "seconds": here.seconds, "share_done": here.global_step / self.steps})
         self.progress.advance(loss, lr)
         if self.trace is not None:
             self.trace.step()
