@@ -105,6 +105,7 @@ def test_a_training_on_a_missing_gpu_is_refused_before_anything_is_made(monkeypa
 
 # ------------------------------------------------------------------------------------------------------ epoch lines
 
+
 def epoch_lines(*seconds: float, epochs: int = 10, split: str = "val", rate=1234.0) -> list[str]:
     lines = []
     progress = Progress(epochs, Metric("top1", "top-1", "%"), lines.append)
