@@ -225,7 +225,7 @@ def introduce(cfg, run, task, data, model, report, dist, progress) -> None:
 
 def draw_curves(cfg: TrainConfig, run: RunDirectory, task: Task, watched: str, progress: Progress) -> None:
     """A picture must neither fail a run nor hide why it failed."""
-    title = f"{identity.model_label(cfg)}, {cfg.regularizer.name}, {identity.data_label(cfg)}"
+    title = f"{identity.model_label(cfg)}, {identity.regularizer_label(cfg)}, {identity.data_label(cfg)}"
     split = {"val": "validation"}.get(watched, watched)
     try:
         if run.records("epoch"):
