@@ -51,28 +51,27 @@ class Trainer:
             Interrupted: a signal came; the state is saved.
             Diverged: the loss or the gradient is not finite; nothing was updated with it.
         """
-        steps, epochs, evaluated = self.prepare()
+        self.prepare()
         here, self.stop.checks, per_epoch = self.state.position, True, len(self.train_loader)
         trace = self.options.profile and self.dist.is_main
         with traced(trace, self.run.path / "trace.json", self.progress.info) as self.trace:
-            while here.epoch < epochs:
-                self.train_epoch(min(per_epoch, steps - here.epoch * per_epoch))
-                last = here.epoch + 1 == epochs
-                result = self.evaluate(evaluated) if last or (here.epoch + 1) % self.options.eval_every == 0 else None
-                self.finish_epoch(result)
+            while here.epoch < self.epochs:
+                self.train_epoch(min(per_epoch, self.steps - here.epoch * per_epoch))
+                last = here.epoch + 1 == self.epochs
+                self.finish_epoch(self.evaluate() if last or (here.epoch + 1) % self.options.eval_every == 0 else None)
         return self.state
 
-    def prepare(self) -> tuple[int, int, nn.Module]:
-        """(optimizer steps, epochs, the model to evaluate)"""
+    def prepare(self) -> None:
+        """All that is needed before the first step."""
         options, dist = self.options, self.dist
         steps_per_epoch = len(self.train_loader)
-        steps, epochs = duration(options.epochs, options.max_steps, steps_per_epoch)
+        self.steps, self.epochs = duration(options.epochs, options.max_steps, steps_per_epoch)
 
         # 1. State: everything that a checkpoint holds. The moving average is a copy made before wrapping.
         memory = torch.channels_last if options.channels_last else torch.preserve_format
         model = self.model.to(dist.device, memory_format=memory)
         optimizer = build_optimizer(model, self.optim)
-        self.schedule = build_schedule(optimizer, self.optim, steps, steps_per_epoch)
+        self.schedule = build_schedule(optimizer, self.optim, self.steps, steps_per_epoch)
         scaler = torch.amp.GradScaler(dist.device.type, enabled=options.amp == "fp16")
         ema = None
         if options.ema_decay is not None:
@@ -91,14 +90,13 @@ class Trainer:
 
         # 3. Wrapping. Evaluation and checkpoints keep using the bare model.
         self.wrapped = torch.compile(model) if options.compile else model
-        evaluated = self.wrapped
+        self.evaluated = self.wrapped
         if ema is not None:
-            evaluated = torch.compile(ema.module) if options.compile else ema.module
+            self.evaluated = torch.compile(ema.module) if options.compile else ema.module
         if dist.world_size > 1:
             ids = [dist.device.index] if dist.device.type == "cuda" else None
             unused = options.find_unused_parameters
             self.wrapped = DistributedDataParallel(self.wrapped, ids, find_unused_parameters=unused)
-        return steps, epochs, evaluated
 
     def resume(self, steps_per_epoch: int) -> None:
         """Goes back to the last intact checkpoint, and the records with it."""
@@ -192,8 +190,9 @@ class Trainer:
         if self.fault is None:
             self.state.position.loss_sum += loss
             if logged and math.isfinite(mean):
-                figures = {"loss": mean, "lr": begun.lr}
-                self.record({"kind": "step", "step": begun.step, "epoch": begun.epoch, **figures})
+                record = {"kind": "step", "step": begun.step, "epoch": begun.epoch, "loss": mean, "lr": begun.lr}
+                seconds = self.state.position.seconds
+                self.record({**record, "seconds": seconds, "share_done": begun.step / self.steps})
             self.progress.advance(loss, begun.lr)
 
     def meet(self) -> tuple[bool, bool]:
@@ -253,10 +252,9 @@ class Trainer:
         # the scaler itself handles fp16 overflows: it skips the step and lowers the scale
         return torch.zeros_like(norm) if state.scaler.is_enabled() else norm
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
+    def evaluate(self) -> dict[str, float]:
         began = time.perf_counter()
-        model.eval()
-        predict, scores = partial(self.task.predict, model), self.task.scores()
+        predict, scores = partial(self.task.predict, self.evaluated.eval()), self.task.scores()
         result = evaluate(predict, scores, self.eval_loader, self.dist, self.stop, self.autocast)
         self.state.position.seconds += time.perf_counter() - began
         if result is None:
