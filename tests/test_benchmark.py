@@ -51,6 +51,18 @@ def test_dropkey_is_as_exact_as_plain_attention(benchmark):
     assert max(off) < 1e-5
 
 
+def test_the_loops_train_the_model_that_is_named(benchmark):
+    from benchmarks import loops
+
+    cfg = loops.config(
+        {"model_name": "vit_tiny_patch16_224", "img_size": 32, "patch_size": 4, "num_classes": 10},
+        *(2, 2, "none", torch.device("cpu"), False),
+    )
+    model = cfg.model
+    assert (model.name, model.patch_size) == ("vit_tiny_patch16_224", 4)
+    assert model.depth is model.embed_dim is model.num_heads is model.mlp_ratio is None
+
+
 def test_a_way_that_fails_gives_its_reason_and_the_others_go_on(benchmark):
     def broken():
         raise RuntimeError("no kernel image\nand more")
