@@ -6,7 +6,7 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 
-from dropkey.config.check import family
+from dropkey.config.geometry import family
 from dropkey.config.schema import EvalConfig, ScheduleConfig, TrainConfig, flatten
 
 # Keys that do not change the result: where files are, what is logged, how fast it runs.
