@@ -189,6 +189,20 @@ def check_data(data: schema.DataConfig) -> None:
         )
 
 
+def check_token_labels(cfg: TrainConfig) -> None:
+    data, augment = cfg.data, cfg.augment
+    require(
+        bool(cfg.model.args.get("use_mix_token")),
+        "data.token_labels: only VOLO with MixToken learns from them; take model=volo_d1 "
+        "model.args={use_aux_head: true, use_mix_token: true}",
+    )
+    require(not data.in_memory, "data.token_labels: the crop of maps needs the whole pictures; data.in_memory=false")
+    require(augment.crop_scale is not None, "data.token_labels needs augment.crop_scale, such as [0.08, 1]")
+    for key in ("crop_padding", "mixup", "cutmix"):
+        value = getattr(augment, key)
+        require(value == 0, f"augment.{key}={value} does not go with data.token_labels; set it to 0")
+
+
 def check_warmup(optim: schema.OptimConfig, trainer: schema.TrainerConfig) -> None:
     """Refuses a warm-up and cool-down that leave nothing between. How many steps an epoch has is known with the data
     only, so that `trainer.max_steps` (for debugging) may end a run within its warm-up."""
@@ -224,6 +238,8 @@ def check(cfg: TrainConfig) -> TrainConfig:
     check_data(cfg.data)
     check_model(cfg.model, cfg.data.image_size)
     check_window(cfg)
+    if cfg.data.token_labels is not None:
+        check_token_labels(cfg)
     augment, trainer, size = cfg.augment, cfg.trainer, cfg.data.image_size
     scale = augment.crop_scale
     require(
