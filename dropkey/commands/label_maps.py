@@ -54,12 +54,12 @@ def main(words: list[str]) -> None:
     from dropkey.tasks import label_maps
 
     device, folder = pick_device(args.device, key="device"), Path(args.output).expanduser()
+    dataset = label_maps.images_to_label(cfg.data)
     if published:
         teacher = label_maps.published_teacher(args.teacher, args.size, args.weights)
     else:
         run = loading.load(directory, args.weights or "last", device=args.device)
         teacher = label_maps.Teacher(run.model, directory.name, run.config.data, run.classes)
-    dataset = label_maps.images_to_label(cfg.data)
     label_maps.require_fit(teacher, dataset)
     label_maps.claim(folder, teacher)
     shown, done = 0.0, 0

@@ -3,7 +3,9 @@
 The global batch of optimizer step u in epoch e is order(e)[u * B : (u + 1) * B]. It is cut into equal microbatches,
 world_size x grad_accum_steps of them, and rank r takes `grad_accum_steps` consecutive ones. Order and augmentation
 follow from (seed, epoch, place in the epoch): they do not depend on the number of processes, workers or microbatches,
-nor on where an epoch is resumed. Only mixup and cutmix act within a microbatch and depend on their number.
+nor on where an epoch is resumed. Only mixup and cutmix act within a microbatch, each with a lambda of its own, and so
+depend on the number of all microbatches: one process with eight mixes what eight processes with one mix. The official
+recipes, which do not accumulate, have a lambda for each process, of 64 to 256 images.
 """
 
 from collections.abc import Iterator
