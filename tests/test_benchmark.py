@@ -27,10 +27,11 @@ def benchmark(monkeypatch):
     monkeypatch.setattr(module, "GRID", (8, 8))
     monkeypatch.setattr(module, "BATCH", {"cpu": 2})
     module.MODELS["cpu"] |= {"depth": 1}
+    monkeypatch.setattr(module, "LOOPS", {"cpu": [(module.MODELS["cpu"], 2, 2, False)]})
     return module
 
 
-@pytest.mark.parametrize("what", ["attention", "regularizers", "step"])
+@pytest.mark.parametrize("what", ["attention", "regularizers", "step", "training"])
 def test_it_writes_a_table_a_file_and_a_picture(benchmark, what, tmp_path, capsys):
     benchmark.main([what, "device=cpu", "rounds=2", f"output={tmp_path}"])
     result = json.loads((tmp_path / f"{what}-cpu.json").read_text())
