@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from covering import pairwise
 from dropkey import patching, weights
 from dropkey.build import regularize
-from dropkey.config.check import check, default_patch
+from dropkey.config.check import check
 from dropkey.config.compose import CONFIGS, compose
+from dropkey.config.geometry import default_patch
 from dropkey.config.schema import ModelConfig
 from dropkey.errors import ConfigError
 from dropkey.models import create_model

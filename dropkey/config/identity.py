@@ -6,7 +6,7 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 
-from dropkey.config.check import family
+from dropkey.config.geometry import family
 from dropkey.config.schema import EvalConfig, ScheduleConfig, TrainConfig, flatten
 
 # Keys that do not change the result: where files are, what is logged, how fast it runs.
@@ -27,6 +27,7 @@ NO_EFFECT = (
 NEUTRAL = {
     **{"schedule.over": "depth", "optim.layer_decay": None, "optim.cooldown_epochs": 0.0, "trainer.ema_warmup": True},
     **{"augment.border": "reflect", "augment.interpolation": "bicubic", "augment.erase_mixed": False},
+    **{"data.token_labels": None},
 }
 
 
@@ -51,6 +52,8 @@ def canonical(cfg: TrainConfig) -> dict[str, object]:
         keys.pop("schedule.over", None)
     if cfg.data.name == "folder":  # a folder is identified by its path, a named data set is the same anywhere
         keys["data.root"] = str(Path(cfg.data.root).resolve())
+    if cfg.data.token_labels is not None:
+        keys["data.token_labels"] = str(Path(cfg.data.token_labels).expanduser().resolve())
     if cfg.init_from is not None:
         start = Path(cfg.init_from).resolve()
         by_hash = re.search(r"-([0-9a-f]{10})$", start.name)  # a run; tables name runs before they exist

@@ -72,6 +72,7 @@ class DataConfig:
     max_train_samples: Optional[int] = None  # train on this many images only, equally many per class
     split_seed: Any = 0  # an integer that draws these and the held-out validation images; "run": the run's own seed
     in_memory: bool = True  # keep decoded images as one uint8 tensor on the device; false: decode them for each batch
+    token_labels: Optional[str] = None  # folder of a teacher's label maps, for VOLO with MixToken; null: off
     crop_pct: float = 1.0  # evaluation: centre crop / resized side
     num_workers: int = 2  # decoding processes, with in_memory=false
 

@@ -22,6 +22,7 @@ from dropkey.data.images import Files, Pixels, to_device, to_tensor
 from dropkey.errors import ConfigError, DataError
 
 Key = tuple[int | str, ...]  # parts of a seed
+Batch = torch.Tensor | list[torch.Tensor]  # images, or these and more of the same length
 MOST_WORKERS = 64  # on a machine with fewer cores; thousands hang it
 
 
@@ -51,7 +52,8 @@ class OnDevice:
 class Decoding:
     """Reads through `workers` processes, which stay until `close` (0: in this process).
 
-    `transform(picture, key)` returns the picture at its final size.
+    `transform(picture, key)` returns the picture at its final size, or a tuple of it and tensors; batches are
+    then lists.
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class Decoding:
         self._plan = _Plan()
         self._loader = self._batches = None
 
-    def read(self, requests: Iterable[Request]) -> Iterator[torch.Tensor]:
+    def read(self, requests: Iterable[Request]) -> Iterator[Batch]:
         """uint8 B C H W on the device, one per request. A new call abandons an unfinished one."""
         self._plan.requests = (request._replace(rows=request.rows.tolist()) for request in requests)
         plan = self._plan.requests
@@ -81,10 +83,12 @@ class Decoding:
                 images = next(batches, None)
             if images is None:
                 return
+            one = isinstance(images, torch.Tensor)
             if isinstance(images, str):
                 self.close()
                 raise DataError(images)
-            yield images.to(self._device, non_blocking=True)
+            parts = [part.to(self._device, non_blocking=True) for part in ([images] if one else images)]
+            yield parts[0] if one else parts
             if self._plan.requests is not plan:
                 raise RuntimeError("this reading was abandoned: another one was started on the same reader")
 
@@ -149,14 +153,17 @@ class _Pictures(TorchDataset):
         self.store = store
         self.transform = transform
 
-    def __getitem__(self, request: Request) -> torch.Tensor | str:
+    def __getitem__(self, request: Request) -> Batch | str:
         """A batch, or the error message: torch would wrap a worker's exception in a traceback."""
         try:
             tensors = []
             for index, row in enumerate(request.rows):
                 picture = self.store.picture(row)
-                tensors.append(to_tensor(self.transform(picture, (*request.key, request.position + index))))
-            return torch.stack(tensors)
+                made = self.transform(picture, (*request.key, request.position + index))
+                made = made if isinstance(made, tuple) else (made,)
+                tensors.append([to_tensor(one) if isinstance(one, Image.Image) else one for one in made])
+            batch = [torch.stack(column) for column in zip(*tensors, strict=True)]
+            return batch if len(batch) > 1 else batch[0]
         except DataError as error:
             return str(error)
 
