@@ -1,8 +1,9 @@
 """Augmentation in two stages. Every random number is derived from the run's seed and the image's place in the epoch.
 
-1. Pictures, in the decoding workers: random resized crop and RandAugment of timm, on PIL images.
-2. Batches, on the device: mirror, padded crop, normalisation, timm's random erasing; then mixup or cutmix of timm, or
-   the erasing last.
+1. Pictures, in the decoding workers: random resized crop of timm, on PIL images. Images in memory are cropped by
+   dropkey.data.device_augment.
+2. Batches, on the device: RandAugment (dropkey.data.device_augment), mirror, padded crop, normalisation, timm's random
+   erasing; then mixup or cutmix of timm, or the erasing last.
 Images in memory and images decoded on demand share the second stage, so `data.in_memory` does not change it.
 Shape letters: B images, C channels, H and W height and width.
 """
@@ -51,27 +52,21 @@ class EvalPicture:
 
 
 class TrainPicture:
-    """Random resized crop (or resize and centre crop), then RandAugment.
-
-    `key` holds the parts from which this picture's seed is derived.
-    """
+    """Random resized crop, or resize and centre crop; `key` holds the parts of this picture's seed."""
 
     def __init__(self, data: DataConfig, augment: AugmentConfig):
         self.size = data.image_size
-        self.crop = self.rand_augment = None
+        self.crop = None
         if augment.crop_scale is not None:
             self.crop = RandomResizedCropAndInterpolation(
                 self.size, tuple(augment.crop_scale), interpolation=augment.interpolation
             )
-        if augment.rand_augment is not None:
-            self.rand_augment = rand_augment(augment.rand_augment, data, augment.interpolation)
 
     def __call__(self, picture: Image.Image, key: tuple) -> Image.Image:
-        if self.crop is None and self.rand_augment is None:
+        if self.crop is None:
             return resize_center_crop(picture, self.size)
         with seeded(derive_seed(*key)):
-            picture = self.crop(picture) if self.crop else resize_center_crop(picture, self.size)
-            return self.rand_augment(picture) if self.rand_augment else picture
+            return self.crop(picture)
 
 
 def rand_augment(policy: str, data: DataConfig, interpolation: str = "bicubic"):

@@ -13,6 +13,7 @@ import torch
 
 from dropkey.config.schema import AugmentConfig, DataConfig
 from dropkey.data.augment import BatchAugment, EvalPicture, Mix, Normalize, TrainPicture
+from dropkey.data.device_augment import DeviceAugment
 from dropkey.data.images import to_device
 from dropkey.data.reading import Decoding, OnDevice, Request
 from dropkey.data.splits import Dataset
@@ -96,7 +97,8 @@ class TrainLoader:
         self._targets = dataset.train.targets.to(device)
         self._augment, self._erase_mixed = BatchAugment(data, augment, seed, device), augment.erase_mixed
         self._mix = Mix(augment, dataset.num_classes)
-        if data.in_memory and augment.crop_scale is None and augment.rand_augment is None:
+        self._pictures = DeviceAugment(data, augment, seed, device, crop=data.in_memory)
+        if data.in_memory:
             self._reader = OnDevice(dataset.train.images, device)
         else:
             self._reader = Decoding(dataset.train.images, TrainPicture(data, augment), data.num_workers, device)
@@ -123,14 +125,15 @@ class TrainLoader:
             for begin in begins
         )
         pictures = self._reader.read(requests)
-        draws, drawn = None, None
+        draws = plans = drawn = None
         for (step, microbatch), begin, images in zip(places, begins, pictures, strict=True):
             if drawn != step:
                 draws, drawn = self._augment.draw(epoch, step, self._batch_size), step
+                plans = self._pictures.draw(epoch, step, self._batch_size)
             own = slice(microbatch * self._microbatch, (microbatch + 1) * self._microbatch)
             ids = order[begin : begin + self._microbatch]
             targets = self._targets[to_device(ids, self._device)]
-            images = self._augment(images, draws[own])
+            images = self._augment(self._pictures(images, plans, own), draws[own])
             if not self._erase_mixed:
                 images = self._augment.erase_some(images, draws[own], epoch, begin)
             images, targets = self._mix(images, targets, self._seed, "mix", epoch, step, microbatch)
