@@ -96,10 +96,12 @@ def test_a_crop_is_resized_as_pillow_does(channels, interpolation):
     boxes = torch.tensor([(i % 7, i % 5, 3 + 2 * (i % 12), SIZE - 5 - i) for i in range(len(images))])
     ours = operations.resized_crop(images, boxes, SIZE, torch.full((len(images),), interpolation == "bicubic"))
     resample = Image.Resampling[interpolation.upper()]
-    for image, (top, left, height, width), found in zip(images, boxes.tolist(), ours, strict=True):
+    theirs = []
+    for image, (top, left, height, width) in zip(images, boxes.tolist(), strict=True):
         box = to_picture(image.numpy()).crop((left, top, left + width, top + height))
-        difference = (found.int() - to_tensor(box.resize((SIZE, SIZE), resample)).int()).abs()
-        assert difference.max() <= 2 and (difference > 0).double().mean() < 0.05  # ties on ramps
+        theirs.append(to_tensor(box.resize((SIZE, SIZE), resample)))
+    difference = (ours.int() - torch.stack(theirs).int()).abs()
+    assert difference.max() <= 2 and (difference > 0).double().mean() < 0.02
 
 
 @pytest.mark.parametrize("name", sorted(ARGUMENTS))
@@ -182,7 +184,7 @@ def test_boxes_have_timms_distribution(scale):
 
 
 def test_augmented_images_have_timms_mean_and_spread():
-    data, count = config(), 3000
+    data, count = config(), 1500
     options = AugmentConfig(crop_scale=[0.3, 1.0], rand_augment="rand-m9-mstd0.5-inc1")
     image = samples(3)[12]
     augment = DeviceAugment(data, options, 0, CPU, crop=True)
@@ -194,8 +196,8 @@ def test_augmented_images_have_timms_mean_and_spread():
     )
     with seeded(0):
         theirs = torch.stack([to_tensor(policy(crop(picture, (0, row)))) for row in range(count)]).double()
-    assert (ours.mean(0) - theirs.mean(0)).abs().mean() < 3.5  # of levels; the mean's own error is 1.5
-    assert (ours.std(0) - theirs.std(0)).abs().mean() < 3.5
+    assert (ours.mean(0) - theirs.mean(0)).abs().mean() < 5  # of levels; the mean's own error is 2
+    assert (ours.std(0) - theirs.std(0)).abs().mean() < 5
     at = torch.linspace(0.02, 0.98, 25, dtype=torch.float64)
     means = [torch.quantile(one.mean((1, 2, 3)), at) for one in (ours, theirs)]
     assert (means[0] - means[1]).abs().max() < 12
@@ -219,7 +221,7 @@ def test_pictures_in_files_meet_the_same_operations_as_pixels_in_memory(folder):
 
 
 def test_a_policy_that_asks_for_too_much_is_refused():
-    with pytest.raises(ConfigError, match="rand-n40-tweights: it has 1. operations"):
+    with pytest.raises(ConfigError, match=r"rand-n40-tweights: it has 1. operations"):
         BatchRandAugment(config(), AugmentConfig(rand_augment="rand-n40-tweights"), CPU)
 
 
