@@ -73,7 +73,7 @@ class DataConfig:
     split_seed: Any = 0  # an integer that draws these and the held-out validation images; "run": the run's own seed
     in_memory: bool = True  # keep decoded images as one uint8 tensor on the device; false: decode them for each batch
     crop_pct: float = 1.0  # evaluation: centre crop / resized side
-    num_workers: int = 2  # decoding processes, with in_memory=false
+    num_workers: Optional[int] = None  # processes that decode; null: as many as this process has cores, at most 16
 
 
 @dataclass
