@@ -30,6 +30,16 @@ def benchmark(monkeypatch):
     return module
 
 
+def test_decoders_are_compared_and_cores_counted(benchmark, tmp_path, monkeypatch, capsys):
+    write_images(tmp_path / "photographs", 2, (300, 260), suffix=".jpg")
+    monkeypatch.setattr("benchmarks.decoding.needs", lambda speed: [{"cores": round(1e5 / speed)}])
+    benchmark.main(["decoding", f"root={tmp_path}", "rounds=2", f"output={tmp_path}"])
+    result = json.loads((tmp_path / "decoding-cpu.json").read_text())
+    assert {"Pillow", "torchvision"} <= {row["decoder"] for row in result["rows"]}
+    assert all(row["crop"] > 0 for row in result["rows"]) and result["needs"][0]["cores"] > 0
+    assert "Pillow, draft mode" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("what", ["attention", "regularizers", "step"])
 def test_it_writes_a_table_a_file_and_a_picture(benchmark, what, tmp_path, capsys):
     benchmark.main([what, "device=cpu", "rounds=2", f"output={tmp_path}"])
@@ -73,7 +83,7 @@ def test_what_cannot_be_measured_here_ends_in_a_line(benchmark, words):
         benchmark.main(words)
 
 
-TIMINGS = sorted(file for file in RESULTS.glob("*.json") if file.stem != "simulated-tables")
+TIMINGS = sorted(file for file in RESULTS.glob("*.json") if file.stem not in ("simulated-tables", "decoding-cpu"))
 
 
 @pytest.mark.parametrize("file", TIMINGS, ids=lambda file: file.stem)

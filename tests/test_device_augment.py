@@ -12,10 +12,11 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from data_samples import batches, folder_config
 from dropkey.config.schema import AugmentConfig, DataConfig
 from dropkey.data import operations
-from dropkey.data.augment import TrainPicture, posterize_to_black, rand_augment, seeded
+from dropkey.data.augment import TrainPicture, posterize_to_black, rand_augment, resized_crop, seeded
 from dropkey.data.device_augment import ARGUMENTS, BatchRandAugment, DeviceAugment
 from dropkey.data.images import to_picture, to_tensor
 from dropkey.errors import ConfigError
+from dropkey.seeds import derive_seed
 
 CPU, SIZE = torch.device("cpu"), 33
 GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY", "TranslateXRel", "TranslateYRel")
@@ -189,13 +190,10 @@ def test_augmented_images_have_timms_mean_and_spread():
     image = samples(3)[12]
     augment = DeviceAugment(data, options, 0, CPU, crop=True)
     ours = augment(image.repeat(count, 1, 1, 1), augment.draw(0, 0, count), slice(None)).double()
-    crop, policy, picture = (
-        TrainPicture(data, options),
-        rand_augment(options.rand_augment, data),
-        to_picture(image.numpy()),
-    )
+    policy, picture = rand_augment(options.rand_augment, data), to_picture(image.numpy())
+    crop = RandomResizedCropAndInterpolation(SIZE, (0.3, 1.0), interpolation="bicubic")
     with seeded(0):
-        theirs = torch.stack([to_tensor(policy(crop(picture, (0, row)))) for row in range(count)]).double()
+        theirs = torch.stack([to_tensor(policy(crop(picture))) for _ in range(count)]).double()
     assert (ours.mean(0) - theirs.mean(0)).abs().mean() < 5  # of levels; the mean's own error is 2
     assert (ours.std(0) - theirs.std(0)).abs().mean() < 5
     at = torch.linspace(0.02, 0.98, 25, dtype=torch.float64)
@@ -211,6 +209,28 @@ def test_interpolation_is_drawn_for_each_image_and_operation():
 
 
 # ---------------------------------------------------------------------------------------------------- in a run
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_picture_from_a_file_is_cropped_as_timm_does(channels, interpolation):
+    noise = np.random.default_rng(0).integers(60, 200, (80, 120, 3), dtype=np.uint8)
+    picture = Image.fromarray(noise).convert("L" if channels == 1 else "RGB")
+    for box in ((3, 5, 70, 100), (0, 0, 12, 9), (40, 60, 33, 33)):
+        ours = resized_crop(picture, box, SIZE, interpolation).int()
+        small = picture.crop((box[1], box[0], box[1] + box[3], box[0] + box[2]))
+        theirs = to_tensor(small.resize((SIZE, SIZE), Image.Resampling[interpolation.upper()])).int()
+        assert ours.shape == (channels, SIZE, SIZE)
+        assert (ours - theirs).abs().max() <= 2 and (ours - theirs).abs().double().mean() < 0.05
+
+
+def test_a_picture_from_a_file_meets_timms_box(folder):
+    picture, options = Image.open(folder / "train" / "a" / "000.png"), AugmentConfig(crop_scale=[0.3, 1.0])
+    crop = RandomResizedCropAndInterpolation(12, (0.3, 1.0), interpolation="bicubic")
+    for key in ((0, 1), (0, 2), (3, 4)):
+        with seeded(derive_seed(*key)):
+            theirs = to_tensor(crop(picture)).int()
+        assert (TrainPicture(folder_config(folder), options)(picture, key).int() - theirs).abs().double().mean() < 1
 
 
 def test_pictures_in_files_meet_the_same_operations_as_pixels_in_memory(folder):

@@ -102,8 +102,10 @@ def to_picture(array_CHW: np.ndarray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array_CHW.transpose(1, 2, 0)))
 
 
-def to_tensor(picture: Image.Image) -> torch.Tensor:
-    """uint8, C H W."""
+def to_tensor(picture: Image.Image | torch.Tensor) -> torch.Tensor:
+    """uint8, C H W; a tensor as it is."""
+    if isinstance(picture, torch.Tensor):
+        return picture
     array = np.array(picture)
     return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1))
 

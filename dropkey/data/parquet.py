@@ -30,7 +30,9 @@ def index_parquet(paths: list[Path], name: str) -> Index:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise ConfigError("data=parquet reads through pyarrow, which is missing: pip install 'dropkey[parquet]'") from None
+        raise ConfigError(
+            "data=parquet reads through pyarrow, which is missing: pip install 'dropkey[parquet]'"
+        ) from None
 
     target, size = cache_directory() / f"{name}.images", sum(os.path.getsize(path) for path in paths)
     if not is_own_directory(target.parent) or shutil.disk_usage(target.parent).free < size:
