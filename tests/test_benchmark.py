@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.rivals import flex_row_keys, flex_score_mod
 from benchmarks.show import summary
+from data_samples import write_images
 from dropkey import attention
 from dropkey.errors import ConfigError
 
