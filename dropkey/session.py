@@ -46,7 +46,7 @@ def train(cfg: TrainConfig, run: RunDirectory) -> dict:
         dist.barrier()  # the first process has prepared the directory
         resumes = dist.broadcast((run.checkpoints / "last.pt").exists())
         task = tasks.build(cfg)
-        progress = Progress(cfg.trainer.epochs, shown_metrics(task), run.log, show=dist.is_main)
+        progress = Progress(cfg.trainer.epochs, task.metrics[0], run.log, show=dist.is_main)
         data = task.load_data()
         if resumes:
             origin.require_same_data(run, data, "Bring them back, or start over with overwrite=true")
@@ -210,10 +210,6 @@ def local_errors(dist: DistContext) -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------------- what is shown
 
 
-def shown_metrics(task: Task) -> list:
-    return [task.metrics[0], *(metric for metric in task.metrics[1:] if metric.key == "loss")]
-
-
 def introduce(cfg, run, task, data, model, report, dist, progress) -> None:
     """The first lines of a run: where, what, on what, and which attention layers are regularized."""
     processes = f"{dist.world_size} processes, " if dist.world_size > 1 else ""
@@ -229,7 +225,7 @@ def introduce(cfg, run, task, data, model, report, dist, progress) -> None:
 
 def draw_curves(cfg: TrainConfig, run: RunDirectory, task: Task, watched: str, progress: Progress) -> None:
     """A picture must neither fail a run nor hide why it failed."""
-    title = f"{identity.model_label(cfg)}, {cfg.regularizer.name}, {identity.data_label(cfg)}"
+    title = f"{identity.model_label(cfg)}, {identity.regularizer_label(cfg)}, {identity.data_label(cfg)}"
     split = {"val": "validation"}.get(watched, watched)
     try:
         if run.records("epoch"):

@@ -1,9 +1,10 @@
-"""What DropKey costs: python scripts/benchmark.py attention|regularizers|step|all|tune|decoding [key=value ...]
+"""What DropKey costs: python scripts/benchmark.py attention|regularizers|step|training|all|tune|decoding [key=value ...]
 
 attention     the operator, forward and backward, beside other ways to drop keys (on a GPU FlexAttention among them)
 regularizers  what the other regularizers cost
 step          a whole training step
-all           these three
+training      this project's training loop beside a bare one and one made of timm's parts
+all           these four
 tune          tilings of the Triton kernels, fastest first (GPU only)
 decoding      photographs that one core decodes and crops, and the cores that feed eight GPUs (root=<folder of JPEGs>)
 
@@ -49,6 +50,10 @@ MODELS = {
     "cuda": {"model_name": "vit_small_patch16_224", "img_size": 224, "patch_size": 16, "num_classes": 1000},
 }
 BATCH = {"cpu": 64, "cuda": 256}
+LOOPS = {  # model, batch, steps, whether compiled: small images, where the loop itself counts, and ViT-S/16
+    "cpu": [(MODELS["cpu"], 64, 12, False)],
+    "cuda": [(MODELS["cpu"], 512, 40, False), *((MODELS["cuda"], 256, 20, compiled) for compiled in (False, True))],
+}
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16",)}
 
 
@@ -208,6 +213,34 @@ def train(model, optimizer, images: Tensor, labels: Tensor, dtype: str) -> None:
     optimizer.zero_grad()
 
 
+def training(device: torch.device, rounds: int) -> list[dict]:
+    from benchmarks import loops
+    from dropkey.reproduction import cost
+
+    rows = []
+    for (model, batch, steps, compiled), dtype in itertools.product(LOOPS[device.type], DTYPES[device.type]):
+        amp = {"float32": "none", "bfloat16": "bf16"}[dtype]
+        none, drops = (
+            loops.config(model, batch, steps, amp, device, compiled, f"regularizer={name}")
+            for name in ("none", "dropkey")
+        )
+        actions = {
+            "bare loop": loops.bare(none, steps),
+            "this project": loops.ours(none),
+            "this project, DropKey": loops.ours(drops),
+            "timm's parts": loops.timms(none, steps),
+        }
+        flop = 3 * cost.of_model(none)[0]
+        for row in measure(actions, "bare loop", rounds, device):
+            if "failed" not in row:
+                row["ms"] = round(row["ms"] / steps, 4)
+                row["images/s"] = round(batch / row["ms"] * 1000, 1)
+                row["TFLOPS"] = round(flop * row["images/s"] / 1e12, 3)
+            on = {"model": model["model_name"], "batch": batch, "pixels": model["img_size"]}
+            rows.append({**on, "dtype": dtype, "compiled": compiled, **row})
+    return rows
+
+
 def tune(device: torch.device, rounds: int) -> list[dict]:
     """Each kernel's candidates, the other kernels as chosen."""
     from dropkey.operator import tiling
@@ -233,7 +266,7 @@ def tune(device: torch.device, rounds: int) -> list[dict]:
     return rows
 
 
-MEASURED = {"attention": attention, "regularizers": regularizers, "step": step}
+MEASURED = {"attention": attention, "regularizers": regularizers, "step": step, "training": training}
 
 
 @dataclasses.dataclass

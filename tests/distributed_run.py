@@ -6,6 +6,7 @@ from typing import Optional
 
 import runs
 from dropkey import cli, plotting
+from dropkey.engine import trainer
 from dropkey.engine.trainer import Trainer
 from dropkey.errors import DataError
 
@@ -14,17 +15,19 @@ def main(output: str, overrides: tuple[str, ...], event: Optional[tuple[int, int
     """`event`: (signal, step, rank), for the first life of that rank; signal -1 stands for an unreadable image."""
     from dropkey.commands import train
 
-    original = Trainer.count
+    original = Trainer.step
 
-    def count(self, loss, seconds):
-        original(self, loss, seconds)
+    def step(self, microbatches):
+        begun = original(self, microbatches)
         if event and first_life and (self.dist.rank, self.state.position.global_step) == (event[2], event[1]):
             if event[0] == -1:
                 raise DataError("images/broken.png cannot be read")
             os.kill(os.getpid(), event[0])
+        return begun
 
     first_life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    Trainer.count = count
+    Trainer.step = step
+    trainer.MEETING_SECONDS = 0.0  # each step
     plotting.curves = lambda *args: None
     sys.argv = ["train.py", *runs.SMALL, f"output={output}", *overrides]
     with cli.command():

@@ -82,19 +82,20 @@ def train(cell: Cell, output: Path, number: int) -> None:
     restart."""
     plotting.curves = lambda *args: None
     os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)
+    trainer.MEETING_SECONDS = 0.0  # each step
     session.train(cell.config(output), cell.run(output))
 
 
 def stopped_by_signal(moment: str):
     """SIGTERM to the last process: after step 4 (the first of the second epoch) or 3 (the last of the first one), or
     after its evaluation."""
-    name = "finish_epoch" if moment == "after evaluation" else "count"
-    original, step = getattr(Trainer, name), {"within an epoch": 3, "at its end": 2, "after evaluation": 3}[moment]
+    name = "finish_epoch" if moment == "after evaluation" else "settle"
+    original, step = getattr(Trainer, name), {"within an epoch": 4, "at its end": 3, "after evaluation": 3}[moment]
 
-    def wrapped(self, *args):
+    def wrapped(self, *args, **kwargs):
         if self.state.position.global_step == step and self.dist.rank == self.dist.world_size - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, *args)
+        return original(self, *args, **kwargs)
 
     return mock.patch.object(Trainer, name, wrapped)
 
@@ -130,7 +131,7 @@ def train_and_signal(output: Path, number: int, moment: str, words: tuple[str, .
 
     original_save = checkpoint.save
     moments = {
-        "step": (Trainer, "count", lambda self, *_: self.state.position.global_step == 3),
+        "step": (Trainer, "settle", lambda self, *_: self.state.position.global_step == 4),
         "evaluation": (trainer, "evaluate", lambda *_: True),
         "save": (checkpoint, "verify", lambda path: ".last.pt" in str(path)),  # written, not yet in its place
     }
@@ -204,17 +205,18 @@ class SparePart(regression_task.Regression):
 
 def train_without_the_service_of_wandb(output: Path) -> None:
     """Its process is killed after step 4 (case 27)."""
-    original = Trainer.count
+    original = Trainer.step
 
-    def count(self, *args):
-        original(self, *args)
+    def step(self, microbatches):
+        begun = original(self, microbatches)
         if self.state.position.global_step == 4:
             for pid in services():
                 os.kill(pid, signal.SIGKILL)
                 with open(output / "killed.txt", "a") as file:
                     file.write(f"{time.time()}\n")
+        return begun
 
-    Trainer.count = count
+    Trainer.step = step
     command(output, "logger=wandb")
 
 

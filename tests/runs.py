@@ -52,16 +52,17 @@ def train(output: Path, *overrides: str) -> RunDirectory:
 
 
 def on_step(monkeypatch, number: int, action: Callable[[Trainer], None], times: int = 1) -> None:
-    """Has `action` called right after optimizer step `number` (counted over the run), `times` times at most."""
-    original, left = Trainer.count, [times]
+    """Has `action` called when optimizer step `number` (counted over the run) has begun, `times` times at most."""
+    original, left = Trainer.step, [times]
 
-    def count(self, loss, seconds):
-        original(self, loss, seconds)
+    def step(self, microbatches):
+        begun = original(self, microbatches)
         if self.state.position.global_step == number and left[0]:
             left[0] -= 1
             action(self)
+        return begun
 
-    monkeypatch.setattr(Trainer, "count", count)
+    monkeypatch.setattr(Trainer, "step", step)
 
 
 def send(number: int = signal.SIGTERM) -> Callable:

@@ -28,6 +28,7 @@ def benchmark(monkeypatch):
     monkeypatch.setattr(module, "GRID", (8, 8))
     monkeypatch.setattr(module, "BATCH", {"cpu": 2})
     module.MODELS["cpu"] |= {"depth": 1}
+    monkeypatch.setattr(module, "LOOPS", {"cpu": [(module.MODELS["cpu"], 2, 2, False)]})
     return module
 
 
@@ -41,7 +42,7 @@ def test_decoders_are_compared_and_cores_counted(benchmark, tmp_path, monkeypatc
     assert "Pillow, draft mode" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("what", ["attention", "regularizers", "step"])
+@pytest.mark.parametrize("what", ["attention", "regularizers", "step", "training"])
 def test_it_writes_a_table_a_file_and_a_picture(benchmark, what, tmp_path, capsys):
     benchmark.main([what, "device=cpu", "rounds=2", f"output={tmp_path}"])
     result = json.loads((tmp_path / f"{what}-cpu.json").read_text())

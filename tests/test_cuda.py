@@ -5,7 +5,10 @@ import torch
 import torch.nn.functional as F
 
 import dropkey
+import runs
 from dropkey import bernoulli
+from dropkey.engine import trainer
+from dropkey.errors import Diverged, Interrupted
 from tiny_models import FAMILIES, images_for
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
@@ -138,3 +141,54 @@ def test_a_graph_that_is_replayed_follows_a_new_seed_of_the_masks():
             outs.append(out.clone())
             torch.testing.assert_close(outs[-1], model(images))
     assert torch.equal(outs[0], outs[2]) and not torch.equal(outs[0], outs[1])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["trainer.amp=bf16", "trainer.ema_decay=0.9", "optim.clip_grad_norm=1", "augment.label_smoothing=0.1"],
+        ["augment.mixup=0.8", "augment.cutmix=1", "augment.random_erasing=0.25", "augment.crop_padding=1"],
+        ["trainer.amp=fp16", "optim=sgd", "regularizer=dropout", "trainer.grad_accum_steps=2"],
+    ],
+    ids=["amp", "augment", "fp16"],
+)
+def test_no_step_of_a_training_waits_for_the_device(tmp_path, monkeypatch, words):
+    """torch raises where the host would wait: in the loader, the step, and the reading of the step before."""
+    original = trainer.Trainer.train_epoch
+
+    def train_epoch(self, steps):
+        if self.state.position.epoch > 0:  # the first one makes caches and kernels
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            original(self, steps)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(trainer.Trainer, "train_epoch", train_epoch)
+    runs.train(tmp_path, "trainer.device=cuda", "trainer.log_every=100", *words)
+
+
+def test_a_training_on_a_gpu_is_resumed_bitwise_identically(tmp_path, monkeypatch):
+    plain = runs.train(tmp_path / "plain", "trainer.device=cuda")
+    runs.on_step(monkeypatch, 4, runs.send())
+    with pytest.raises(Interrupted):
+        runs.train(tmp_path / "resumed", "trainer.device=cuda")
+    resumed = runs.train(tmp_path / "resumed", "trainer.device=cuda")
+    assert runs.unequal(runs.state(plain), runs.state(resumed)) is None
+
+
+def test_what_is_not_finite_reaches_no_weight(tmp_path, monkeypatch):
+    original, before = trainer.Trainer.step, {}
+
+    def step(self, microbatches):
+        if self.state.position.global_step == 4:
+            before.update({name: value.clone() for name, value in self.state.model.state_dict().items()})
+            self.model.head.weight.register_hook(lambda gradient: gradient * float("nan"))
+        begun = original(self, microbatches)
+        if before:
+            assert runs.unequal(before, dict(self.state.model.state_dict())) is None
+        return begun
+
+    monkeypatch.setattr(trainer.Trainer, "step", step)
+    with pytest.raises(Diverged, match="step 5"):
+        runs.train(tmp_path, "trainer.device=cuda")

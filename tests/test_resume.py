@@ -251,17 +251,14 @@ def test_torchruns_restart_does_not_start_over_although_asked_to_overwrite(tmp_p
 
 
 def test_a_regularizer_does_not_change_initialisation_or_data_order(tmp_path, monkeypatch):
-    starts = []
-    monkeypatch.setattr(
-        trainer.Trainer,
-        "step",
-        lambda self, microbatches: (
-            starts.append(
-                ({k: v.clone() for k, v in self.state.model.state_dict().items()}, microbatches[0].ids.tolist())
-            )
-            or 0.0
-        ),
-    )
+    starts, original = [], trainer.Trainer.step
+
+    def step(self, microbatches):
+        weights = {k: v.clone() for k, v in self.state.model.state_dict().items()}
+        starts.append((weights, microbatches[0].ids.tolist()))
+        return original(self, microbatches)
+
+    monkeypatch.setattr(trainer.Trainer, "step", step)
     for kind in ("none", "dropkey"):
         runs.train(tmp_path, f"regularizer={kind}", "trainer.max_steps=1")
     assert runs.unequal(starts[0], starts[1]) is None

@@ -105,12 +105,10 @@ def test_a_training_on_a_missing_gpu_is_refused_before_anything_is_made(monkeypa
 
 # ------------------------------------------------------------------------------------------------------ epoch lines
 
-METRICS = [Metric("top1", "top-1", "%"), Metric("loss", "loss", digits=4, higher_is_better=False)]
-
 
 def epoch_lines(*seconds: float, epochs: int = 10, split: str = "val", rate=1234.0) -> list[str]:
     lines = []
-    progress = Progress(epochs, METRICS, lines.append)
+    progress = Progress(epochs, Metric("top1", "top-1", "%"), lines.append)
     progress.split = split
     for epoch, at in enumerate(seconds, 1):
         record = {"epoch": epoch, "train_loss": 1.0, "eval_top1": 50.0, "eval_loss": 0.5, "seconds": at}
@@ -121,8 +119,12 @@ def epoch_lines(*seconds: float, epochs: int = 10, split: str = "val", rate=1234
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_an_epoch_line_names_its_split_and_the_time_left(split):
     (line,) = epoch_lines(60.0, split=split)
-    result = f"epoch  1/10  train loss 1.0000  {split} top-1 50.00 %, loss 0.5000  1,234 samples/s  9:00 left"
-    assert line == result
+    assert line == f"epoch  1/10  loss 1.0000  {split} top-1 50.00 %  1,234 samples/s  9:00 left"
+
+
+def test_an_epoch_line_of_a_long_training_fits_80_columns():
+    (line,) = epoch_lines(300.0, epochs=300, split="test", rate=12345.0)
+    assert line.endswith("12,345 samples/s  24:55:00 left") and len(line) <= 80
 
 
 def test_the_time_left_forgets_a_slow_first_epoch():
@@ -295,6 +297,18 @@ def test_a_run_under_way_shows_its_pace(found):
     RunDirectory(job.run).append({"kind": "epoch", "step": 9, "epoch": 1, "seconds": 4.0})
     epochs = job.config.trainer.epochs
     assert Forecast([job]).seconds(found["none", "A", 1]) == pytest.approx(STARTUP + 4 * epochs)
+
+
+def test_a_run_in_its_first_epoch_shows_its_pace_by_its_steps(found):
+    job = found["none", "A", 0]
+    RunDirectory(job.run).set_status("running")
+    RunDirectory(job.run).append({"kind": "step", "step": 50, "seconds": 4.0, "share_done": 0.1})
+    assert Forecast([job]).seconds(found["none", "A", 1]) == pytest.approx(STARTUP + 40)
+
+
+def test_a_step_says_how_much_of_the_training_is_done_and_took(tmp_path):
+    *_, last = runs.train(tmp_path).records("step")
+    assert last["share_done"] == 1 and last["seconds"] > 0
 
 
 def test_jobs_fill_slots_and_wait_for_those_they_need(found):

@@ -80,14 +80,15 @@ def plot_comparison(pictures: Tensor, runs: list[Seen], records: list[list[dict]
         for row, answer in enumerate(runs[0].answers):
             axes[row, 0].set_xlabel(wrapped(answer.true, 20), fontsize=8, labelpad=2)
         for axis, run, look in zip(axes[0, 1:], runs, looks(len(runs)), strict=True):
-            heading = f"{wrapped(run.label, 20)}\n{run.result}".strip()
+            heading = f"{wrapped(run.label, 16)}\n{run.result}".strip()
             axis.set_title(heading, loc="center", color=look["color"], weight="bold", fontsize=9)
         top, bottom = beside.subplots(2, 1, height_ratios=(height - 1.2, 1.2))
         draw_entropy(top, records, [run.label for run in runs])
         top.set_title("entropy of attention; small dots are heads")
         bottom.set_axis_off()
-        seeds = max(map(len, records))
-        captions = [f"maps of the first seed; results and entropy of {seeds} seeds"] if seeds > 1 else []
+        seeds = sorted({len(group) for group in records})
+        captions = [f"maps of the first seed; results and entropy of {' or '.join(map(str, seeds))} seeds"]
+        captions = captions if seeds[-1] > 1 else []
         captions += [*dict.fromkeys(f"maps: {run.maps.caption}" for run in runs), f"{ROW_SCALE}; {FRAME}"]
         bottom.text(0, 1, "\n".join(wrapped(text, 58) for text in captions), va="top", fontsize=8, color=GREY)
         save(figure, path)

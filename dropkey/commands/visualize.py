@@ -59,7 +59,6 @@ def compare(args: Args) -> Path:
     from dropkey.analysis.labels import labels
 
     groups = by_seed(args)
-    groups.sort(key=lambda runs: configs_of(runs)[0].regularizer.name != "none")  # what others are compared with
     require(len(groups) <= MOST, f"compare draws {MOST} runs at most, not {len(groups)} (seeds share a column)")
     first = [runs[0] for runs in groups]
     require(args.head != "all", "head=all: compare draws one map of each run; choose rollout, mean or a number")
@@ -126,9 +125,11 @@ def result_of(runs: list[str]) -> str:
 
 
 def by_seed(args: Args) -> list[list[str]]:
-    """The runs in groups that differ in the seed alone, seeds in order."""
+    """The runs in groups that differ in the seed alone, seeds in order; first those without a regularizer, with which
+    others are compared."""
     groups = defaultdict(list)
-    for run, cfg in zip(args.run, configs_of(args.run), strict=True):
+    found = sorted(zip(configs_of(args.run), args.run, strict=True), key=lambda one: one[0].regularizer.name != "none")
+    for cfg, run in found:
         groups[identity.group_hash(cfg)].append((cfg.seed, run))
     return [[run for _, run in sorted(group)] for group in groups.values()]
 

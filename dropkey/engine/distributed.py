@@ -97,11 +97,15 @@ class DistContext:
 
     def any(self, *flags: bool) -> list[bool]:
         """For each flag, whether it is set in any process. A collective: every process must call it."""
+        return [bool(value) for value in self.max(*flags)]
+
+    def max(self, *values: float) -> list[float]:
+        """The largest of each value over processes. A collective: every process must call it."""
         if self.world_size == 1:
-            return list(flags)
-        tensor = torch.tensor(flags, dtype=torch.uint8)
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return [bool(flag) for flag in tensor]
+        return tensor.tolist()
 
     def gather(self, value) -> list:
         """`value` of every process, in the order of ranks."""

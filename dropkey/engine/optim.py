@@ -14,6 +14,13 @@ from dropkey.config.check import nearest
 from dropkey.config.schema import OptimConfig, flatten
 from dropkey.errors import ConfigError
 
+FUSED = (
+    "adam",
+    "adamw",
+    "sgd",
+    "momentum",
+)  # of timm's names: torch's own kernels, which can skip a step by themselves
+
 
 def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
     """timm's optimizer of that name. Biases, norms and parameters that the model exempts get no weight decay.
@@ -25,6 +32,8 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimiz
         raise ConfigError(f"optim.name={optim.name} is not in timm{nearest(optim.name, list_optimizers())}")
     scales = flatten(optim.lr_scale)
     parts = parts_of(model, list(scales))
+    device = next(model.parameters()).device
+    fused = optim.name in FUSED and device.type in ("cpu", "cuda") and not {"fused", "foreach"} & set(optim.args)
     try:
         return create_optimizer_v2(
             model,
@@ -34,10 +43,16 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimiz
             momentum=optim.momentum,
             param_group_fn=(lambda model: parameter_groups(model, optim, scales, parts)) if scales else None,
             layer_decay=optim.layer_decay,
+            **({"fused": True} if fused else {}),
             **optim.args,
         )
     except (TypeError, ValueError, LookupError, ArithmeticError) as error:
         raise ConfigError(f"optim.args={optim.args}: {optim.name} says: {error}") from None
+
+
+def skips_by_itself(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step leaves everything as it is where the tensor `optimizer.found_inf` is 1, unseen by the host."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False)  # as torch's GradScaler asks
 
 
 def parts_of(model: nn.Module, prefixes: list[str]) -> dict[nn.Parameter, str]:

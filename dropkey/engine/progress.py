@@ -1,6 +1,6 @@
 """Console output of a training: a progress bar on a terminal, one line per epoch, and the same lines in log.txt."""
 
-from typing import Callable, Optional, Sequence
+from typing import Callable, Optional
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -15,7 +15,7 @@ class Progress:
 
     Args:
         epochs: in all.
-        metrics: those shown after each evaluation.
+        metric: shown after each evaluation.
         log: also receives each line.
         show: False silences it.
     Attributes:
@@ -25,11 +25,11 @@ class Progress:
     def __init__(
         self,
         epochs: int,
-        metrics: Sequence[Metric] = (),
+        metric: Optional[Metric] = None,
         log: Callable[[str], None] = lambda text: None,
         show: bool = True,
     ):
-        self.epochs, self.metrics, self.log, self.show = epochs, metrics, log, show
+        self.epochs, self.metric, self.log, self.show = epochs, metric, log, show
         self.split = "val"
         self.first: Optional[tuple[int, float]] = None  # epoch and seconds of this process's first line
         self.console = Console(highlight=False, soft_wrap=True)
@@ -53,12 +53,12 @@ class Progress:
             self.bar.update(self.task, advance=1, loss=f"loss {loss:.4f}, lr {lr:.2e}")
 
     def finish_epoch(self, record: dict) -> None:
+        """One line of at most 80 columns; all other figures of the epoch are in metrics.jsonl and curves.png."""
         self.close()
         epoch, rate = record["epoch"], record["samples_per_second"]
-        text = f"epoch {epoch:>{len(str(self.epochs))}}/{self.epochs}  train loss {record['train_loss']:.4f}"
-        results = [(metric, record.get(f"eval_{metric.key}")) for metric in self.metrics]
-        if shown := [metric.format(value) for metric, value in results if value is not None]:
-            text += f"  {self.split} {', '.join(shown)}"
+        text = f"epoch {epoch:>{len(str(self.epochs))}}/{self.epochs}  loss {record['train_loss']:.4f}"
+        if self.metric and (value := record.get(f"eval_{self.metric.key}")) is not None:
+            text += f"  {self.split} {self.metric.format(value)}"
         text += f"  {rate:,.0f} samples/s" if rate else ""
         left = self.left(epoch, record["seconds"])
         self.info(text + (f"  {clock(left)} left" if left else f"  took {clock(record['seconds'])}"))

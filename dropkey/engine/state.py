@@ -72,7 +72,10 @@ class State:
         """
         try:
             self.model.load_state_dict(state["model"])
+            kernels = [group.get("fused") for group in self.optimizer.param_groups]
             self.optimizer.load_state_dict(state["optimizer"])
+            for group, fused in zip(self.optimizer.param_groups, kernels, strict=True):
+                group["fused"] = fused  # this version's, whichever version saved
         except (RuntimeError, ValueError, KeyError) as error:
             raise ConfigError(f"the checkpoint does not fit this model: {str(error).splitlines()[0]}") from None
         self.scaler.load_state_dict(state["scaler"])

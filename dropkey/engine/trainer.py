@@ -1,10 +1,10 @@
 """The training loop, for every task, model and data set. Read it top to bottom."""
 
 import contextlib
-import json
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Callable, Optional
 
 import torch
@@ -14,14 +14,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dropkey.config.schema import OptimConfig, TrainerConfig
 from dropkey.engine import checkpoint
+from dropkey.engine.begun import Begun, diverged, usable
 from dropkey.engine.distributed import DistContext, StopSignal
 from dropkey.engine.evaluate import evaluate
-from dropkey.engine.optim import base_lr, build_autocast, build_optimizer, build_schedule, duration
+from dropkey.engine.optim import base_lr, build_autocast, build_optimizer, build_schedule, duration, skips_by_itself
 from dropkey.engine.progress import Progress
 from dropkey.engine.state import State
-from dropkey.errors import Diverged
+from dropkey.engine.trace import traced
 from dropkey.records import RunDirectory
 
+MEETING_SECONDS = 1.0  # about so often the processes of a job agree on whether to go on
 FP16_MIN_SCALE = 2.0**-14  # of the loss; below, gradients overflow for another reason than their size
 
 
@@ -49,47 +51,52 @@ class Trainer:
             Interrupted: a signal came; the state is saved.
             Diverged: the loss or the gradient is not finite; nothing was updated with it.
         """
+        self.prepare()
+        here, self.stop.checks, per_epoch = self.state.position, True, len(self.train_loader)
+        trace = self.options.profile and self.dist.is_main
+        with traced(trace, self.run.path / "trace.json", self.progress.info) as self.trace:
+            while here.epoch < self.epochs:
+                self.train_epoch(min(per_epoch, self.steps - here.epoch * per_epoch))
+                last = here.epoch + 1 == self.epochs
+                self.finish_epoch(self.evaluate() if last or (here.epoch + 1) % self.options.eval_every == 0 else None)
+        return self.state
+
+    def prepare(self) -> None:
+        """All that is needed before the first step."""
         options, dist = self.options, self.dist
         steps_per_epoch = len(self.train_loader)
-        steps, epochs = duration(options.epochs, options.max_steps, steps_per_epoch)
+        self.steps, self.epochs = duration(options.epochs, options.max_steps, steps_per_epoch)
 
         # 1. State: everything that a checkpoint holds. The moving average is a copy made before wrapping.
         memory = torch.channels_last if options.channels_last else torch.preserve_format
         model = self.model.to(dist.device, memory_format=memory)
         optimizer = build_optimizer(model, self.optim)
-        self.schedule = build_schedule(optimizer, self.optim, steps, steps_per_epoch)
+        self.schedule = build_schedule(optimizer, self.optim, self.steps, steps_per_epoch)
         scaler = torch.amp.GradScaler(dist.device.type, enabled=options.amp == "fp16")
         ema = None
         if options.ema_decay is not None:
             ema = ModelEmaV3(model, decay=options.ema_decay, use_warmup=options.ema_warmup)
         self.state = State(model, optimizer, scaler, ema)
         self.autocast = build_autocast(options.amp, dist.device)
-        self.saved_at = time.monotonic()
-        self.trace: Optional[torch.profiler.profile] = None
+        self.saved_at, self.trace = time.monotonic(), None
         self.fixed_divisors: Optional[dict[str, float]] = None
+        self.bad = torch.zeros((), device=dist.device)  # how many steps were not finite, on the device
+        self.begun: Optional[Begun] = None  # the step whose figures the host has not read
+        self.fault: Optional[dict] = None  # what this process knows of a step that was not finite
+        self.step_seconds, self.meets_at = 0.0, 0  # the step at which the processes meet again
 
         # 2. Resume.
         self.resume(steps_per_epoch)
 
         # 3. Wrapping. Evaluation and checkpoints keep using the bare model.
         self.wrapped = torch.compile(model) if options.compile else model
-        evaluated = self.wrapped
+        self.evaluated = self.wrapped
         if ema is not None:
-            evaluated = torch.compile(ema.module) if options.compile else ema.module
+            self.evaluated = torch.compile(ema.module) if options.compile else ema.module
         if dist.world_size > 1:
             ids = [dist.device.index] if dist.device.type == "cuda" else None
             unused = options.find_unused_parameters
             self.wrapped = DistributedDataParallel(self.wrapped, ids, find_unused_parameters=unused)
-
-        # 4. Epochs.
-        here, self.stop.checks = self.state.position, True
-        with self.profiler():
-            while here.epoch < epochs:
-                self.train_epoch(min(steps_per_epoch, steps - here.epoch * steps_per_epoch))
-                last = here.epoch + 1 == epochs
-                result = self.evaluate(evaluated) if last or (here.epoch + 1) % options.eval_every == 0 else None
-                self.finish_epoch(result)
-        return self.state
 
     def resume(self, steps_per_epoch: int) -> None:
         """Goes back to the last intact checkpoint, and the records with it."""
@@ -119,52 +126,109 @@ class Trainer:
         microbatches = self.train_loader.epoch(here.epoch, here.step)  # a generator
         with contextlib.closing(microbatches):
             while here.step < steps:
-                before = time.perf_counter()
-                loss = self.step([next(microbatches) for _ in range(self.options.grad_accum_steps)])
-                self.count(loss, time.perf_counter() - before)
-                stop, late = self.asked() if self.dist.world_size == 1 else self.agreed
+                with self.timed():
+                    begun = self.step([next(microbatches) for _ in range(self.options.grad_accum_steps)])
+                    self.settle()  # the step before, so that the device always has one to work on
+                    self.begun = begun
+                if self.trace is not None:
+                    self.trace.step()
+                stop, late = self.meet()
                 if stop:
                     self.leave()
                 if late and here.step < steps:
                     self.save()
+        with self.timed():
+            self.drain()
 
-    def asked(self) -> tuple[bool, bool]:
-        """Whether this process is to stop, or to save."""
-        late = time.monotonic() - self.saved_at > 60 * self.options.checkpoint_minutes
-        return self.stop.number != 0, late
-
-    def step(self, microbatches: list) -> float:
-        """One optimizer step; returns this process's share of the loss, so that the mean over processes is the loss."""
-        state, dist, count = self.state, self.dist, len(microbatches)
-        global_step = state.position.global_step
-        self.schedule.step_update(global_step)
+    def step(self, microbatches: list) -> Begun:
+        """Begins one optimizer step, without waiting for the device. Its loss is this process's share: the mean over
+        processes is the loss."""
+        state, dist, here, count = self.state, self.dist, self.state.position, len(microbatches)
+        self.schedule.step_update(here.global_step)
         divisors = self.divisors(microbatches)
         total = 0.0
         for index, batch in enumerate(microbatches):
             # random numbers depend on the place in the global batch, not on which process computes it
-            self.seed_microbatch(global_step, dist.rank * count + index)
+            self.seed_microbatch(here.global_step, dist.rank * count + index)
             with contextlib.nullcontext() if index == count - 1 or dist.world_size == 1 else self.wrapped.no_sync():
                 with self.autocast():
                     losses = self.task.losses(self.wrapped, batch)
                     loss = sum(losses[key] * (dist.world_size / divisors[key]) for key in losses)  # DDP averages
-                state.scaler.scale(loss).backward()
+                # a loss that is not finite makes gradients that are not, which the other processes see too
+                state.scaler.scale(loss).backward(1 + 0 * loss.detach())
             total = total + loss.detach()
-        # the device is waited for once; in float32, where the norm of a half-precision model does not overflow
-        value, norm = torch.stack([total.float(), self.clip_gradients().float()]).tolist()
-        scale = state.scaler.get_scale()
-        # the processes meet once a step, so one that is asked to stop now stops after the next step
-        diverged, *self.agreed = dist.any(not (math.isfinite(value) and math.isfinite(norm)), *self.asked())
-        if diverged:
-            self.diverge(value, norm, microbatches)
-        state.scaler.step(state.optimizer)
+        # in float32, where the norm of a half-precision model does not overflow
+        figures = torch.stack([total.float(), self.clip_gradients().float()])
+        # nothing is updated with what is not finite, nor after it
+        if skips_by_itself(state.optimizer):
+            self.bad += (~figures.isfinite()).any()
+            if not state.scaler.is_enabled():  # which looks at the gradients of this step itself
+                state.optimizer.found_inf = self.bad.clamp(max=1)
+            state.scaler.step(state.optimizer)
+        elif figures.isfinite().all():  # waits for the device
+            state.scaler.step(state.optimizer)
         state.scaler.update()
         state.optimizer.zero_grad()
-        new_scale = state.scaler.get_scale()
-        if new_scale < FP16_MIN_SCALE:
-            self.diverge(value, math.nan, microbatches)
-        if state.ema is not None and new_scale >= scale:  # fp16: a lower scale means that the step was skipped
-            state.ema.update(state.model, global_step)
-        return value
+        if state.ema is not None:
+            state.ema.update(state.model, here.global_step)
+        here.step, here.global_step = here.step + 1, here.global_step + 1
+        here.samples += self.options.batch_size
+        place = {"step": here.global_step, "epoch": here.epoch + 1, "ids": [batch.ids for batch in microbatches]}
+        return Begun.at(figures, lr=base_lr(state.optimizer), **place)
+
+    def settle(self, at_rest: bool = False) -> None:
+        """Reads the figures of the step begun last, and records them every `log_every` steps."""
+        begun, self.begun = self.begun, None
+        if begun is None:
+            return
+        (loss, norm), logged = begun.read(), begun.step % self.options.log_every == 0
+        mean = self.dist.mean(loss) if logged else loss  # in every process, whatever it has found
+        if self.fault is None and not usable(loss, norm):
+            self.fault = begun.fault(loss, norm)
+        if self.fault is None and (logged or at_rest) and self.state.scaler.get_scale() < FP16_MIN_SCALE:
+            self.fault = begun.fault(loss, math.nan)
+        if self.fault is None:
+            self.state.position.loss_sum += loss
+            if logged and math.isfinite(mean):
+                record = {"kind": "step", "step": begun.step, "epoch": begun.epoch, "loss": mean, "lr": begun.lr}
+                seconds = self.state.position.seconds
+                self.record({**record, "seconds": seconds, "share_done": begun.step / self.steps})
+            self.progress.advance(loss, begun.lr)
+
+    def meet(self) -> tuple[bool, bool]:
+        """Whether to stop, and whether to save: what the processes agree on about once a second.
+
+        Raises:
+            Diverged: in every process, if one has found a fault.
+        """
+        here = self.state.position
+        if self.dist.world_size > 1 and here.global_step < self.meets_at:
+            return False, False
+        late = time.monotonic() - self.saved_at > 60 * self.options.checkpoint_minutes
+        *flags, seconds = self.dist.max(self.fault is not None, self.stop.number != 0, late, self.step_seconds)
+        self.meets_at = here.global_step + min(max(int(MEETING_SECONDS / max(seconds, 1e-3)), 1), 1000)
+        if flags[0]:
+            raise diverged(self.fault, self.run, self.dist)
+        return bool(flags[1]), bool(flags[2])
+
+    def drain(self) -> None:
+        """Waits until all that was begun is done, and found good by every process.
+
+        Raises:
+            Diverged: in every process, if one has found a fault.
+        """
+        self.settle(at_rest=True)
+        self.meets_at = 0
+        self.meet()
+
+    @contextlib.contextmanager
+    def timed(self):
+        """Counts the time within as that of an optimizer step."""
+        here, before = self.state.position, time.perf_counter()
+        yield
+        self.step_seconds = time.perf_counter() - before
+        here.seconds += self.step_seconds
+        here.training_seconds += self.step_seconds
 
     def divisors(self, microbatches: list) -> dict[str, float]:
         """What each loss is divided by: its normaliser, summed over the microbatches of all processes."""
@@ -188,34 +252,10 @@ class Trainer:
         # the scaler itself handles fp16 overflows: it skips the step and lowers the scale
         return torch.zeros_like(norm) if state.scaler.is_enabled() else norm
 
-    def count(self, loss: float, seconds: float) -> None:
-        """Moves the position past a step and records it every `log_every` steps."""
-        here = self.state.position
-        here.step, here.global_step = here.step + 1, here.global_step + 1
-        here.loss_sum += loss
-        here.samples += self.options.batch_size
-        here.seconds += seconds
-        here.training_seconds += seconds
-        lr = base_lr(self.state.optimizer)
-        if here.global_step % self.options.log_every == 0:
-            mean = self.dist.mean(loss)
-            self.record({"kind": "step", "step": here.global_step, "epoch": here.epoch + 1, "loss": mean, "lr": lr})
-        self.progress.advance(loss, lr)
-        if self.trace is not None:
-            self.trace.step()
-
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
+    def evaluate(self) -> dict[str, float]:
         began = time.perf_counter()
-        model.eval()
-        task = self.task
-        result = evaluate(
-            lambda batch: task.predict(model, batch),
-            task.scores(),
-            self.eval_loader,
-            self.dist,
-            self.stop,
-            self.autocast,
-        )
+        predict, scores = partial(self.task.predict, self.evaluated.eval()), self.task.scores()
+        result = evaluate(predict, scores, self.eval_loader, self.dist, self.stop, self.autocast)
         self.state.position.seconds += time.perf_counter() - began
         if result is None:
             self.leave()
@@ -260,6 +300,7 @@ class Trainer:
             self.tracker.log(record)
 
     def save(self) -> None:
+        self.drain()
         sums = self.dist.gather(self.state.position.loss_sum)
         if self.dist.is_main:
             state = self.state.state_dict(sums, self.shape)
@@ -274,30 +315,3 @@ class Trainer:
         self.stop.number = next(number for number in self.dist.gather(self.stop.number) if number)
         where = f"after {here.epoch} epochs and {here.step} steps" if here.step else f"after {here.epoch} epochs"
         raise self.stop.interrupted(f"interrupted {where}, all saved in {self.run.path}")
-
-    def diverge(self, loss: float, norm: float, microbatches: list) -> None:
-        """Saves the evidence and raises Diverged, in every process, before anything was updated."""
-        here, path = self.state.position, self.run.path / "diverged.json"
-        ids = [number for batch in microbatches for number in batch.ids.tolist()]
-        seen = self.dist.gather({"loss": str(loss), "gradient_norm": str(norm), "sample_ids": ids})
-        if self.dist.is_main:
-            evidence = {"epoch": here.epoch + 1, "step": here.global_step + 1, "processes": seen}
-            path.write_text(json.dumps(evidence, indent=1))
-        raise Diverged(
-            f"loss {loss}, gradient norm {norm} in epoch {here.epoch + 1}, step {here.global_step + 1}; the weights "
-            f"were not updated with it, its samples are listed in {path}; a lower optim.lr, a longer "
-            "optim.warmup_epochs or optim.clip_grad_norm=1 may help"
-        )
-
-    @contextlib.contextmanager
-    def profiler(self):
-        """With trainer.profile: steps 5 to 10 traced into the run directory."""
-        if not self.options.profile or not self.dist.is_main:
-            yield
-            return
-        target = self.run.path / "trace.json"
-        ready = torch.profiler.schedule(wait=3, warmup=1, active=6, repeat=1)
-        with torch.profiler.profile(schedule=ready, on_trace_ready=lambda p: p.export_chrome_trace(str(target))) as p:
-            self.trace = p
-            yield
-        self.progress.info(f"trace of 6 steps: {target} (open in https://ui.perfetto.dev)")

@@ -44,7 +44,8 @@ class Report:
             return "no regularizer: attention is unchanged"
         impl = f", impl {self.impl}" if any(layer.mechanism == "fused" for layer in self.layers) else ""
         schedule = f"{self.schedule} in each stack" if self.scope == "stack" else self.schedule
-        lines = [f"{self.regularizer} ({schedule}) at {len(self.layers)} attention layers{impl}"]
+        layers = f"{len(self.layers)} attention layer" + "s" * (len(self.layers) != 1)
+        lines = [f"{self.regularizer} ({schedule}) at {layers}{impl}"]
         lines += [f"  {layer}" for layer in self.layers]
         return "\n".join(lines + [f"  {shown(name):<36} skipped: {reason}" for name, reason in self.skipped])
 

@@ -10,7 +10,7 @@ from typing import Optional
 
 from dropkey.config import identity
 from dropkey.records import RunDirectory
-from dropkey.reproduction.jobs import DONE, Job, epochs_of, own_state, share_left
+from dropkey.reproduction.jobs import DONE, Job, own_state, records_of, share_left
 
 STARTUP = 10.0  # seconds around the epochs (imports, reading data, the last evaluation) while none is measured
 LONGEST_STARTUP = 300.0  # above, a job has waited in Slurm's queue
@@ -61,8 +61,10 @@ def measured(job: Job, summary: dict) -> tuple[float, float]:
     """(seconds, share of the training that they were)"""
     if summary:
         return summary["seconds"], 1.0
-    epochs = epochs_of(job)
-    return (epochs[-1].get("seconds") or 0.0, 1.0 - share_left(job)) if epochs else (0.0, 0.0)
+    if epochs := records_of(job):
+        return epochs[-1].get("seconds") or 0.0, 1.0 - share_left(job)
+    last = (records_of(job, "step") or [{}])[-1]  # in its first epoch
+    return last.get("seconds") or 0.0, last.get("share_done") or 0.0
 
 
 def times_of(job: Job) -> list[float]:

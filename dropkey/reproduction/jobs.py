@@ -191,14 +191,14 @@ def require_reported(result: dict, file: Path) -> None:
         raise StorageError(f"{file} cannot be compared: {wrong}")
 
 
-def epochs_of(job: Job) -> list[dict]:
-    """What a training has recorded of its epochs; none where the file cannot be read."""
+def records_of(job: Job, kind: str = "epoch") -> list[dict]:
+    """What a training has recorded of its epochs or steps; nothing where the file cannot be read."""
     with contextlib.suppress(StorageError):
-        return RunDirectory(job.run).records("epoch")
+        return RunDirectory(job.run).records(kind)
     return []
 
 
 def share_left(job: Job) -> float:
     """Of a training's epochs."""
-    epochs = [] if job.evaluation else epochs_of(job)
+    epochs = [] if job.evaluation else records_of(job)
     return 1.0 - (min(epochs[-1]["epoch"] / job.config.trainer.epochs, 1.0) if epochs else 0.0)

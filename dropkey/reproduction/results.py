@@ -21,7 +21,7 @@ from dropkey.config.compose import CONFIGS
 from dropkey.errors import ConfigError, StorageError
 from dropkey.records import RunDirectory
 from dropkey.reproduction import tuning
-from dropkey.reproduction.jobs import DONE, MISSING, Job, epochs_of, jobs_of, state
+from dropkey.reproduction.jobs import DONE, MISSING, Job, jobs_of, records_of, state
 from dropkey.reproduction.jobs import settings as job_settings
 from dropkey.reproduction.record_file import parse
 from dropkey.reproduction.tables import Table, until_decided
@@ -103,7 +103,7 @@ def record(table: Table, place: Place, job: Job, result: Optional[dict]) -> dict
     if result is None:
         return entry
     run = RunDirectory(job.run)
-    summary, epochs, entropy = run.summary(), epochs_of(job), run.entropy()
+    summary, epochs, entropy = run.summary(), records_of(job), run.entropy()
     last = next((line for line in epochs if line["epoch"] == summary["epochs"]), {})
     entry |= {metric["key"]: result[metric["key"]] for metric in result["metrics"]}
     entry |= {

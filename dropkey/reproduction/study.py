@@ -19,6 +19,7 @@ from dropkey.reproduction import (
     content,
     cost,
     display,
+    forked,
     planning,
     record_file,
     results,
@@ -219,6 +220,9 @@ class Study:
                 runner.discard(job)
         needed = {job.needs for job in jobs if job not in recorded or job in outdated}
         launcher.jobs = [job for job in jobs if job not in recorded or job in outdated or job in needed]
+        if args.launcher == "local":
+            missing = sum(state(job)[0] != DONE for job in launcher.jobs)
+            launcher.start = forked.starter(missing, launcher.slots[0].environment())
         tuned = [job for job in self.tuning_jobs() if state(job)[0] == DONE]
         states = launcher.run(display.watch(self.console, tuned))
         left = [one for one in states if one.state != DONE]

@@ -16,16 +16,16 @@ def install(script: Path) -> None:
     from dropkey.engine.trainer import Trainer
 
     faults, at = json.loads(os.environ.get("SOAK_FAULTS", "{}")), int(os.environ["SOAK_STEP"])
-    original = Trainer.count
+    original = Trainer.step
 
-    def count(self, loss, seconds):
-        original(self, loss, seconds)
+    def step_and_fault(self, microbatches):
+        begun = original(self, microbatches)
         run, step = self.run.path.name, self.state.position.global_step
         with open(os.environ["SOAK_STEPS"], "a") as file:
             file.write(f"{time.time():.3f} {os.getpid()} {run} {step}\n")
         fault = faults.get(run)
         if step != at:
-            return
+            return begun
         if fault == "raises":
             raise ValueError("a made-up error")
         if fault == "exits":
@@ -37,10 +37,13 @@ def install(script: Path) -> None:
                 next(self.state.model.parameters()).fill_(float("inf"))
         if fault == "may write 50 kB":
             resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
+        return begun
 
-    Trainer.count = count
+    Trainer.step = step_and_fault
 
 
 scripts = [Path(word) for word in sys.orig_argv if word.endswith("train.py")]
+if any("forkserver" in word for word in sys.orig_argv):  # the parent from which a table's jobs are forked
+    scripts = [Path(__file__).resolve().parents[3] / "train.py"]
 if scripts and "SOAK_STEPS" in os.environ:
     install(scripts[0])
