@@ -1,4 +1,4 @@
-"""What DropKey costs: python scripts/benchmark.py attention|regularizers|step|training|all|tune|decoding [key=value ...]
+"""What DropKey costs: python scripts/benchmark.py <what> [key=value ...], <what> being one of:
 
 attention     the operator, forward and backward, beside other ways to drop keys (on a GPU FlexAttention among them)
 regularizers  what the other regularizers cost
