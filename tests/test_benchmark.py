@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.rivals import flex_row_keys, flex_score_mod
 from benchmarks.show import summary
+from data_samples import write_images
 from dropkey import attention
 from dropkey.errors import ConfigError
 
@@ -29,6 +30,16 @@ def benchmark(monkeypatch):
     module.MODELS["cpu"] |= {"depth": 1}
     monkeypatch.setattr(module, "LOOPS", {"cpu": [(module.MODELS["cpu"], 2, 2, False)]})
     return module
+
+
+def test_decoders_are_compared_and_cores_counted(benchmark, tmp_path, monkeypatch, capsys):
+    write_images(tmp_path / "photographs", 2, (300, 260), suffix=".jpg")
+    monkeypatch.setattr("benchmarks.decoding.needs", lambda speed: [{"cores": round(1e5 / speed)}])
+    benchmark.main(["decoding", f"root={tmp_path}", "rounds=2", f"output={tmp_path}"])
+    result = json.loads((tmp_path / "decoding-cpu.json").read_text())
+    assert {"Pillow", "torchvision"} <= {row["decoder"] for row in result["rows"]}
+    assert all(row["crop"] > 0 for row in result["rows"]) and result["needs"][0]["cores"] > 0
+    assert "Pillow, draft mode" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("what", ["attention", "regularizers", "step", "training"])
@@ -86,7 +97,7 @@ def test_what_cannot_be_measured_here_ends_in_a_line(benchmark, words):
         benchmark.main(words)
 
 
-TIMINGS = sorted(file for file in RESULTS.glob("*.json") if file.stem != "simulated-tables")
+TIMINGS = sorted(file for file in RESULTS.glob("*.json") if file.stem not in ("simulated-tables", "decoding-cpu"))
 
 
 @pytest.mark.parametrize("file", TIMINGS, ids=lambda file: file.stem)

@@ -160,13 +160,14 @@ def test_every_script_of_the_readme_is_run_here():
 def test_benchmark_takes_what_it_is_told(words, monkeypatch, tmp_path):
     """What it then does: test_benchmark.py."""
     script = load_script("scripts/benchmark.py", monkeypatch)
-    assert words[0] in (*script.MEASURED, "all", "tune")
+    assert words[0] in (*script.MEASURED, "all", "tune", "decoding")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(script, "picture", lambda *args: None)
     row = {"way": "plain", "failed": "not measured here", "shape": [1], "dtype": "none"}
     monkeypatch.setattr(script, "MEASURED", {name: lambda *args: [row] for name in script.MEASURED})
     monkeypatch.setattr(script, "tune", lambda *args: [row])
+    monkeypatch.setattr(script.decoding, "run", lambda *args: None)
     script.main([*words, f"output={tmp_path}"])
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dropkey.config.geometry import family
-from dropkey.config.schema import EvalConfig, ScheduleConfig, TrainConfig, flatten
+from dropkey.config.schema import BY_ROOT, EvalConfig, ScheduleConfig, TrainConfig, flatten
 
 # Keys that do not change the result: where files are, what is logged, how fast it runs.
 NO_EFFECT = (
@@ -50,7 +50,7 @@ def canonical(cfg: TrainConfig) -> dict[str, object]:
     elif cfg.schedule.name == "constant":
         del keys["schedule.end"]
         keys.pop("schedule.over", None)
-    if cfg.data.name == "folder":  # a folder is identified by its path, a named data set is the same anywhere
+    if cfg.data.name in BY_ROOT:  # a folder is identified by its path, a named data set is the same anywhere
         keys["data.root"] = str(Path(cfg.data.root).resolve())
     if cfg.data.token_labels is not None:
         keys["data.token_labels"] = str(Path(cfg.data.token_labels).expanduser().resolve())
@@ -85,7 +85,7 @@ def model_label(cfg: TrainConfig) -> str:
 
 
 def data_label(cfg: TrainConfig | EvalConfig) -> str:
-    name = cfg.data.name if cfg.data.name != "folder" else Path(cfg.data.root).resolve().name
+    name = cfg.data.name if cfg.data.name not in BY_ROOT else Path(cfg.data.root).resolve().name
     return re.sub(r"[^\w.]+", "_", name) or "folder"
 
 

@@ -17,6 +17,7 @@ import torch
 
 from dropkey.config.schema import AugmentConfig, DataConfig
 from dropkey.data.augment import BatchAugment, EvalPicture, Mix, Normalize, TrainPicture
+from dropkey.data.device_augment import DeviceAugment
 from dropkey.data.images import to_device
 from dropkey.data.reading import Decoding, OnDevice, Request
 from dropkey.data.splits import Dataset
@@ -110,10 +111,11 @@ class TrainLoader:
             store = LabelledFiles(dataset.train, Path(data.token_labels).expanduser(), classes)
             picture = TokenLabelPicture(data, augment)
             self._token_targets = partial(token_targets, classes=classes, side=token_side, smoothing=smoothing)
-            augment = replace(augment, hflip=0.0, label_smoothing=0.0)  # both done there
+            augment = replace(augment, hflip=0.0, rand_augment=None, label_smoothing=0.0)  # all done there
         self._augment, self._erase_mixed = BatchAugment(data, augment, seed, device), augment.erase_mixed
         self._mix = Mix(augment, dataset.num_classes)
-        if data.in_memory and augment.crop_scale is None and augment.rand_augment is None:
+        self._pictures = DeviceAugment(data, augment, seed, device, crop=data.in_memory)
+        if data.in_memory:
             self._reader = OnDevice(store, device)
         else:
             self._reader = Decoding(store, picture or TrainPicture(data, augment), data.num_workers, device)
@@ -140,15 +142,16 @@ class TrainLoader:
             for begin in begins
         )
         pictures = self._reader.read(requests)
-        draws, drawn = None, None
+        draws = plans = drawn = None
         for (step, microbatch), begin, batch in zip(places, begins, pictures, strict=True):
             if drawn != step:
                 draws, drawn = self._augment.draw(epoch, step, self._batch_size), step
+                plans = self._pictures.draw(epoch, step, self._batch_size)
             own = slice(microbatch * self._microbatch, (microbatch + 1) * self._microbatch)
             ids = order[begin : begin + self._microbatch]
             images, *labels = batch if isinstance(batch, list) else (batch,)
             targets = self._token_targets(*labels) if labels else self._targets[to_device(ids, self._device)]
-            images = self._augment(images, draws[own])
+            images = self._augment(self._pictures(images, plans, own), draws[own])
             if not self._erase_mixed:
                 images = self._augment.erase_some(images, draws[own], epoch, begin)
             images, targets = self._mix(images, targets, self._seed, "mix", epoch, step, microbatch)

@@ -24,6 +24,7 @@ from dropkey.errors import ConfigError, DataError
 Key = tuple[int | str, ...]  # parts of a seed
 Batch = torch.Tensor | list[torch.Tensor]  # images, or these and more of the same length
 MOST_WORKERS = 64  # on a machine with fewer cores; thousands hang it
+MOST_CHOSEN = 16  # without being asked for
 
 
 class Request(NamedTuple):
@@ -50,7 +51,7 @@ class OnDevice:
 
 
 class Decoding:
-    """Reads through `workers` processes, which stay until `close` (0: in this process).
+    """Reads through `workers` processes, which stay until `close` (0: in this process; None: `fitting_workers`).
 
     `transform(picture, key)` returns the picture at its final size, or a tuple of it and tensors; batches are
     then lists.
@@ -60,9 +61,10 @@ class Decoding:
         self,
         store: Files | Pixels,
         transform: Callable[[Image.Image, Key], Image.Image],
-        workers: int,
+        workers: int | None,
         device: torch.device,
     ):
+        workers = fitting_workers() if workers is None else workers
         if workers > (most := max(MOST_WORKERS, os.cpu_count() or 1)):
             raise ConfigError(f"data.num_workers={workers}: at most {most} processes decode here; take 2 to 8")
         self._pictures, self._workers, self._device = _Pictures(store, transform), workers, device
@@ -128,15 +130,25 @@ class Decoding:
             batches._shutdown_workers()
 
 
+def fitting_workers() -> int:
+    """This process's share of the cores that it may use, and of the files that it may open; 1 to 16."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), MOST_CHOSEN, (_files_left() - 8) // 5))
+
+
 def require_open_files(workers: int) -> None:
     """ConfigError: this process may not open as many files as its workers take: three each, and two for images."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    left = limit - len(os.listdir("/dev/fd"))
-    if workers > 0 and limit != resource.RLIM_INFINITY and left < 5 * workers + 8:
+    left = _files_left()
+    if workers > 0 and left < 5 * workers + 8:
         raise ConfigError(
             f"data.num_workers={workers} takes {5 * workers + 8} files at once, and {left} more can be opened; "
             "raise the limit (ulimit -n 4096), or lower data.num_workers"
         )
+
+
+def _files_left() -> int:
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return limit - len(os.listdir("/dev/fd")) if limit != resource.RLIM_INFINITY else 2**31
 
 
 class _Plan:
