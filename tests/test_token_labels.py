@@ -16,7 +16,18 @@ from data_samples import HEAVY, assert_equal, batches, folder_config, image_fold
 from dropkey.config.check import check
 from dropkey.config.compose import compose
 from dropkey.data import token_labels as labelling
-from dropkey.data.token_labels import Labelled, TokenLabelPicture, cropped, moved, together, token_targets
+from dropkey.data.augment import Normalize
+from dropkey.data.images import to_tensor
+from dropkey.data.token_labels import (
+    Labelled,
+    LabelledFiles,
+    TokenLabelPicture,
+    cropped,
+    moved,
+    together,
+    token_targets,
+)
+from dropkey.datasets import load
 from dropkey.errors import ConfigError, DataError, Interrupted
 
 HUGE = 50.0  # a logit whose class is certain
@@ -203,6 +214,18 @@ def test_batches_have_a_target_for_the_image_and_each_token(labelled):
     for batch in read(labelled):
         assert batch.targets.shape == (8, 17, 3) and batch.images.shape == (8, 3, 32, 32)
         torch.testing.assert_close(batch.targets.sum(-1), torch.ones(8, 17))
+
+
+def test_pictures_are_mirrored_and_augmented_together_with_their_maps_and_not_again(labelled):
+    images, maps = labelled
+    augment = replace(AUGMENT, hflip=1.0, random_erasing=0.0)
+    data = folder_config(images, image_size=32, in_memory=False, num_workers=0, token_labels=str(maps))
+    first, dataset = batches(data, augment, token_side=4, epoch=0, seed=5)[0], load(data)
+    store, transform = LabelledFiles(dataset.train, maps, 3), TokenLabelPicture(data, augment)
+    rows = dataset.train.rows[first.ids].tolist()
+    shown = [transform(store.picture(row), (5, "augment picture", 0, place))[0] for place, row in enumerate(rows)]
+    expected = Normalize(data, torch.device("cpu"))(torch.stack([to_tensor(one) for one in shown]))
+    torch.testing.assert_close(first.images, expected)
 
 
 @pytest.mark.parametrize("world, accumulate, workers", [(2, 1, 0), (1, 4, 0), (2, 2, 0), (1, 1, 2)])
