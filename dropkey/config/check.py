@@ -123,7 +123,7 @@ def check_model(model: ModelConfig, image_size: int) -> None:
     for name in OWN_ARGUMENTS.keys() & model.args.keys():
         raise ConfigError(f"model.args.{name}: take {OWN_ARGUMENTS[name]}, which sets it")
     require(
-        model.depth is None or model.embed_dim is None or base == RESIZED or kind in ("t2t", "ceit"),
+        model.depth is None or model.embed_dim is None or base == RESIZED or base.startswith(("t2t", "ceit", "detr")),
         f"model.name={model.name} with the depth and width of another model; take model=timm model.name={model.name}",
     )
     require(
