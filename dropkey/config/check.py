@@ -273,6 +273,16 @@ def check(cfg: TrainConfig) -> TrainConfig:
     check_regularizer(cfg.regularizer, cfg.schedule)
     check_data(cfg.data)
     check_model(cfg.model, cfg.data.image_size)
+    require(
+        cfg.task.name != "classification" or not cfg.model.name.startswith("detr"),
+        f"model.name={cfg.model.name} finds boxes; add task=detection and its data, such as data=digit_scenes",
+    )
+    frozen = cfg.model.name.startswith("detr_r") and not cfg.model.pretrained and cfg.init_from is None
+    require(
+        not frozen,
+        f"model.name={cfg.model.name} has frozen BatchNorms, which need trained weights: model.pretrained=true "
+        "(ImageNet, needs a network) or init_from=<checkpoint>",
+    )
     check_window(cfg)
     augment, trainer, size = cfg.augment, cfg.trainer, cfg.data.image_size
     scale = augment.crop_scale

@@ -65,13 +65,14 @@ def preprocessed_as(other: DataConfig, own: DataConfig, split: str) -> DataConfi
     return replace(other, **kept, val_fraction=other.val_fraction if split == "val" else 0.0)
 
 
-def reader(name: str):
-    module, _, function = DATASETS.get(name, name).partition(":")
+def reader(name: str, known: dict[str, str] = DATASETS, arguments: int = 1):
+    """The function of that data set, of those that a task knows, which takes so many arguments."""
+    module, _, function = known.get(name, name).partition(":")
     if not function:
-        raise ConfigError(f"data.name={name} does not exist{nearest(name, DATASETS)} (or module:function)")
+        raise ConfigError(f"data.name={name} is none for this task{nearest(name, known)} (or module:function)")
     try:
         found = getattr(importlib.import_module(module), function)
-        inspect.signature(found).bind(DataConfig)
+        inspect.signature(found).bind(*range(arguments))
         return found
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError(f"data.name={name}: {error}") from None
