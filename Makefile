@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup train test faults soak table lint clean
+.PHONY: help setup train test faults soak gpu table lint clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -26,6 +26,10 @@ faults: setup ## hostile commands, damaged files and 28 faults of the world arou
 
 soak: setup ## kills and resumes at random moments, for an hour; ARGS="minutes=1" in small
 	@cd tests && ../$(BIN)/python -m soak $(ARGS)
+
+gpu: setup ## where there is a GPU: its tests, then all benchmarks, into benchmarks/results/
+	@$(BIN)/python -m pytest tests/test_cuda.py tests/test_triton.py
+	@$(BIN)/python scripts/benchmark.py all device=cuda
 
 table: setup ## run and report a table of the paper: make table TABLE=schedule SCALE=smoke
 	@$(BIN)/python scripts/reproduce.py run table=$(TABLE) scale=$(SCALE) $(ARGS)

@@ -11,12 +11,11 @@ from types import SimpleNamespace
 from typing import Callable
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from dropkey import session, tasks
+from dropkey import tasks
 from dropkey.build import build_regularized, microbatch_hook
 from dropkey.config.check import check
 from dropkey.config.compose import compose
@@ -47,6 +46,8 @@ def config(model: dict, batch: int, steps: int, amp: str, device: torch.device, 
     settings = {
         "model.name": model["model_name"],
         "model.patch_size": model["patch_size"],
+        "model.depth": model.get("depth", "null"),
+        **dict.fromkeys(("model.embed_dim", "model.num_heads", "model.mlp_ratio"), "null"),
         "data.name": "benchmarks.loops:noise",
         "data.image_size": model["img_size"],
         "data.num_classes": model["num_classes"],
@@ -81,7 +82,7 @@ def ours(cfg: TrainConfig) -> Callable[[], None]:
         dist=dist,
         stop=SimpleNamespace(number=0),
         tracker=NoOpTracker(),
-        progress=Progress(cfg.trainer.epochs, session.shown_metrics(task), show=False),
+        progress=Progress(cfg.trainer.epochs, show=False),
     )
     trainer.prepare()
 
@@ -141,9 +142,7 @@ def timms(cfg: TrainConfig, steps: int) -> Callable[[], None]:
     task, dist = tasks.build(cfg), DistContext.start(cfg.trainer.device)
     data = task.load_data()
     cuda = dist.device.type == "cuda"
-    model = timm.create_model(
-        cfg.model.name, img_size=data.image_size, patch_size=cfg.model.patch_size, num_classes=data.num_classes
-    ).to(dist.device)
+    model = task.build_model(data, pretrained=False, fused=True).to(dist.device)
     optimizer = create_optimizer_v2(model, opt="adamw", lr=cfg.optim.lr, weight_decay=cfg.optim.weight_decay)
     schedule, _ = create_scheduler_v2(optimizer, num_epochs=300, updates_per_epoch=steps)
     scaler = NativeScaler(device=dist.device.type) if cfg.trainer.amp == "fp16" else None

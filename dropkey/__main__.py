@@ -34,7 +34,7 @@ def run(program: str) -> None:
 def start(program: str, name: str, words: list[str]) -> None:
     sys.argv = [f"{program} {name}", *words]
     try:
-        command = importlib.import_module(f"dropkey.commands.{name}")
+        command = importlib.import_module(f"dropkey.commands.{name.replace('-', '_')}")
     except ModuleNotFoundError as error:
         if error.name.partition(".")[0] == "dropkey":
             raise

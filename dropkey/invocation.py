@@ -14,7 +14,8 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Command:
-    """`dropkey <name>`; its code is `start` in dropkey/commands/<name>.py, which takes its words from sys.argv."""
+    """`dropkey <name>`; its code is `start` in dropkey/commands/<name>.py (- is _ there), which takes its words from
+    sys.argv."""
 
     about: str
     script: Optional[str] = None  # the same command in a checkout
@@ -31,6 +32,9 @@ COMMANDS = {
     "runs": Command("lists runs, filtered and grouped: regularizer=dropkey state=failed", "scripts/runs.py"),
     "reproduce": Command("makes a table of the paper: plan table=schedule scale=cpu", "scripts/reproduce.py"),
     "visualize": Command("draws attention, its entropy, masks: maps run=runs/<directory>", "scripts/visualize.py"),
+    "label-maps": Command(
+        "makes token labels for VOLO: teacher=dm_nfnet_f6 data=imagenet output=maps", "scripts/label_maps.py"
+    ),
     "search": Command("looks for the best settings: optim.lr=log:1e-4..1e-2", "scripts/search.py", "sweeps"),
 }
 

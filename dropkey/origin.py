@@ -12,7 +12,7 @@ from dropkey.errors import ConfigError, DataError
 from dropkey.records import RunDirectory
 
 FILE, KEY = "model.json", "origin"
-MOVES = ("data.root", "init_from", "regularizer.impl")  # may be others where the run is used
+MOVES = ("data.root", "data.token_labels", "init_from", "regularizer.impl")  # may be others where the run is used
 SPLITS = ("train", "val", "test")
 SHOWN = 3  # classes that a message lists
 

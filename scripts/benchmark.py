@@ -1,4 +1,4 @@
-"""What DropKey costs: python scripts/benchmark.py attention|regularizers|step|training|all|tune [key=value ...]
+"""What DropKey costs: python scripts/benchmark.py <what> [key=value ...], <what> being one of:
 
 attention     the operator, forward and backward, beside other ways to drop keys (on a GPU FlexAttention among them)
 regularizers  what the other regularizers cost
@@ -6,6 +6,7 @@ step          a whole training step
 training      this project's training loop beside a bare one and one made of timm's parts
 all           these four
 tune          tilings of the Triton kernels, fastest first (GPU only)
+decoding      photographs that one core decodes and crops, and the cores that feed eight GPUs (root=<folder of JPEGs>)
 
 Prints a table and writes it with hardware and versions to <output>/<action>-<device>.json, and a picture. Machines are
 noisy, so each way takes turns with plain attention; the ratio is that of the medians, the spread the quartiles.
@@ -30,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import dropkey  # noqa: E402
+from benchmarks import decoding  # noqa: E402
 from benchmarks.rivals import PLAIN, RATIO, flex, ways_for  # noqa: E402
 from benchmarks.show import picture, table  # noqa: E402
 from dropkey.config.check import require  # noqa: E402
@@ -49,7 +51,7 @@ MODELS = {
 }
 BATCH = {"cpu": 64, "cuda": 256}
 LOOPS = {  # model, batch, steps, whether compiled: small images, where the loop itself counts, and ViT-S/16
-    "cpu": [(MODELS["cpu"], 64, 12, False)],
+    "cpu": [(MODELS["cpu"], 64, 6, False)],
     "cuda": [(MODELS["cpu"], 512, 40, False), *((MODELS["cuda"], 256, 20, compiled) for compiled in (False, True))],
 }
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16",)}
@@ -269,9 +271,10 @@ MEASURED = {"attention": attention, "regularizers": regularizers, "step": step, 
 
 @dataclasses.dataclass
 class Args:
-    action: str = arg("", "what to measure", choices=(*MEASURED, "all", "tune"))
+    action: str = arg("", "what to measure", choices=(*MEASURED, "all", "tune", "decoding"))
     device: str = arg("cuda" if torch.cuda.is_available() else "cpu", "where", choices=("cpu", "cuda"))
     rounds: int = arg(30, "how often each way is timed, 2 or more")
+    root: str = arg("", "decoding: a folder of photographs")
     output: str = arg(str(ROOT / "benchmarks" / "results"), "directory of the results")
 
 
@@ -282,6 +285,8 @@ def main(words: list[str]) -> None:
     require(args.action != "tune" or args.device == "cuda", "tune: the Triton kernels need a GPU; use device=cuda")
     device, output = torch.device(args.device), Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
+    if args.action == "decoding":
+        return decoding.run(args.root, args.rounds, output)
     for action in MEASURED if args.action == "all" else [args.action]:
         rows = (MEASURED | {"tune": tune})[action](device, args.rounds)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else hardware()

@@ -67,6 +67,18 @@ def stand_in(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def tiny_volo(monkeypatch):
+    """volo_d1 with a layer of each kind."""
+    from timm.models import _registry, volo
+
+    def tiny(pretrained=False, **arguments):
+        sizes = {"layers": (1, 1, 1, 1), "embed_dims": (16, 32, 32, 32), "num_heads": (1, 2, 2, 2)}
+        return volo._create_volo("volo_d1_224", pretrained, **sizes, stem_hidden_dim=8, **arguments)
+
+    monkeypatch.setitem(_registry._model_entrypoints, "volo_d1_224", tiny)
+
+
+@pytest.fixture
 def drawn(monkeypatch):
     """Lists `regularizers`, `masks`, `layouts`: what patched layers have drawn since the test began."""
     seen = SimpleNamespace(regularizers=[], masks=[], layouts=[])

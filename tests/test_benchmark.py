@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.rivals import flex_row_keys, flex_score_mod
 from benchmarks.show import summary
+from data_samples import write_images
 from dropkey import attention
 from dropkey.errors import ConfigError
 
@@ -31,6 +32,16 @@ def benchmark(monkeypatch):
     return module
 
 
+def test_decoders_are_compared_and_cores_counted(benchmark, tmp_path, monkeypatch, capsys):
+    write_images(tmp_path / "photographs", 2, (300, 260), suffix=".jpg")
+    monkeypatch.setattr("benchmarks.decoding.needs", lambda speed: [{"cores": round(1e5 / speed)}])
+    benchmark.main(["decoding", f"root={tmp_path}", "rounds=2", f"output={tmp_path}"])
+    result = json.loads((tmp_path / "decoding-cpu.json").read_text())
+    assert {"Pillow", "torchvision"} <= {row["decoder"] for row in result["rows"]}
+    assert all(row["crop"] > 0 for row in result["rows"]) and result["needs"][0]["cores"] > 0
+    assert "Pillow, draft mode" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("what", ["attention", "regularizers", "step", "training"])
 def test_it_writes_a_table_a_file_and_a_picture(benchmark, what, tmp_path, capsys):
     benchmark.main([what, "device=cpu", "rounds=2", f"output={tmp_path}"])
@@ -49,6 +60,18 @@ def test_dropkey_is_as_exact_as_plain_attention(benchmark):
     off = [max(row["error"].values()) for row in rows if row["dtype"] == "float32" and "error" in row]
     assert len(off) == 6  # plain, cpu and sdpa at two shapes
     assert max(off) < 1e-5
+
+
+def test_the_loops_train_the_model_that_is_named(benchmark):
+    from benchmarks import loops
+
+    cfg = loops.config(
+        {"model_name": "vit_tiny_patch16_224", "img_size": 32, "patch_size": 4, "num_classes": 10},
+        *(2, 2, "none", torch.device("cpu"), False),
+    )
+    model = cfg.model
+    assert (model.name, model.patch_size) == ("vit_tiny_patch16_224", 4)
+    assert model.depth is model.embed_dim is model.num_heads is model.mlp_ratio is None
 
 
 def test_a_way_that_fails_gives_its_reason_and_the_others_go_on(benchmark):
@@ -74,7 +97,7 @@ def test_what_cannot_be_measured_here_ends_in_a_line(benchmark, words):
         benchmark.main(words)
 
 
-TIMINGS = sorted(file for file in RESULTS.glob("*.json") if file.stem != "simulated-tables")
+TIMINGS = sorted(file for file in RESULTS.glob("*.json") if file.stem not in ("simulated-tables", "decoding-cpu"))
 
 
 @pytest.mark.parametrize("file", TIMINGS, ids=lambda file: file.stem)

@@ -32,7 +32,7 @@ def run(monkeypatch, capsys, *words: str) -> tuple[object, str, str]:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_a_module_and_its_script_starts_the_same(name, monkeypatch):
-    module = importlib.import_module(f"dropkey.commands.{name}")
+    module = importlib.import_module(f"dropkey.commands.{name.replace('-', '_')}")
     spec = importlib.util.spec_from_file_location("script", ROOT / COMMANDS[name].script)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
@@ -43,7 +43,7 @@ def test_every_command_has_a_module_and_its_script_starts_the_same(name, monkeyp
 def test_help_lists_the_commands(words, monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, *words)
     assert code == 0
-    assert re.findall(r"^  (\w+) ", out, re.M) == list(COMMANDS)
+    assert re.findall(r"^  ([\w-]+) ", out, re.M) == list(COMMANDS)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -54,7 +54,7 @@ def test_the_help_of_each_command_names_it_as_it_was_started(name, monkeypatch, 
 
 
 def test_a_command_that_does_not_exist_ends_in_one_line_with_the_choices(monkeypatch, capsys):
-    choices = "train, eval, predict, export, runs, reproduce, visualize, search"
+    choices = "train, eval, predict, export, runs, reproduce, visualize, label-maps, search"
     error = f"error: dropkey trian does not exist; choices: {choices}\n"
     assert run(monkeypatch, capsys, "trian") == (2, "", error)
 

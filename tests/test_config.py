@@ -22,8 +22,9 @@ from dropkey import cli, errors
 from dropkey.commands import eval as evaluating
 from dropkey.commands import train
 from dropkey.config import identity
-from dropkey.config.check import check, known_models
+from dropkey.config.check import check
 from dropkey.config.compose import CONFIGS, compose, load, register_schemas, save
+from dropkey.config.geometry import known_models
 from dropkey.config.schema import REGULARIZER_NAMES, EvalConfig, TrainConfig
 from dropkey.errors import ConfigError, DataError, Diverged, Interrupted, PeerLost
 

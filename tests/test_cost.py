@@ -71,5 +71,5 @@ def test_the_plan_shows_hours_and_price_in_80_columns(capsys, tmp_path, monkeypa
     assert reproduce.main(words) == 0
     out = capsys.readouterr().out
     (line,) = [line for line in out.splitlines() if line.startswith("DeiT-B ") and " M " in line]
-    assert line.split() == ["DeiT-B", "35.1", "384", "M", "28.4", "12", "341", "38.7", "853"]
+    assert line.split() == ["DeiT-B", "35.1", "384", "M", "28.4", "21", "597", "67.7", "1,493"]
     assert max(map(len, out.splitlines())) <= 80

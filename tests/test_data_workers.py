@@ -1,15 +1,19 @@
 """Decoding processes: signals pass them by, and none is left behind."""
 
 import multiprocessing
+import os
+import resource
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from data_samples import LIGHT, assert_equal, batches, folder_config
 from dropkey.data import train_loader
+from dropkey.data.reading import fitting_workers
 from dropkey.datasets import load
 
 ROOT = Path(__file__).parents[1]
@@ -56,3 +60,25 @@ def test_a_dying_process_takes_its_workers_along_and_they_say_nothing(folder, ev
     assert ended.returncode not in (0, None)
     assert ended.stderr.count("Traceback") == 1, ended.stderr
     assert ("as planned" in ended.stderr) != ("KeyboardInterrupt" in ended.stderr)
+
+
+@pytest.mark.parametrize(("cores", "processes", "chosen"), [(2, 1, 2), (96, 8, 12), (128, 1, 16), (4, 8, 1)])
+def test_workers_are_a_processes_share_of_the_cores(monkeypatch, cores, processes, chosen):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(cores)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert fitting_workers() == chosen
+
+
+def test_workers_chosen_by_the_machine_read_the_same(folder):
+    data = folder_config(folder, in_memory=False)
+    assert_equal(batches(replace(data, num_workers=None), LIGHT), batches(data, LIGHT))
+
+
+def test_few_open_files_leave_fewer_workers(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(16)), raising=False)
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 30, most))
+    try:
+        assert fitting_workers() == 4
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))

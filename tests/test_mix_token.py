@@ -85,7 +85,7 @@ def test_losses_are_those_of_a_loop_over_images_and_tokens(soft):
         torch.testing.assert_close(found[key], value)
 
 
-def test_a_run_trains_both_heads_and_resumes_bitwise(tmp_path, monkeypatch):
+def test_a_run_trains_both_heads_and_resumes_bitwise(tiny_volo, tmp_path, monkeypatch):
     words = (
         *MIXED,
         "data.max_train_samples=20",

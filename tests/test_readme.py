@@ -16,12 +16,12 @@ import torch
 import runs
 from dropkey import cli, invocation
 from dropkey.commands import eval as evaluating
-from dropkey.commands import export, predict, reproduce, search, train, visualize
+from dropkey.commands import export, label_maps, predict, reproduce, search, train, visualize
 from dropkey.commands import runs as listing
 from dropkey.config.check import check
 from dropkey.config.compose import CONFIGS, compose
 from dropkey.config.identity import run_directory
-from dropkey.errors import ConfigError
+from dropkey.errors import ConfigError, DataError
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
@@ -142,7 +142,17 @@ def of(name: str) -> list[list[str]]:
 def test_every_script_of_the_readme_is_run_here():
     assert {words[1] for words in SCRIPTS} == {
         f"scripts/{name}.py"
-        for name in ("benchmark", "coverage", "export", "predict", "reproduce", "runs", "search", "visualize")
+        for name in (
+            "benchmark",
+            "coverage",
+            "export",
+            "label_maps",
+            "predict",
+            "reproduce",
+            "runs",
+            "search",
+            "visualize",
+        )
     }
 
 
@@ -150,13 +160,14 @@ def test_every_script_of_the_readme_is_run_here():
 def test_benchmark_takes_what_it_is_told(words, monkeypatch, tmp_path):
     """What it then does: test_benchmark.py."""
     script = load_script("scripts/benchmark.py", monkeypatch)
-    assert words[0] in (*script.MEASURED, "all", "tune")
+    assert words[0] in (*script.MEASURED, "all", "tune", "decoding")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(script, "picture", lambda *args: None)
     row = {"way": "plain", "failed": "not measured here", "shape": [1], "dtype": "none"}
     monkeypatch.setattr(script, "MEASURED", {name: lambda *args: [row] for name in script.MEASURED})
     monkeypatch.setattr(script, "tune", lambda *args: [row])
+    monkeypatch.setattr(script.decoding, "run", lambda *args: None)
     script.main([*words, f"output={tmp_path}"])
 
 
@@ -212,6 +223,13 @@ def test_models_are_exported(words, run, elsewhere, capsys):
     assert "check  read again" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("words", of("label_maps"), ids=" ".join)
+def test_label_maps_take_what_they_are_told(words, run, tmp_path):
+    """What they then do: test_label_maps.py."""
+    with pytest.raises(DataError, match="no folder"):
+        label_maps.main([*named(words, run), f"data.root={tmp_path / 'none'}", f"output={tmp_path}"])
+
+
 @pytest.mark.parametrize("words", of("reproduce"), ids=" ".join)
 def test_tables_are_planned(words, monkeypatch, tmp_path):
     """What the words say can be done; that it then is: test_reproduce.py."""
@@ -223,7 +241,8 @@ def test_tables_are_planned(words, monkeypatch, tmp_path):
     table = reproduce.load(args, overrides)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7")
     assert slots(args.jobs, args.gpus, args.per_gpu, args.gpus_per_run)
-    assert len(jobs_of(table, "runs")) == len(table.rows) * len(table.columns) * len(table.seeds)
+    known = [row for row in table.rows.values() if not row.candidates and row.like is None]  # before any tuning
+    assert len(jobs_of(table, "runs")) == len(known) * len(table.columns) * len(table.seeds)
 
 
 def test_the_readme_shows_the_verdicts_of_the_committed_study():

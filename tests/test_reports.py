@@ -372,8 +372,8 @@ def test_a_diverged_run_counts_at_its_worst_in_a_line_of_its_own():
 
 def at_paper_scale(published: float) -> set[str]:
     comparison = with_values(LEVELED)
-    paper = {next(iter(comparison.table.columns)): {"no regularizer": published}}
-    table = dataclasses.replace(comparison.table, scale="paper", paper=paper, published_baseline="no regularizer")
+    known = {next(iter(comparison.table.columns)): published}
+    table = dataclasses.replace(comparison.table, scale="paper", published=known)
     return set(verdicts(compare(table, comparison.head, comparison.records, [])).values())
 
 

@@ -96,6 +96,28 @@ def test_fine_tuning_and_rows_of_one_scale_compose_with_every_column(scale):
         assert len(jobs_of(dataclasses.replace(table, rows=rows), "runs")) == len(rows) * len(table.columns)
 
 
+def test_the_table_of_imagenet_has_the_six_models_and_what_is_known_of_each():
+    table = tables.load("imagenet", "paper")
+    assert table.columns.keys() == table.paper.keys() == table.published.keys() and len(table.columns) == 6
+    for column, results in table.paper.items():
+        (dropout, low), (dropkey, high) = results.items()
+        ratios = {word for row in (dropout, dropkey) for word in table.rows[row].overrides if "ratio" in word}
+        assert len(ratios) == 1 and 0.1 < high - low < 0.4
+        assert ("data.token_labels=data/label-maps" in table.columns[column]) == column.startswith("VOLO")
+
+
+def test_the_table_of_cifar_tunes_dropout_and_dropkey_with_one_budget():
+    table = tables.load("cifar", "small")
+    budgets = [
+        {tuple(word for word in candidate if not word.startswith("regularizer=")) for candidate in row.candidates}
+        for row in table.rows.values()
+        if row.candidates
+    ]
+    assert len(budgets) == 2 and budgets[0] == budgets[1] and table.tuning_column is None
+    ratios = {word for words in budgets[0] for word in words if "ratio" in word}
+    assert ratios == {f"regularizer.ratio={ratio}" for ratio in (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)}
+
+
 @pytest.mark.parametrize("kind", ["DropKey", "Dropout"])
 def test_controls_of_the_schedule_have_the_mean_ratio_that_they_are_named_after(kind):
     cells = jobs_of(tables.load("schedule", "cpu", seeds=(0,)), "runs")
@@ -143,6 +165,7 @@ WRONG = {
     ): "row 'several passes', column 'ViT 2 x 32': a row may evaluate",
     ("regularizer.ratio=0.3", "regularizer.ratio=3"): "row 'dropkey', column 'ViT 2 x 32': regularizer.ratio=3",
     ("rows:", "rows: [1, 2]\nold:"): "rows",
+    ("rows:", "published: { ViT 2 x 32: high }\nrows:"): "published: ViT 2 x 32",
 }
 
 

@@ -1,25 +1,20 @@
 """Turns a composed config into one that can run, or into one line that says what is wrong (ConfigError)."""
 
 import difflib
-import importlib.util
-import math
 import os
-import re
 import sys
 from dataclasses import asdict
-from functools import lru_cache, reduce
+from functools import reduce
 from pathlib import Path
 from typing import Iterable
 
 from dropkey.config import schema
+from dropkey.config.geometry import default_patch, family, grid_side, known_models, t2t_tokens
 from dropkey.config.schema import EvalConfig, ModelConfig, RegularizerConfig, ScheduleConfig, TrainConfig, flatten
 from dropkey.errors import ConfigError
 
 FEW = 10  # choices that a message lists in full
 RESIZED = "vit_tiny_patch16_224"  # the architecture whose sizes configs/model/vit_<depth>x<width>.yaml set
-SMALL_IMAGE = 96  # pixels; below, a patch of 16 leaves fewer than 6 x 6 tokens
-SOFT_SPLITS = {"t2t_vit_small_image": ((3, 2, 1), (3, 2, 1))}  # kernel, stride, padding; all others:
-IMAGENET_SPLITS = ((7, 4, 2), (3, 2, 1), (3, 2, 1))
 MIN_T2T_TOKENS = 9
 OWN_ARGUMENTS = {  # of timm's constructors, and the key that sets each
     **{key: f"model.{key}" for key in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "pretrained")},
@@ -79,41 +74,6 @@ def check_values(cfg: TrainConfig | EvalConfig) -> None:
 # ------------------------------------------------------------------------------------------------ model and image
 
 
-def family(name: str) -> str:
-    """The geometry that a model's name implies: vit, volo, t2t, ceit, or other, which is left to the model itself."""
-    for prefix in ("t2t_vit", "volo", "ceit"):
-        if name.startswith(prefix):
-            return prefix.removesuffix("_vit")
-    return "vit" if re.match(r"(vit|deit3?)_\w*patch\d+", name) else "other"
-
-
-@lru_cache(maxsize=1)
-def known_models() -> frozenset[str]:
-    """Names of timm's registry and of ours, read from the source: importing timm takes 4 s, this 0.1 s."""
-    folders = (Path(importlib.util.find_spec("timm").origin).parent, Path(__file__).parents[1])
-    text = "\n".join(file.read_text(encoding="utf-8") for folder in folders for file in folder.glob("models/*.py"))
-    timm, ours = r"^@register_model\s*\ndef (\w+)\(", r"^(\w+) = _register\("
-    return frozenset(re.findall(timm, text, re.MULTILINE) + re.findall(ours, text, re.MULTILINE))
-
-
-def default_patch(name: str, image_size: int) -> int:
-    """The patch in the name (VOLO 8, CeiT 16), or on small images one of 2 px or more for about 8 x 8 tokens."""
-    if image_size >= SMALL_IMAGE:
-        found = re.search(r"patch(\d+)", name)
-        return int(found.group(1)) if found else {"ceit": 16}.get(family(name), 8)
-    if family(name) in ("volo", "ceit"):
-        return 4
-    divisors = [size for size in range(2, image_size + 1) if image_size % size == 0]
-    return min(divisors, default=1, key=lambda size: abs(image_size / size - 8))
-
-
-def t2t_tokens(name: str, image_size: int) -> int:
-    side = image_size
-    for kernel, stride, padding in SOFT_SPLITS.get(name, IMAGENET_SPLITS):
-        side = (side + 2 * padding - kernel) // stride + 1
-    return max(side, 0) ** 2
-
-
 def check_model(model: ModelConfig, image_size: int) -> None:
     """Fills in `model.patch_size` and refuses sizes that the architecture cannot cut into tokens."""
     base = model.name.split(".")[0]  # timm's names may carry a pretrained tag
@@ -169,16 +129,6 @@ def fit_patches(model: ModelConfig, kind: str, base: str, image_size: int) -> No
     )
 
 
-def grid_side(model: ModelConfig, image_size: int, layers: list[str]) -> int | None:
-    """Tokens on a side of the finest grid that these attention layers see; None: only the model itself knows."""
-    kind = family(model.name)
-    if kind == "t2t":
-        return math.isqrt(t2t_tokens(model.name, image_size)) if "token" not in layers else None
-    if kind == "volo":
-        return image_size // model.patch_size // (1 if "outlook" in layers else 2)
-    return image_size // model.patch_size if kind in ("vit", "ceit") else None
-
-
 # --------------------------------------------------------------------------------------------- values that must fit
 
 
@@ -221,7 +171,7 @@ def check_window(cfg: TrainConfig) -> None:
 
 def check_data(data: schema.DataConfig) -> None:
     if ":" not in data.name:  # module:function is the user's own
-        one_of("data.name", data.name, schema.DATASETS)
+        one_of("data.name", data.name, schema.DATASETS + schema.SCENES)
     seed = data.split_seed
     require(
         seed == "run" or (type(seed) is int and 0 <= seed < 2**63),
@@ -237,6 +187,20 @@ def check_data(data: schema.DataConfig) -> None:
             values is None or len(values) in (1, data.channels),
             f"data.{key} has {len(values or [])} values for data.channels={data.channels}; give one, or null",
         )
+
+
+def check_token_labels(cfg: TrainConfig) -> None:
+    data, augment = cfg.data, cfg.augment
+    require(
+        bool(cfg.model.args.get("use_mix_token")),
+        "data.token_labels: only VOLO with MixToken learns from them; take model=volo_d1 "
+        "model.args={use_aux_head: true, use_mix_token: true}",
+    )
+    require(not data.in_memory, "data.token_labels: the crop of maps needs the whole pictures; data.in_memory=false")
+    require(augment.crop_scale is not None, "data.token_labels needs augment.crop_scale, such as [0.08, 1]")
+    for key in ("crop_padding", "mixup", "cutmix"):
+        value = getattr(augment, key)
+        require(value == 0, f"augment.{key}={value} does not go with data.token_labels; set it to 0")
 
 
 def check_warmup(optim: schema.OptimConfig, trainer: schema.TrainerConfig) -> None:
@@ -284,6 +248,8 @@ def check(cfg: TrainConfig) -> TrainConfig:
         "(ImageNet, needs a network) or init_from=<checkpoint>",
     )
     check_window(cfg)
+    if cfg.data.token_labels is not None:
+        check_token_labels(cfg)
     augment, trainer, size = cfg.augment, cfg.trainer, cfg.data.image_size
     scale = augment.crop_scale
     require(

@@ -6,8 +6,8 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 
-from dropkey.config.check import family
-from dropkey.config.schema import EvalConfig, ScheduleConfig, TrainConfig, flatten
+from dropkey.config.geometry import family
+from dropkey.config.schema import BY_ROOT, EvalConfig, ScheduleConfig, TrainConfig, flatten
 
 # Keys that do not change the result: where files are, what is logged, how fast it runs.
 NO_EFFECT = (
@@ -27,6 +27,7 @@ NO_EFFECT = (
 NEUTRAL = {
     **{"schedule.over": "depth", "optim.layer_decay": None, "optim.cooldown_epochs": 0.0, "trainer.ema_warmup": True},
     **{"augment.border": "reflect", "augment.interpolation": "bicubic", "augment.erase_mixed": False},
+    **{"data.token_labels": None},
 }
 
 
@@ -49,8 +50,10 @@ def canonical(cfg: TrainConfig) -> dict[str, object]:
     elif cfg.schedule.name == "constant":
         del keys["schedule.end"]
         keys.pop("schedule.over", None)
-    if cfg.data.name == "folder":  # a folder is identified by its path, a named data set is the same anywhere
+    if cfg.data.name in BY_ROOT:  # a folder is identified by its path, a named data set is the same anywhere
         keys["data.root"] = str(Path(cfg.data.root).resolve())
+    if cfg.data.token_labels is not None:
+        keys["data.token_labels"] = str(Path(cfg.data.token_labels).expanduser().resolve())
     if cfg.init_from is not None:
         start = Path(cfg.init_from).resolve()
         by_hash = re.search(r"-([0-9a-f]{10})$", start.name)  # a run; tables name runs before they exist
@@ -82,7 +85,7 @@ def model_label(cfg: TrainConfig) -> str:
 
 
 def data_label(cfg: TrainConfig | EvalConfig) -> str:
-    name = cfg.data.name if cfg.data.name != "folder" else Path(cfg.data.root).resolve().name
+    name = cfg.data.name if cfg.data.name not in BY_ROOT else Path(cfg.data.root).resolve().name
     return re.sub(r"[^\w.]+", "_", name) or "folder"
 
 

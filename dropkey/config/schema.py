@@ -15,8 +15,10 @@ SCHEDULES = ("constant", "decreasing", "increasing")
 OVER = ("depth", "training")
 LAYERS = ("self", "class", "cross", "outlook", "token", "layer")
 IMPLS = ("auto", "reference", "cpu", "triton", "sdpa")
-DATASETS = ("digits", "cifar10", "cifar100", "imagenet", "folder", "digit_scenes")
-OWN_VALIDATION = ("imagenet", "folder")  # data sets that may bring a validation split
+BY_ROOT = ("folder", "shards", "parquet")  # data sets that are whatever is under data.root
+OWN_VALIDATION = ("imagenet", *BY_ROOT)  # data sets that may bring a validation split
+DATASETS = ("digits", "cifar10", "cifar100", *OWN_VALIDATION)
+SCENES = ("digit_scenes",)  # data sets of images with boxes, for task=detection
 AMP = ("none", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 SPLITS = ("test", "val", "train")
@@ -72,8 +74,9 @@ class DataConfig:
     max_train_samples: Optional[int] = None  # train on this many images only, equally many per class
     split_seed: Any = 0  # an integer that draws these and the held-out validation images; "run": the run's own seed
     in_memory: bool = True  # keep decoded images as one uint8 tensor on the device; false: decode them for each batch
+    token_labels: Optional[str] = None  # folder of a teacher's label maps, for VOLO with MixToken; null: off
     crop_pct: float = 1.0  # evaluation: centre crop / resized side
-    num_workers: int = 2  # decoding processes, with in_memory=false
+    num_workers: Optional[int] = None  # processes that decode; null: as many as this process has cores, at most 16
 
 
 @dataclass

@@ -1,8 +1,9 @@
 """Augmentation in two stages. Every random number is derived from the run's seed and the image's place in the epoch.
 
-1. Pictures, in the decoding workers: random resized crop and RandAugment of timm, on PIL images.
-2. Batches, on the device: mirror, padded crop, normalisation, timm's random erasing; then mixup or cutmix of timm, or
-   the erasing last.
+1. Pictures, in the decoding workers: random resized crop of timm. Images in memory are cropped by
+   dropkey.data.device_augment.
+2. Batches, on the device: RandAugment (dropkey.data.device_augment), mirror, padded crop, normalisation, timm's random
+   erasing; then mixup or cutmix of timm, or the erasing last.
 Images in memory and images decoded on demand share the second stage, so `data.in_memory` does not change it.
 Shape letters: B images, C channels, H and W height and width.
 """
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from timm.data.auto_augment import posterize, rand_augment_transform
 from timm.data.mixup import Mixup, mixup_target
@@ -20,7 +22,7 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from dropkey.config.schema import AugmentConfig, DataConfig
-from dropkey.data.images import resize_center_crop, to_device
+from dropkey.data.images import resize_center_crop, to_device, to_tensor
 from dropkey.errors import ConfigError
 from dropkey.seeds import derive_seed
 
@@ -51,27 +53,25 @@ class EvalPicture:
 
 
 class TrainPicture:
-    """Random resized crop (or resize and centre crop), then RandAugment.
-
-    `key` holds the parts from which this picture's seed is derived.
-    """
+    """timm's random resized crop, or resize and centre crop; `key` holds the parts of this picture's seed."""
 
     def __init__(self, data: DataConfig, augment: AugmentConfig):
-        self.size = data.image_size
-        self.crop = self.rand_augment = None
-        if augment.crop_scale is not None:
-            self.crop = RandomResizedCropAndInterpolation(
-                self.size, tuple(augment.crop_scale), interpolation=augment.interpolation
-            )
-        if augment.rand_augment is not None:
-            self.rand_augment = rand_augment(augment.rand_augment, data, augment.interpolation)
+        self.size, self.scale = data.image_size, augment.crop_scale
+        self.interpolations = ("bilinear", "bicubic") if augment.interpolation == "random" else ("bicubic",)
 
-    def __call__(self, picture: Image.Image, key: tuple) -> Image.Image:
-        if self.crop is None and self.rand_augment is None:
+    def __call__(self, picture: Image.Image, key: tuple) -> Image.Image | torch.Tensor:
+        if self.scale is None:
             return resize_center_crop(picture, self.size)
         with seeded(derive_seed(*key)):
-            picture = self.crop(picture) if self.crop else resize_center_crop(picture, self.size)
-            return self.rand_augment(picture) if self.rand_augment else picture
+            box = RandomResizedCropAndInterpolation.get_params(picture, self.scale, (3 / 4, 4 / 3))
+            return resized_crop(picture, box, self.size, random.choice(self.interpolations))
+
+
+def resized_crop(picture: Image.Image, box: tuple[int, int, int, int], size: int, interpolation: str) -> torch.Tensor:
+    """uint8 C H W, antialiased. torch resizes several times as fast as Pillow; single pixels are a level apart."""
+    top, left, height, width = box
+    pixels = to_tensor(picture.crop((left, top, left + width, top + height)))
+    return F.interpolate(pixels[None], (size, size), mode=interpolation, antialias=True)[0]
 
 
 def rand_augment(policy: str, data: DataConfig, interpolation: str = "bicubic"):

@@ -12,7 +12,7 @@ import os
 import secrets
 import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -44,19 +44,28 @@ def decoded(files: Files, data: DataConfig) -> Pixels:
     """
     shape = (len(files), data.channels, data.image_size, data.image_size)
     require_room(shape)
-    path = cache_directory() / f"{fingerprint(files, data.image_size)}.npy"
-    if not _is_own_directory(path.parent):
-        return Pixels(_decode(files, data, shape), files)
+
+    def decode_all() -> np.ndarray:
+        log.info("decoding %d images once, such as %s", len(files), files.path(0))
+        return _decode(files, data, shape)
+
+    return Pixels(cached_array(f"{fingerprint(files, data.image_size)}.npy", shape, decode_all), files)
+
+
+def cached_array(name: str, shape: tuple[int, ...] | None, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """The uint8 array of that file in the cache (shape None: of any); if it has none, one that `make` makes for it."""
+    path = cache_directory() / name
+    if not is_own_directory(path.parent):
+        return make()
     with file_lock(path):
         array = _read(path, shape)
         if array is None:
-            log.info("decoding %d images of %s once; cached in %s", len(files), files.root, path)
-            array = _decode(files, data, shape)
+            array = make()
             _write(path, array)
-    return Pixels(array, files)
+    return array
 
 
-def _is_own_directory(path: Path) -> bool:
+def is_own_directory(path: Path) -> bool:
     """Makes the directory; whether this user may trust it."""
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -79,11 +88,9 @@ def require_room(shape: tuple[int, ...]) -> None:
 
 def fingerprint(files: Files, image_size: int) -> str:
     """Changes with any file's path, size or modification time, and with the image size and channels."""
-    place = os.fsencode(files.root.resolve())  # train/ and test/ may hold equal names, sizes and times
-    digest = hashlib.sha256(json.dumps([FORMAT, image_size, files.channels]).encode() + place)
-    for row, name in enumerate(files.names):
-        stat = os.stat(files.path(row))
-        digest.update(b"%b\0%d\0%d\0" % (name, stat.st_size, stat.st_mtime_ns))
+    digest = hashlib.sha256(json.dumps([FORMAT, image_size, files.channels]).encode())
+    for part in files.stamp():
+        digest.update(part)
     return digest.hexdigest()[:32]
 
 
@@ -99,7 +106,7 @@ def _decode(files: Files, data: DataConfig, shape: tuple[int, ...]) -> np.ndarra
     return array
 
 
-def _read(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+def _read(path: Path, shape: tuple[int, ...] | None) -> np.ndarray | None:
     """The array, memory-mapped so that processes share it; None if there is none or it is damaged."""
     try:
         status = os.lstat(path)
@@ -109,14 +116,14 @@ def _read(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
         with open(path, "rb") as file:
             file.seek(-4, os.SEEK_END)
             checksum = int.from_bytes(file.read(4), "little")
-        if array.dtype == np.uint8 and array.shape == shape and zlib.crc32(array) == checksum:
+        if array.dtype == np.uint8 and shape in (None, array.shape) and zlib.crc32(array) == checksum:
             return array
         reason = "checksum or shape is wrong"
     except FileNotFoundError:
         return None
     except Exception as error:  # a damaged header makes numpy raise what its parser happens to
         reason = str(error)
-    log.warning("cache file %s is damaged (%s); decoding the images again", path, reason)
+    log.warning("cache file %s is damaged (%s); reading the images again", path, reason)
     return None
 
 

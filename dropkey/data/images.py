@@ -8,7 +8,10 @@ import errno
 import os
 import stat
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -45,6 +48,13 @@ class Files:
                 file.seek(max(size - TAIL, 0))
                 digest = zlib.crc32(file.read() + size.to_bytes(8, "little"), digest)
         return self.names.tobytes() + digest.to_bytes(4, "little")
+
+    def stamp(self) -> Iterator[bytes]:
+        """Changes with any file's path, size or modification time."""
+        yield os.fsencode(self.root.resolve())  # train/ and test/ may hold equal names, sizes and times
+        for row, name in enumerate(self.names):
+            status = os.stat(self.path(row))
+            yield b"%b\0%d\0%d\0" % (name, status.st_size, status.st_mtime_ns)
 
     def path(self, row: int) -> str:
         return os.path.join(self.root, os.fsdecode(self.names[row]))
@@ -92,21 +102,33 @@ def to_picture(array_CHW: np.ndarray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array_CHW.transpose(1, 2, 0)))
 
 
-def to_tensor(picture: Image.Image) -> torch.Tensor:
-    """uint8, C H W."""
+def to_tensor(picture: Image.Image | torch.Tensor) -> torch.Tensor:
+    """uint8, C H W; a tensor as it is."""
+    if isinstance(picture, torch.Tensor):
+        return picture
     array = np.array(picture)
     return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1))
 
 
 def open_image(path: str, channels: int) -> Image.Image:
     """Decodes a file and converts it to `channels` channels of 8 bits. DataError names a file that cannot be read."""
+    with damage_named(path), open(path, "rb", opener=open_at_once) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("it is no regular file")
+        return decode(file, channels)
+
+
+def decode(file: BinaryIO, channels: int) -> Image.Image:
+    with Image.open(file) as picture:
+        picture.load()
+        return convert(picture, channels)
+
+
+@contextmanager
+def damage_named(path: str) -> Iterator[None]:
+    """What goes wrong with an image, as a DataError that names it."""
     try:
-        with open(path, "rb", opener=open_at_once) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ValueError("it is no regular file")
-            with Image.open(file) as picture:
-                picture.load()
-                return convert(picture, channels)
+        yield
     except (MemoryError, Interrupted):
         raise
     except Exception as error:  # a damaged file makes PIL raise nearly anything: SyntaxError, struct.error, ...

@@ -3,19 +3,25 @@
 The global batch of optimizer step u in epoch e is order(e)[u * B : (u + 1) * B]. It is cut into equal microbatches,
 world_size x grad_accum_steps of them, and rank r takes `grad_accum_steps` consecutive ones. Order and augmentation
 follow from (seed, epoch, place in the epoch): they do not depend on the number of processes, workers or microbatches,
-nor on where an epoch is resumed. Only mixup and cutmix act within a microbatch and depend on their number.
+nor on where an epoch is resumed. Only mixup and cutmix act within a microbatch, each with a lambda of its own, and so
+depend on the number of all microbatches: one process with eight mixes what eight processes with one mix. The official
+recipes, which do not accumulate, have a lambda for each process, of 64 to 256 images.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
 import torch
 
 from dropkey.config.schema import AugmentConfig, DataConfig
 from dropkey.data.augment import BatchAugment, EvalPicture, Mix, Normalize, TrainPicture
+from dropkey.data.device_augment import DeviceAugment
 from dropkey.data.images import to_device
 from dropkey.data.reading import Decoding, OnDevice, Request
 from dropkey.data.splits import Dataset
+from dropkey.data.token_labels import LabelledFiles, TokenLabelPicture, token_targets
 from dropkey.errors import ConfigError, DataError
 from dropkey.seeds import derive_seed
 
@@ -23,7 +29,8 @@ from dropkey.seeds import derive_seed
 @dataclass
 class ImageBatch:
     images: torch.Tensor  # float32 B C H W on the device, normalised
-    targets: torch.Tensor  # on the device: int64 (B,) class ids; float32 (B, classes) with mixing or smoothing
+    targets: torch.Tensor  # on the device: int64 (B,) class ids; float32 (B, classes) with mixing or smoothing;
+    # float32 (B, 1 + tokens, classes) with token labels, of the image and of its tokens
     ids: torch.Tensor  # int64 (B,) on the CPU: positions in the split
 
     def __len__(self) -> int:
@@ -52,8 +59,10 @@ def train_loader(
     rank: int = 0,
     world_size: int = 1,
     device: str | torch.device = "cpu",
+    token_side: int | None = None,
 ) -> "TrainLoader":
-    """Batches of the train split for process `rank` of `world_size`; `batch_size` is global.
+    """Batches of the train split for process `rank` of `world_size`; `batch_size` is global, `token_side` the model's
+    tokens on a side of an image, for data.token_labels.
 
     Raises:
         ConfigError: no equal microbatches are possible, or no even ones where mixup or cutmix needs them.
@@ -66,7 +75,7 @@ def train_loader(
             f"set trainer.batch_size={len(dataset.train)} or less, or hold fewer images out"
         )
     return TrainLoader(
-        dataset, data, augment, microbatch, batch_size, grad_accum_steps, seed, rank, torch.device(device)
+        dataset, data, augment, microbatch, batch_size, grad_accum_steps, seed, rank, torch.device(device), token_side
     )
 
 
@@ -89,17 +98,27 @@ class TrainLoader:
     """One process's part of every epoch. `len` is the number of optimizer steps per epoch; the last incomplete batch is
     dropped."""
 
-    def __init__(self, dataset, data, augment, microbatch, batch_size, grad_accum_steps, seed, rank, device):
+    def __init__(
+        self, dataset, data, augment, microbatch, batch_size, grad_accum_steps, seed, rank, device, token_side
+    ):
         self._split, self._device = dataset.train, device
         self._microbatch, self._batch_size, self._grad_accum_steps = microbatch, batch_size, grad_accum_steps
         self._seed, self._first, self._repeats = seed, rank * grad_accum_steps, augment.aug_repeats
         self._targets = dataset.train.targets.to(device)
+        store, picture = dataset.train.images, None
+        if data.token_labels is not None:
+            classes, smoothing = dataset.num_classes, augment.label_smoothing
+            store = LabelledFiles(dataset.train, Path(data.token_labels).expanduser(), classes)
+            picture = TokenLabelPicture(data, augment)
+            self._token_targets = partial(token_targets, classes=classes, side=token_side, smoothing=smoothing)
+            augment = replace(augment, hflip=0.0, rand_augment=None, label_smoothing=0.0)  # all done there
         self._augment, self._erase_mixed = BatchAugment(data, augment, seed, device), augment.erase_mixed
         self._mix = Mix(augment, dataset.num_classes)
-        if data.in_memory and augment.crop_scale is None and augment.rand_augment is None:
-            self._reader = OnDevice(dataset.train.images, device)
+        self._pictures = DeviceAugment(data, augment, seed, device, crop=data.in_memory)
+        if data.in_memory:
+            self._reader = OnDevice(store, device)
         else:
-            self._reader = Decoding(dataset.train.images, TrainPicture(data, augment), data.num_workers, device)
+            self._reader = Decoding(store, picture or TrainPicture(data, augment), data.num_workers, device)
 
     def __len__(self) -> int:
         return len(self._split) // self._batch_size
@@ -123,14 +142,16 @@ class TrainLoader:
             for begin in begins
         )
         pictures = self._reader.read(requests)
-        draws, drawn = None, None
-        for (step, microbatch), begin, images in zip(places, begins, pictures, strict=True):
+        draws = plans = drawn = None
+        for (step, microbatch), begin, batch in zip(places, begins, pictures, strict=True):
             if drawn != step:
                 draws, drawn = self._augment.draw(epoch, step, self._batch_size), step
+                plans = self._pictures.draw(epoch, step, self._batch_size)
             own = slice(microbatch * self._microbatch, (microbatch + 1) * self._microbatch)
             ids = order[begin : begin + self._microbatch]
-            targets = self._targets[to_device(ids, self._device)]
-            images = self._augment(images, draws[own])
+            images, *labels = batch if isinstance(batch, list) else (batch,)
+            targets = self._token_targets(*labels) if labels else self._targets[to_device(ids, self._device)]
+            images = self._augment(self._pictures(images, plans, own), draws[own])
             if not self._erase_mixed:
                 images = self._augment.erase_some(images, draws[own], epoch, begin)
             images, targets = self._mix(images, targets, self._seed, "mix", epoch, step, microbatch)

@@ -22,7 +22,9 @@ from dropkey.data.images import Files, Pixels, to_device, to_tensor
 from dropkey.errors import ConfigError, DataError
 
 Key = tuple[int | str, ...]  # parts of a seed
+Batch = torch.Tensor | list[torch.Tensor]  # images, or these and more of the same length
 MOST_WORKERS = 64  # on a machine with fewer cores; thousands hang it
+MOST_CHOSEN = 16  # without being asked for
 
 
 class Request(NamedTuple):
@@ -49,25 +51,27 @@ class OnDevice:
 
 
 class Decoding:
-    """Reads through `workers` processes, which stay until `close` (0: in this process).
+    """Reads through `workers` processes, which stay until `close` (0: in this process; None: `fitting_workers`).
 
-    `transform(picture, key)` returns the picture at its final size.
+    `transform(picture, key)` returns the picture at its final size, or a tuple of it and tensors; batches are
+    then lists.
     """
 
     def __init__(
         self,
         store: Files | Pixels,
         transform: Callable[[Image.Image, Key], Image.Image],
-        workers: int,
+        workers: int | None,
         device: torch.device,
     ):
+        workers = fitting_workers() if workers is None else workers
         if workers > (most := max(MOST_WORKERS, os.cpu_count() or 1)):
             raise ConfigError(f"data.num_workers={workers}: at most {most} processes decode here; take 2 to 8")
         self._pictures, self._workers, self._device = _Pictures(store, transform), workers, device
         self._plan = _Plan()
         self._loader = self._batches = None
 
-    def read(self, requests: Iterable[Request]) -> Iterator[torch.Tensor]:
+    def read(self, requests: Iterable[Request]) -> Iterator[Batch]:
         """uint8 B C H W on the device, one per request. A new call abandons an unfinished one."""
         self._plan.requests = (request._replace(rows=request.rows.tolist()) for request in requests)
         plan = self._plan.requests
@@ -81,10 +85,12 @@ class Decoding:
                 images = next(batches, None)
             if images is None:
                 return
+            one = isinstance(images, torch.Tensor)
             if isinstance(images, str):
                 self.close()
                 raise DataError(images)
-            yield images.to(self._device, non_blocking=True)
+            parts = [part.to(self._device, non_blocking=True) for part in ([images] if one else images)]
+            yield parts[0] if one else parts
             if self._plan.requests is not plan:
                 raise RuntimeError("this reading was abandoned: another one was started on the same reader")
 
@@ -124,15 +130,25 @@ class Decoding:
             batches._shutdown_workers()
 
 
+def fitting_workers() -> int:
+    """This process's share of the cores that it may use, and of the files that it may open; 1 to 16."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), MOST_CHOSEN, (_files_left() - 8) // 5))
+
+
 def require_open_files(workers: int) -> None:
     """ConfigError: this process may not open as many files as its workers take: three each, and two for images."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    left = limit - len(os.listdir("/dev/fd"))
-    if workers > 0 and limit != resource.RLIM_INFINITY and left < 5 * workers + 8:
+    left = _files_left()
+    if workers > 0 and left < 5 * workers + 8:
         raise ConfigError(
             f"data.num_workers={workers} takes {5 * workers + 8} files at once, and {left} more can be opened; "
             "raise the limit (ulimit -n 4096), or lower data.num_workers"
         )
+
+
+def _files_left() -> int:
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return limit - len(os.listdir("/dev/fd")) if limit != resource.RLIM_INFINITY else 2**31
 
 
 class _Plan:
@@ -149,14 +165,17 @@ class _Pictures(TorchDataset):
         self.store = store
         self.transform = transform
 
-    def __getitem__(self, request: Request) -> torch.Tensor | str:
+    def __getitem__(self, request: Request) -> Batch | str:
         """A batch, or the error message: torch would wrap a worker's exception in a traceback."""
         try:
             tensors = []
             for index, row in enumerate(request.rows):
                 picture = self.store.picture(row)
-                tensors.append(to_tensor(self.transform(picture, (*request.key, request.position + index))))
-            return torch.stack(tensors)
+                made = self.transform(picture, (*request.key, request.position + index))
+                made = made if isinstance(made, tuple) else (made,)
+                tensors.append([to_tensor(one) if isinstance(one, Image.Image) else one for one in made])
+            batch = [torch.stack(column) for column in zip(*tensors, strict=True)]
+            return batch if len(batch) > 1 else batch[0]
         except DataError as error:
             return str(error)
 

@@ -7,12 +7,15 @@ import importlib
 import inspect
 from dataclasses import replace
 
+from dropkey.config import schema
 from dropkey.config.check import nearest
 from dropkey.config.schema import DataConfig
 from dropkey.data.splits import TEST_SEED, Dataset, Split, hold_out, limit, refuse_shared_images
 from dropkey.errors import ConfigError, DataError, explained
 
-DATASETS = {name: f"dropkey.datasets.{name}:read" for name in ("digits", "cifar10", "cifar100", "imagenet", "folder")}
+DATASETS, SCENES = (
+    {name: f"dropkey.datasets.{name}:read" for name in names} for names in (schema.DATASETS, schema.SCENES)
+)
 
 TRAIN_SAMPLES = {"digits": 1_438, "cifar10": 50_000, "cifar100": 50_000, "imagenet": 1_281_167}
 
@@ -37,12 +40,12 @@ def load(data: DataConfig, seed: int = 0) -> Dataset:
         raise ConfigError(f"data.name={data.name} must return a list of classes and three splits: train, val, test")
     classes, train, val, test = found
     if len(classes) < 2:
-        where = f" under {data.root}" if data.name in ("folder", "imagenet") else ""
+        where = f" under {data.root}" if data.name in schema.OWN_VALIDATION else ""
         raise DataError(f"data={data.name} has one class{where}: {classes[0]}; a classifier needs two or more")
     if data.num_classes is not None and data.num_classes != len(classes):
         raise DataError(
             f"data.num_classes={data.num_classes} but {data.name} has {len(classes)} classes"
-            + (f" under {data.root}" if data.name in ("folder", "imagenet") else "")
+            + (f" under {data.root}" if data.name in schema.OWN_VALIDATION else "")
             + f"; set data.num_classes={len(classes)}, or null to take what is found"
         )
     if test is None and val is not None:

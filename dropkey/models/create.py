@@ -3,7 +3,7 @@
 import timm
 from torch import nn
 
-from dropkey.config.check import family
+from dropkey.config.geometry import family
 from dropkey.config.schema import ModelConfig
 from dropkey.errors import ConfigError
 from dropkey.models.mix_token import MixTokenVOLO

@@ -201,14 +201,13 @@ def reason_to_wait(comparison: Comparison, decision: Decision) -> str:
         return over if set(table.seeds) & set(design.seeds) else f"{over}, others are not planned"
     if table.scale != "paper":
         return ""
-    row = table.published_baseline
     for column in table.columns:
-        published = table.paper.get(column, {}).get(row)
+        published = table.published.get(column)
         if published is None:
             return f"no published baseline is known for '{column}'"
-        ours = comparison.cells[row, column].estimate
+        ours = comparison.cells[table.baseline, column].estimate
         if ours is None or abs(ours.mean - published) > NEAR:
-            return f"'{row}' in '{column}' is not within {NEAR} of the published {published}"
+            return f"'{table.baseline}' in '{column}' is not within {NEAR} of the published {published}"
     return ""
 
 

@@ -31,8 +31,16 @@ TABLES = CONFIGS / "table"
 SCALES = TABLES / "scales.yaml"  # shared by all tables
 TEXTS = ("title", "question", "figure")
 TABLE_KEYS = {  # the keys of a table, and what each holds
-    **dict.fromkeys(("title", "question", "figure", "baseline", "published_baseline"), str),
-    **{"rows": dict, "claims": list, "margin": (int, float), "tuning": dict, "paper": dict, "scales": dict},
+    **dict.fromkeys(("title", "question", "figure", "baseline"), str),
+    **{
+        "rows": dict,
+        "claims": list,
+        "margin": (int, float),
+        "tuning": dict,
+        "paper": dict,
+        "published": dict,
+        "scales": dict,
+    },
 }
 SCALE_KEYS = {"about": str, "seeds": (int, list), "looks": list, "columns": dict, "rows": dict, "protocol": str}
 
@@ -54,7 +62,7 @@ class Table:
     columns: dict[str, tuple[str, ...]]  # label -> overrides of train.py
     claims: tuple[Claim, ...] = ()
     paper: dict[str, dict[str, float]] = field(default_factory=dict)  # column of the paper -> row -> result
-    published_baseline: Optional[str] = None  # a row of `paper`: ours must come near before its claims count
+    published: dict[str, float] = field(default_factory=dict)  # column -> baseline, which ours must come near
     protocol: Optional[str] = None  # a file with the plan of the study, which fixes the design at this scale
     tuning_seeds: tuple[int, ...] = ()
     tuning_column: Optional[str] = None  # where candidates are compared; None: in each column for itself
@@ -99,9 +107,8 @@ def load(table: str, scale: str, seeds: Optional[tuple[int, ...]] = None, overri
     }
     rows = {label: read_row(label, value, where) for label, value in written.items() if value is not None}
     check_rows(rows, where)
-    for key in ("baseline", "published_baseline"):
-        label = content.get(key)
-        require(label is None or label in rows, f"{where}{key} '{label}' is not a row{nearest(str(label), rows)}")
+    label = content["baseline"]
+    require(label in rows, f"{where}baseline '{label}' is not a row{nearest(str(label), rows)}")
     design, tuning = read_design(content, chosen, where), read_tuning(content.get("tuning") or {}, columns, where)
     chosen_seeds = design.seeds if seeds is None else read_seeds(list(seeds), "")
     if any(row.candidates for row in rows.values()):
@@ -121,7 +128,7 @@ def load(table: str, scale: str, seeds: Optional[tuple[int, ...]] = None, overri
         columns=columns,
         claims=read_claims(content.get("claims") or [], rows, written, where),
         paper=read_paper(content.get("paper") or {}, written, where),
-        published_baseline=content.get("published_baseline"),
+        published=read_numbers(content.get("published") or {}, f"{where}published: "),
         protocol=chosen.get("protocol"),
         overrides=overrides,
         **tuning,
@@ -132,12 +139,17 @@ def read_paper(paper: dict, rows: dict, where: str) -> dict[str, dict[str, float
     """The paper's column -> row -> number."""
     for column, results in paper.items():
         check_types({"paper": results}, {"paper": dict}, f"{where}column '{column}' of ")
-        for label, value in (results or {}).items():
-            at = f"{where}paper '{column}': "
+        at = f"{where}paper '{column}': "
+        for label in read_numbers(results or {}, at):
             require(label in rows, f"{at}'{label}' is not a row{nearest(str(label), rows)}")
-            check_types({label: value}, {label: (int, float)}, at)
-            require(value is None or math.isfinite(value), f"{at}{label}={value} must be a number")
     return {read_text(str(name), f"{where}paper"): results or {} for name, results in paper.items()}
+
+
+def read_numbers(numbers: dict, where: str) -> dict[str, float]:
+    for label, value in numbers.items():
+        check_types({label: value}, {label: (int, float)}, where)
+        require(value is None or math.isfinite(value), f"{where}{label}={value} must be a number")
+    return numbers
 
 
 def read_scale(own: dict, scale: str, where: str) -> dict:

@@ -23,7 +23,6 @@ from dropkey.models import create_model
 from dropkey.models.detr import DETR, SmallBackbone
 from dropkey.tasks.base import Task
 
-DATASETS = {"digit_scenes": "dropkey.datasets.digit_scenes:read"}  # or module:function of your own
 SHOWN = 16  # images at a time
 LABELS = dict(zip(FIGURES, ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large"), strict=True))
 
@@ -63,7 +62,7 @@ class Detection(Task):
 
     def load_data(self) -> Scenes:
         cfg = self.cfg.data
-        read = datasets.reader(cfg.name, DATASETS, arguments=2)
+        read = datasets.reader(cfg.name, datasets.SCENES, arguments=2)
         return read(cfg, self.cfg.seed if cfg.split_seed == "run" else cfg.split_seed)
 
     def describe_data(self, data: Scenes) -> str:
