@@ -5,7 +5,7 @@ import timm
 import torch
 
 import dropkey
-from dropkey import patching
+from dropkey import patching, weights
 from dropkey.models import detr
 from dropkey.patching.find import find_attention_modules
 
@@ -216,3 +216,15 @@ def test_padded_keys_stay_excluded_after_dropping():
     patching.seed_masks(model, 4)
     again = model.transformer(tokens, positions, model.query_embed.weight, padding)[-1]
     assert not torch.allclose(found[0], again)  # keys are dropped indeed
+
+
+@pytest.mark.parametrize("wrapped", [True, False], ids=["official", "bare"])
+def test_a_file_with_other_classes_starts_a_model(tmp_path, wrapped):
+    """As `init_from` does: all weights but those of the classifier."""
+    source, target = perturbed(small()), timm.create_model("detr_small", num_classes=4, in_chans=1)
+    content = source.state_dict()
+    torch.save({"model": content} if wrapped else content, tmp_path / "detr.pth")
+    new = weights.load_weights(target, tmp_path / "detr.pth")
+    assert new == ["class_embed.weight", "class_embed.bias"]
+    for name, value in target.state_dict().items():
+        assert name in new or torch.equal(value, content[name])
