@@ -206,6 +206,16 @@ def test_an_interrupted_run_resumes_bitwise_identically(finished, tmp_path, monk
     assert runs.records(finished) == runs.records(resumed)
 
 
+def test_images_of_unequal_size_train_and_are_evaluated_in_bf16_with_all_attentions_regularized(tmp_path, few):
+    words = ("trainer.amp=bf16", "regularizer.layers=[self,cross]", "augment.hflip=0.5", "trainer.epochs=4")
+    sizes = "task.args={scales: [24, 32], max_size: 48, crop_sides: [14, 20], eval_scale: 32}"
+    run = runs.train(tmp_path, *detection_run.WORDS, *words, sizes)
+    losses = [record["loss"] for record in run.records("step")]
+    assert sum(losses[-3:]) < sum(losses[:3])
+    assert "6 attention layers" in (run.path / "log.txt").read_text()
+    assert run.summary()["samples"] == detection_run.HELD_OUT
+
+
 def test_accumulated_microbatches_give_the_loss_of_the_whole_batch(tmp_path, few):
     words = (*detection_run.WORDS, "regularizer=none", "trainer.max_steps=3")
     whole, parts = (runs.train(tmp_path, *words, f"trainer.grad_accum_steps={count}") for count in (1, 4))
