@@ -12,6 +12,8 @@ import detection_run
 import processes
 import runs
 from dropkey import evaluation, tasks
+from dropkey.config.check import check
+from dropkey.config.compose import compose
 from dropkey.config.schema import EvalConfig, EvaluationConfig
 from dropkey.datasets import digit_scenes
 from dropkey.detection import average_precision as figures
@@ -21,6 +23,7 @@ from dropkey.detection.warm_up import shown, warm_up
 from dropkey.engine.distributed import DistContext
 from dropkey.errors import ConfigError, Interrupted
 from dropkey.records import RunDirectory
+from dropkey.reproduction import cost
 
 pytest.importorskip("pycocotools")
 ALONE = DistContext(0, 1, torch.device("cpu"))
@@ -317,3 +320,15 @@ def test_the_seed_of_the_split_draws_the_scenes(task):
     ]
     same, other = (tasks.build(cfg).load_data() for cfg in drawn)
     assert same.fingerprint() == task.load_data().fingerprint() != other.fingerprint()
+
+
+@pytest.mark.parametrize("model, millions", [("detr_digits", 0.25), ("detr_r50", 41.5)])
+def test_the_cost_of_a_table_is_planned_without_data(model, millions, tmp_path):
+    size = ["data.image_size=800", "data.channels=3", "data.mean=null", "data.std=null", "model.pretrained=true"]
+    words = ["task=detection", f"model={model}", "data=digit_scenes", *(size if model == "detr_r50" else [])]
+    cfg = check(compose(words))
+    operations, parameters = cost.of_model(cfg)
+    assert parameters / 1e6 == pytest.approx(millions, abs=0.05)
+    if model == "detr_r50":  # ResNet-50's published 4.1 billion at 224 px are 52 here; the transformer has the rest
+        assert 55e9 < operations / 2 < 65e9
+    assert cost.samples_of(cfg) == cfg.trainer.epochs * (4000 // cfg.trainer.batch_size) * cfg.trainer.batch_size

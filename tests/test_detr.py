@@ -208,13 +208,13 @@ def test_padded_keys_stay_excluded_after_dropping():
     padding[0, 5:], padding[1, 10:] = True, True
     tokens, positions = torch.randn(2, 2, 12, 64)
     other = torch.where(padding[..., None], torch.randn(2, 12, 64), tokens)
-    found = []
+    queries, found = model.query_embed.weight.expand(2, -1, -1), []
     for each in (tokens, other):
         patching.seed_masks(model, 3)
-        found.append(model.train().transformer(each, positions, model.query_embed.weight, padding)[-1])
+        found.append(model.train().transformer(each, positions, queries, padding)[-1])
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
     patching.seed_masks(model, 4)
-    again = model.transformer(tokens, positions, model.query_embed.weight, padding)[-1]
+    again = model.transformer(tokens, positions, queries, padding)[-1]
     assert not torch.allclose(found[0], again)  # keys are dropped indeed
 
 

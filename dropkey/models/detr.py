@@ -139,13 +139,12 @@ class Transformer(nn.Module):
                 nn.init.xavier_uniform_(parameter)
 
     def forward(self, tokens: Tensor, positions: Tensor, queries: Tensor, padding: Optional[Tensor]) -> list[Tensor]:
-        """B Q D after each decoder layer, of B N D, B N D, Q D and bool B N (True: padded, attended by nobody).
+        """B Q D after each decoder layer, of B N D, B N D, B Q D and bool B N (True: padded, attended by nobody).
 
         The norm acts on a copy: the next layer goes on with what it was not applied to.
         """
         for layer in self.encoder.layers:
             tokens = layer(tokens, positions, padding)
-        queries = queries.expand(len(tokens), -1, -1)
         x, levels = torch.zeros_like(queries), []
         for layer in self.decoder.layers:
             x = layer(x, tokens, positions, queries, padding)
@@ -220,7 +219,8 @@ class DETR(nn.Module):
             cells = F.interpolate(padding[:, None].float(), size=features.shape[-2:])[:, 0].bool()
         positions = sine_positions(cells, features.shape[1]).to(features.dtype)
         ignored = None if padding is None else cells.flatten(1)
-        return self.transformer(features.flatten(2).transpose(1, 2), positions, self.query_embed.weight, ignored)
+        queries = self.query_embed.weight.repeat(len(images), 1, 1)
+        return self.transformer(features.flatten(2).transpose(1, 2), positions, queries, ignored)
 
 
 # --------------------------------------------------------------------------------------------- weights of other names
