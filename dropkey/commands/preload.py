@@ -3,6 +3,8 @@
 import contextlib
 import os
 
+import matplotlib.pyplot  # noqa: F401  curves.png
+import sklearn.datasets  # noqa: F401  the embedded digits
 import torch._dynamo  # noqa: F401  every optimizer of torch imports it
 import wandb  # noqa: F401
 
