@@ -29,6 +29,7 @@ TRITON += ("operator/triton_ops.py",)
 FILES = {
     "engine": ENGINE,
     "data": ("data/*.py",),
+    "detection": ("detection/*.py",),
     "patching": ("patching/*.py", "schedules.py"),
     "operator": tuple(f"operator/{name}.py" for name in ("api", "cpu", "reference", "sdpa")),
     "operator/triton": TRITON,
@@ -40,6 +41,7 @@ def code_of(cfg: TrainConfig, cuda: bool = False) -> dict[str, str]:
     own_model = next((file.stem for file in PACKAGE.glob("models/*.py") if cfg.model.name.startswith(file.stem)), None)
     parts = ["engine", "data", f"dataset/{cfg.data.name}", f"task/{cfg.task.name}"]
     parts += [f"model/{own_model}" if own_model else "timm"]
+    parts += ["detection"] if cfg.task.name == "detection" else []
     if cfg.regularizer.name != "none":
         parts += ["patching", "operator", *(["operator/triton"] if cuda else []), f"regularizer/{cfg.regularizer.name}"]
     return {part: part_digest(part) for part in parts}

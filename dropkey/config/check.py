@@ -83,7 +83,7 @@ def check_model(model: ModelConfig, image_size: int) -> None:
     for name in OWN_ARGUMENTS.keys() & model.args.keys():
         raise ConfigError(f"model.args.{name}: take {OWN_ARGUMENTS[name]}, which sets it")
     require(
-        model.depth is None or model.embed_dim is None or base == RESIZED or kind in ("t2t", "ceit"),
+        model.depth is None or model.embed_dim is None or base == RESIZED or base.startswith(("t2t", "ceit", "detr")),
         f"model.name={model.name} with the depth and width of another model; take model=timm model.name={model.name}",
     )
     require(
@@ -171,7 +171,7 @@ def check_window(cfg: TrainConfig) -> None:
 
 def check_data(data: schema.DataConfig) -> None:
     if ":" not in data.name:  # module:function is the user's own
-        one_of("data.name", data.name, schema.DATASETS)
+        one_of("data.name", data.name, schema.DATASETS + schema.SCENES)
     seed = data.split_seed
     require(
         seed == "run" or (type(seed) is int and 0 <= seed < 2**63),
@@ -237,6 +237,16 @@ def check(cfg: TrainConfig) -> TrainConfig:
     check_regularizer(cfg.regularizer, cfg.schedule)
     check_data(cfg.data)
     check_model(cfg.model, cfg.data.image_size)
+    require(
+        cfg.task.name != "classification" or not cfg.model.name.startswith("detr"),
+        f"model.name={cfg.model.name} finds boxes; add task=detection and its data, such as data=digit_scenes",
+    )
+    frozen = cfg.model.name.startswith("detr_r") and not cfg.model.pretrained and cfg.init_from is None
+    require(
+        not frozen,
+        f"model.name={cfg.model.name} has frozen BatchNorms, which need trained weights: model.pretrained=true "
+        "(ImageNet, needs a network) or init_from=<checkpoint>",
+    )
     check_window(cfg)
     if cfg.data.token_labels is not None:
         check_token_labels(cfg)

@@ -13,7 +13,9 @@ from dropkey.config.schema import DataConfig
 from dropkey.data.splits import TEST_SEED, Dataset, Split, hold_out, limit, refuse_shared_images
 from dropkey.errors import ConfigError, DataError, explained
 
-DATASETS = {name: f"dropkey.datasets.{name}:read" for name in schema.DATASETS}
+DATASETS, SCENES = (
+    {name: f"dropkey.datasets.{name}:read" for name in names} for names in (schema.DATASETS, schema.SCENES)
+)
 
 TRAIN_SAMPLES = {"digits": 1_438, "cifar10": 50_000, "cifar100": 50_000, "imagenet": 1_281_167}
 
@@ -66,13 +68,14 @@ def preprocessed_as(other: DataConfig, own: DataConfig, split: str) -> DataConfi
     return replace(other, **kept, val_fraction=other.val_fraction if split == "val" else 0.0)
 
 
-def reader(name: str):
-    module, _, function = DATASETS.get(name, name).partition(":")
+def reader(name: str, known: dict[str, str] = DATASETS, arguments: int = 1):
+    """The function of that data set, of those that a task knows, which takes so many arguments."""
+    module, _, function = known.get(name, name).partition(":")
     if not function:
-        raise ConfigError(f"data.name={name} does not exist{nearest(name, DATASETS)} (or module:function)")
+        raise ConfigError(f"data.name={name} is none for this task{nearest(name, known)} (or module:function)")
     try:
         found = getattr(importlib.import_module(module), function)
-        inspect.signature(found).bind(DataConfig)
+        inspect.signature(found).bind(*range(arguments))
         return found
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError(f"data.name={name}: {error}") from None

@@ -13,7 +13,10 @@ from dropkey.errors import ConfigError
 if TYPE_CHECKING:
     from dropkey.tasks.base import Task
 
-TASKS = {"classification": "dropkey.tasks.classification:Classification"}
+TASKS = {
+    "classification": "dropkey.tasks.classification:Classification",
+    "detection": "dropkey.tasks.detection:Detection",
+}
 
 
 def build(cfg: TrainConfig) -> "Task":

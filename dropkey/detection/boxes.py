@@ -1,0 +1,94 @@
+"""An image with its boxes, and what moves both. Boxes: float32 n 4, left, top, right, bottom in pixels."""
+
+import random
+from dataclasses import dataclass
+from typing import Optional, Sequence
+
+import torch
+from torch import Tensor
+from torchvision.ops import box_convert
+from torchvision.transforms.v2 import functional as transforms
+
+
+@dataclass(frozen=True)
+class Sample:
+    image: Tensor  # uint8 C H W
+    boxes: Tensor
+    labels: Tensor  # int64 n
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return tuple(self.image.shape[-2:])
+
+    def flipped(self) -> "Sample":
+        """Mirrored horizontally."""
+        width = self.size[1]
+        left, top, right, bottom = self.boxes.unbind(-1)
+        boxes = torch.stack([width - right, top, width - left, bottom], dim=-1)
+        return Sample(self.image.flip(-1), boxes, self.labels)
+
+    def resized(self, height: int, width: int) -> "Sample":
+        if (height, width) == self.size:
+            return self
+        image = transforms.resize(self.image, [height, width], antialias=True)
+        ratios = torch.tensor([width / self.size[1], height / self.size[0]]).repeat(2)
+        return Sample(image, self.boxes * ratios, self.labels)
+
+    def cropped(self, top: int, left: int, height: int, width: int) -> "Sample":
+        """Boxes are cut at the border; those of which nothing is left are gone."""
+        image = self.image[:, top : top + height, left : left + width]
+        boxes = self.boxes - torch.tensor([left, top, left, top], dtype=self.boxes.dtype)
+        return Sample(image, *clipped(boxes, self.labels, height, width))
+
+    def targets(self) -> Tensor:
+        """n 4 for the loss: centre, width and height as shares of the image."""
+        height, width = self.size
+        return box_convert(self.boxes, "xyxy", "cxcywh") / torch.tensor([width, height, width, height])
+
+
+def clipped(boxes: Tensor, labels: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """The part within the image, of those boxes of which any is."""
+    most = torch.tensor([width, height, width, height], dtype=boxes.dtype)
+    boxes = boxes.clamp(min=0).minimum(most)
+    kept = (boxes[:, 2:] > boxes[:, :2]).all(-1)
+    return boxes[kept], labels[kept]
+
+
+def fitted(size: tuple[int, int], shorter: int, longest: Optional[int]) -> tuple[int, int]:
+    """Height and width with that shorter side, or less where the longer side would exceed `longest`."""
+    least, most = min(size), max(size)
+    if longest is not None and most / least * shorter > longest:
+        shorter = round(longest * least / most)
+    return tuple(shorter if side == least else int(shorter * side / least) for side in size)
+
+
+@dataclass(frozen=True)
+class Augment:
+    """DETR's: a flip; then the shorter side becomes one of `scales`. Half of the images are cropped before: resized to
+    one of `crop_scales`, then a window with sides drawn from `crop_sides`."""
+
+    hflip: float = 0.0
+    scales: Sequence[int] = ()  # pixels; none: images keep their size, unless they are cropped
+    max_size: Optional[int] = None  # pixels of the longer side
+    crop_scales: Sequence[int] = ()  # none: images keep their size before the crop
+    crop_sides: Sequence[int] = ()  # least and most pixels of a side; none: no crop
+
+    def __call__(self, sample: Sample, seed: int) -> Sample:
+        draw = random.Random(seed)
+        flip, crop = draw.random() < self.hflip, draw.random() < 0.5
+        if flip:
+            sample = sample.flipped()
+        if self.crop_sides and crop:
+            if self.crop_scales:
+                sample = sample.resized(*fitted(sample.size, draw.choice(self.crop_scales), None))
+            sample = self.crop(sample, draw)
+        if self.scales:
+            sample = sample.resized(*fitted(sample.size, draw.choice(self.scales), self.max_size))
+        return sample
+
+    def crop(self, sample: Sample, draw: random.Random) -> Sample:
+        least, most = self.crop_sides
+        sides = [draw.randint(min(least, side), min(most, side)) for side in sample.size]
+        begins = [draw.randint(0, side - kept) for side, kept in zip(sample.size, sides, strict=True)]
+        return sample.cropped(*begins, *sides)

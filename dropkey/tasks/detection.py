@@ -1,0 +1,170 @@
+"""Object detection: boxes with classes, by DETR and the set loss."""
+
+from dataclasses import asdict
+from types import SimpleNamespace
+from typing import Iterator, Optional, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dropkey import data as loaders
+from dropkey import datasets
+from dropkey.config.schema import AugmentConfig, TrainConfig
+from dropkey.data.augment import Normalize, denormalized
+from dropkey.detection.average_precision import FIGURES, average_precision
+from dropkey.detection.boxes import Augment, Sample, fitted
+from dropkey.detection.scenes import EvalLoader, SceneBatch, Scenes, TrainLoader
+from dropkey.detection.set_loss import normalisers, set_losses
+from dropkey.detection.warm_up import warm_up
+from dropkey.errors import ConfigError, DataError
+from dropkey.metrics import Metric
+from dropkey.models import create_model
+from dropkey.models.detr import DETR, SmallBackbone
+from dropkey.tasks.base import Task
+
+SHOWN = 16  # images at a time
+LABELS = dict(zip(FIGURES, ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large"), strict=True))
+
+
+class Detection(Task):
+    """
+    Args:
+        scales, max_size, crop_scales, crop_sides: augmentation, see `dropkey.detection.boxes.Augment`.
+        eval_scale: pixels of the shorter side in evaluation (the longer: max_size); None: images keep their size.
+        warm_up_steps: with `model.pretrained`, how long the small backbone learns to tell what each cell of the
+            training images shows, before anything else is trained; a ResNet has its ImageNet weights instead.
+    """
+
+    metrics = tuple(Metric(key, label, "%") for key, label in LABELS.items())
+
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        scales: Sequence[int] = (),
+        max_size: Optional[int] = None,
+        crop_scales: Sequence[int] = (),
+        crop_sides: Sequence[int] = (),
+        eval_scale: Optional[int] = None,
+        warm_up_steps: int = 800,
+    ):
+        super().__init__(cfg)
+        unused = {**asdict(cfg.augment), "hflip": 0.0}
+        for key, value in asdict(AugmentConfig()).items():
+            if unused[key] != value:
+                raise ConfigError(
+                    f"augment.{key}={unused[key]} is for classification; task=detection has augment.hflip and "
+                    "task.args: scales, max_size, crop_scales, crop_sides"
+                )
+        self.augment = Augment(cfg.augment.hflip, scales, max_size, crop_scales, crop_sides)
+        self.eval_scale, self.warm_up_steps = eval_scale, warm_up_steps
+        self.queries = 0  # of the model, once it is built
+
+    def load_data(self) -> Scenes:
+        cfg = self.cfg.data
+        read = datasets.reader(cfg.name, datasets.SCENES, arguments=2)
+        return read(cfg, self.cfg.seed if cfg.split_seed == "run" else cfg.split_seed)
+
+    def describe_data(self, data: Scenes) -> str:
+        named = (("training", data.train), ("validation", data.val), ("test", data.test))
+        sizes = ", ".join(f"{len(split):,} {name}" for name, split in named if split is not None)
+        return f"{sizes} images with objects of {len(data.categories)} categories"
+
+    def build_model(self, data: Scenes, *, pretrained: bool, fused: bool) -> nn.Module:
+        cfg = self.cfg
+        sizes = {"image_size": cfg.data.image_size, "channels": cfg.data.channels, "num_classes": data.labels}
+        model = create_model(cfg.model, **sizes, pretrained=pretrained, fused=fused)
+        if not isinstance(model, DETR):
+            raise ConfigError(
+                f"model.name={cfg.model.name} finds no boxes; task=detection takes detr_r50, detr_small ..."
+            )
+        self.queries = model.query_embed.num_embeddings
+        if pretrained and isinstance(model.backbone[0], SmallBackbone):
+            warm_up(model.backbone[0], data.train, self.normalize("cpu"), data.labels, self.warm_up_steps, cfg.seed)
+        return model
+
+    def normalize(self, device) -> Normalize:
+        return Normalize(self.cfg.data, torch.device(device))
+
+    def train_loader(self, data: Scenes, dist) -> TrainLoader | loaders.FirstBatch:
+        trainer = self.cfg.trainer
+        parts = {"batch_size": trainer.batch_size, "grad_accum_steps": trainer.grad_accum_steps}
+        loader = TrainLoader(data.train, self.augment, self.normalize("cpu"), **parts, seed=self.cfg.seed, dist=dist)
+        return loaders.FirstBatch(loader, trainer.grad_accum_steps) if trainer.overfit else loader
+
+    def eval_loader(self, data: Scenes, split: str, dist, batch_size=None) -> EvalLoader:
+        if getattr(data, split) is None:
+            raise DataError(f"there is no {split} split: data.val_fraction=0 holds nothing out; raise it")
+        size = batch_size or self.cfg.trainer.eval_batch_size
+        return EvalLoader(getattr(data, split), self.as_evaluated, self.normalize("cpu"), size, dist)
+
+    def as_evaluated(self, sample: Sample) -> Sample:
+        if self.eval_scale is None:
+            return sample
+        return sample.resized(*fitted(sample.size, self.eval_scale, self.augment.max_size))
+
+    def example(self, data: Scenes, dist) -> SceneBatch:
+        cfg = self.cfg.data
+        images = torch.zeros(1, cfg.channels, cfg.image_size, cfg.image_size, device=dist.device)
+        return SceneBatch(images, None, [], [], [], torch.zeros(1, dtype=torch.int64))
+
+    def planned_data(self) -> SimpleNamespace:
+        return SimpleNamespace(labels=self.cfg.data.num_classes or 10, train_samples=None)
+
+    def normalisers(self, batch: SceneBatch) -> dict[str, float]:
+        return normalisers([len(labels) for labels in batch.labels], self.queries)
+
+    def losses(self, model: nn.Module, batch: SceneBatch) -> dict[str, Tensor]:
+        return set_losses(*model(batch.images, batch.padding), batch.labels, batch.boxes)
+
+    def predict(self, model: nn.Module, batch: SceneBatch) -> tuple[Tensor, Tensor]:
+        """Probabilities B Q K+1 and boxes B Q 4."""
+        logits, boxes = model(batch.images, batch.padding)
+        return logits[-1].float().softmax(-1), boxes[-1].float()
+
+    def average(self, outputs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Query by query."""
+        return tuple(torch.stack(each).mean(0) for each in zip(*outputs, strict=True))
+
+    def scores(self) -> "DetectionScores":
+        return DetectionScores()
+
+    def samples(self, data: Scenes, split: str, ids: Tensor, dist) -> Iterator[SceneBatch]:
+        some = getattr(data, split).subset(ids.tolist())
+        yield from EvalLoader(some, self.as_evaluated, self.normalize("cpu"), SHOWN, dist)
+
+    def pictures(self, batch: SceneBatch) -> Tensor:
+        return denormalized(batch.images.cpu(), self.cfg.data)
+
+    def sample_names(self, data: Scenes, split: str, ids: Tensor) -> list[str]:
+        return [f"{split} {getattr(data, split).records[number]['id']}" for number in ids.tolist()]
+
+
+class DetectionScores:
+    """COCO's average precision over what all processes found: the figure that one process would have."""
+
+    def __init__(self):
+        self.records: list[dict] = []  # of the images that were looked at
+        self.found: list[np.ndarray] = []  # of each: float64 Q 7, see `average_precision`
+
+    def update(self, outputs: tuple[Tensor, Tensor], batch: SceneBatch) -> None:
+        """All queries count, without a threshold, each with its most probable category."""
+        probabilities, boxes = (each.double().cpu() for each in outputs)
+        scores, labels = probabilities[..., :-1].max(-1)
+        for record, box, score, label in zip(batch.records, boxes, scores, labels, strict=True):
+            box = box * torch.tensor([record["width"], record["height"]] * 2)
+            rows = [torch.full_like(score, record["id"])[:, None], box[:, :2] - box[:, 2:] / 2, box[:, 2:]]
+            self.found.append(torch.cat([*rows, score[:, None], label[:, None]], dim=1).numpy())
+        self.records += batch.records
+
+    def compute(self, dist) -> dict[str, float]:
+        parts = dist.gather((self.records, self.found))
+        figures = None
+        if dist.is_main:
+            records = [record for part in parts for record in part[0]]
+            found = [rows for part in parts for rows in part[1]]
+            figures = average_precision(records, np.concatenate(found)) | {"samples": len(records)}
+        return dist.broadcast(figures)
+
+    def correct(self, dist) -> None:
+        return None
