@@ -51,7 +51,7 @@ MODELS = {
 }
 BATCH = {"cpu": 64, "cuda": 256}
 LOOPS = {  # model, batch, steps, whether compiled: small images, where the loop itself counts, and ViT-S/16
-    "cpu": [(MODELS["cpu"], 64, 3, False)],
+    "cpu": [(MODELS["cpu"], 32, 2, False)],
     "cuda": [(MODELS["cpu"], 512, 40, False), *((MODELS["cuda"], 256, 20, compiled) for compiled in (False, True))],
 }
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16",)}
