@@ -1,5 +1,7 @@
 """The training that the soak kills: its settings, and how its two processes are started."""
 
+import ctypes
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ BASE = (
     *("trainer.batch_size=64", "trainer.grad_accum_steps=2", "trainer.ema_decay=0.95", "trainer.log_every=1"),
     "optim.clip_grad_norm=1.0",
 )
+PR_SET_PDEATHSIG = 1  # of Linux
 WITHIN = "trainer.checkpoint_minutes=0.02"  # so that there are checkpoints within epochs too
 
 
@@ -39,13 +42,19 @@ def words_of(output: Path, epochs: int) -> list[str]:
 
 
 def rank(words: list[str]) -> None:
-    """train.py in a process that torchrun's agent has forked."""
+    """train.py in a process that torchrun's agent has forked. As those that torchrun starts from a command, it is not
+    told when the agent is killed (torch would send SIGINT, even twice), and does not wait for it at its end."""
     from dropkey import cli
     from dropkey.commands import train
 
+    agent = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, 0)
     sys.argv = ["train.py", *words]
     with cli.command():
         train.main()
+    if os.getppid() != agent:
+        sys.stdout.flush()
+        os._exit(0)
 
 
 def start(words: list[str], place: Path, name: str, forked: bool) -> Life:

@@ -131,8 +131,8 @@ class Soak:
                 self.result.kills[number.name, target] += 1
                 self.result.commands += not forked
                 self.result.early += early
-                if number == signal.SIGKILL and target == "torchrun" and not forked:
-                    if not early:
+                if number == signal.SIGKILL and target == "torchrun":  # the others do not know
+                    if not early and not forked:
                         self.start_again_beside(output)
                     family.signal(signal.SIGTERM, family.alive())
             left = family.wait_until_gone(PATIENCE if struck else LONGEST)
