@@ -64,6 +64,20 @@ def config(model: dict, batch: int, steps: int, amp: str, device: torch.device, 
     return check(compose(["data=cifar10", *(f"{key}={value}" for key, value in settings.items()), *words]))
 
 
+def ways(model: dict, batch: int, steps: int, amp: str, device: torch.device, compiled: bool):
+    """The loops by name, the one to compare with first; and the config that they share."""
+    none, drops = (
+        config(model, batch, steps, amp, device, compiled, f"regularizer={name}") for name in ("none", "dropkey")
+    )
+    made = {
+        "bare loop": bare(none, steps),
+        "this project": ours(none),
+        "this project, DropKey": ours(drops),
+        "timm's parts": timms(none, steps),
+    }
+    return made, none
+
+
 def ours(cfg: TrainConfig) -> Callable[[], None]:
     """One epoch of the real loop, with all it does in an epoch: augmentation, checks, schedule, records."""
     task, dist = tasks.build(cfg), DistContext.start(cfg.trainer.device)

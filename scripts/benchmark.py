@@ -54,6 +54,7 @@ LOOPS = {  # model, batch, steps, whether compiled: small images, where the loop
     "cpu": [(MODELS["cpu"], 32, 2, False)],
     "cuda": [(MODELS["cpu"], 512, 40, False), *((MODELS["cuda"], 256, 20, compiled) for compiled in (False, True))],
 }
+AMP = {"float32": "none", "bfloat16": "bf16"}
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16",)}
 
 
@@ -219,18 +220,8 @@ def training(device: torch.device, rounds: int) -> list[dict]:
 
     rows = []
     for (model, batch, steps, compiled), dtype in itertools.product(LOOPS[device.type], DTYPES[device.type]):
-        amp = {"float32": "none", "bfloat16": "bf16"}[dtype]
-        none, drops = (
-            loops.config(model, batch, steps, amp, device, compiled, f"regularizer={name}")
-            for name in ("none", "dropkey")
-        )
-        actions = {
-            "bare loop": loops.bare(none, steps),
-            "this project": loops.ours(none),
-            "this project, DropKey": loops.ours(drops),
-            "timm's parts": loops.timms(none, steps),
-        }
-        flop = 3 * cost.of_model(none)[0]
+        actions, cfg = loops.ways(model, batch, steps, AMP[dtype], device, compiled)
+        flop = (1 + cost.BACKWARD) * cost.of_model(cfg)[0]
         for row in measure(actions, "bare loop", rounds, device):
             if "failed" not in row:
                 row["ms"] = round(row["ms"] / steps, 4)
@@ -295,7 +286,7 @@ def main(words: list[str]) -> None:
         path = output / f"{action}-{device.type}.json"
         path.write_text(json.dumps(result, indent=1) + "\n")
         if action != "tune":
-            picture(rows, path.with_suffix(".png"), f"{action}, forward and backward, time over plain; {name}")
+            picture(rows, path.with_suffix(".png"), f"{action}, time over {rows[0]['way']}; {name}")
         print(f"{table(rows)}\n\n{name}, torch {torch.__version__}; written to {path}\n", flush=True)
 
 
