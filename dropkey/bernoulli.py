@@ -18,7 +18,8 @@ GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # as signed numbers, which is what torc
 FIRST, SECOND = 0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64)
 COLUMN = 0x9E3779B1 - (1 << 32)
 CHUNK = 1 << 19  # draws at once on a CPU: their two 32-bit operands then stay in cache
-cuda_draw: Optional[Callable[..., Tensor]] = None  # `draw` as one kernel; set by `dropkey.operator.triton_ops`
+# `draw` as one kernel, which gives None where the GPU cannot run it; set by `dropkey.operator.triton_ops`
+cuda_draw: Optional[Callable[..., Optional[Tensor]]] = None
 
 
 def new_seed(device: torch.device) -> Tensor:
@@ -95,7 +96,9 @@ def draw(
         first_column, first_row: the place of this part in the unlimited table of draws.
     """
     if cuda_draw is not None and seed.is_cuda and first_row == 0:
-        return cuda_draw(seed, threshold, rows, columns, first_column)
+        drawn = cuda_draw(seed, threshold, rows, columns, first_column)
+        if drawn is not None:
+            return drawn
     result = torch.empty(rows, columns, dtype=torch.bool, device=seed.device)
     if result.numel() == 0:
         return result

@@ -2,8 +2,10 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +14,7 @@ from dropkey.records import RunDirectory
 from dropkey.reproduction import forked
 from dropkey.reproduction.runner import LocalProcess
 
+ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -85,6 +88,24 @@ def test_a_forked_training_is_that_of_a_new_process_to_the_last_bit(tmp_path):
         found.append(RunDirectory(path))
     assert runs.unequal(*map(runs.state, found)) is None
     assert runs.records(found[0]) == runs.records(found[1])
+
+
+def test_the_parent_asks_nothing_of_cuda():
+    """Or its children could not use it."""
+    program = """
+import os, torch
+os.setsid = lambda: None
+
+def asked(*_):
+    raise AssertionError("CUDA was asked")
+
+for name in ("_cuda_getDeviceCount", "_cuda_init"):
+    setattr(torch._C, name, asked)
+torch.cuda.device_count = torch.cuda.is_available = asked
+import dropkey.commands.preload
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_few_jobs_and_torchrun_start_processes_of_their_own(tmp_path):

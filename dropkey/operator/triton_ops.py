@@ -246,8 +246,13 @@ def _(seed, threshold, rows, columns, first_column=0):
     return torch.empty(rows, columns, dtype=torch.bool, device=seed.device)
 
 
-if torch.cuda.is_available() and not triton_missing() and not gpu_too_old():
-    bernoulli.cuda_draw = draw
+def draw_if_possible(seed: Tensor, threshold: Tensor, rows: int, columns: int, first_column: int) -> Optional[Tensor]:
+    """`draw`, or None on a GPU that is too old for it."""
+    return None if gpu_too_old() else draw(seed, threshold, rows, columns, first_column)
+
+
+if not triton_missing():  # CUDA is not asked here: who has asked it cannot fork processes that compute on it
+    bernoulli.cuda_draw = draw_if_possible
 
 
 def triton_attention(
