@@ -132,12 +132,12 @@ def test_an_interrupted_command_leaves_whole_files_alone_and_goes_on(teacher, im
     whole = {path.name: path.read_bytes() for path in label(teacher, images, tmp_path / "whole")}
     save, left = torch.save, [5]
 
-    def failing(value, path, *args):
+    def failing(value, file, *args):
         left[0] -= 1
         if left[0] < 0:
-            path.write_bytes(b"half")
+            file.write(b"half")
             raise KeyboardInterrupt
-        save(value, path, *args)
+        save(value, file, *args)
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", failing)

@@ -2,9 +2,9 @@
 
 import json
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Optional
 
@@ -22,6 +22,7 @@ from dropkey.data.reading import Decoding, Request
 from dropkey.data.splits import Dataset
 from dropkey.data.token_labels import map_name
 from dropkey.errors import ConfigError
+from dropkey.records import replace_file, write_json
 
 LARGEST = 5  # logits that are kept of each place
 MOST_CLASSES = 2048  # up to here float16 holds every number of a class
@@ -131,14 +132,7 @@ def claim(folder: Path, teacher: Teacher) -> None:
         if (kept := json.loads(file.read_text())) != facts:
             raise ConfigError(f"output={folder} has maps of {kept}, not of {facts}; take another folder")
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    store(file, lambda path: path.write_text(json.dumps(facts)))
-
-
-def store(path: Path, write) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    os.replace(temporary, path)
+    write_json(file, facts)
 
 
 @torch.inference_mode()
@@ -149,6 +143,7 @@ def make(
 
     Raises:
         DataError: an image that cannot be read.
+        StorageError: the disk is full or refuses.
     """
     files = dataset.pool.images
     missing = [row for row in dataset.pool.rows.tolist() if not (folder / map_name(files.names[row])).exists()]
@@ -161,9 +156,7 @@ def make(
         for part, images in zip(rows, reader.read(map(Request, rows)), strict=True):
             maps = maps_of(dense_logits(model, normalize(images))).cpu()
             for row, one in zip(part.tolist(), maps, strict=True):
-                path = folder / map_name(files.names[row])
-                path.parent.mkdir(parents=True, exist_ok=True)
-                store(path, lambda file, one=one: torch.save(one.clone(), file))
+                replace_file(folder / map_name(files.names[row]), partial(torch.save, one.clone()))
             done += len(part)
             yield done, total
     finally:
