@@ -18,6 +18,7 @@ from dropkey.config.compose import REFUSALS, explain
 from dropkey.config.schema import TrainConfig
 from dropkey.errors import ConfigError, Interrupted, PeerLost, RunError, edge, known, say
 
+GRACE = 1  # seconds until the first process ends with an error that all come to: torchrun would list one it had to end
 PATIENCE = 30  # seconds that a process waits for torchrun to end it, when another one has the error to tell
 
 
@@ -95,6 +96,8 @@ def report(error: RunError) -> None:
     where = "" if is_first() else f"process {os.environ['RANK']}: "
     say(f"{prefix}{where}{error}")
     tell_torchrun(error)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not error.one_process and not isinstance(error, Interrupted):
+        time.sleep(GRACE)
 
 
 def speaks(error: RunError) -> bool:

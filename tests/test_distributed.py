@@ -171,11 +171,13 @@ def test_another_task_is_trained_and_evaluated_by_two_processes_as_by_one(tmp_pa
     assert two.summary()["samples"] == one.summary()["samples"] == regression_task.SIZES["test"]
 
 
-def test_the_command_of_the_readme_runs_two_processes_and_a_mistake_is_reported_once():
-    """torchrun and train.py themselves, as a user starts them."""
+def test_the_command_of_the_readme_runs_two_processes_and_a_mistake_is_reported_once(tmp_path):
+    """torchrun and train.py themselves, as a user starts them; the second process comes late to the mistake."""
+    late = "import os, time\nif os.environ.get('RANK') == '1':\n    time.sleep(0.7)\n"
+    (tmp_path / "sitecustomize.py").write_text(late)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     train = str(Path(__file__).parents[1] / "train.py")
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)}
     done = subprocess.run([*command, train, "regularizer=dropky"], env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
     assert done.stderr.count("error: regularizer=dropky does not exist") == 1
