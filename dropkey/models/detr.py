@@ -82,10 +82,12 @@ def sine_positions(padding: Tensor, width: int) -> Tensor:
 class Layer(nn.Module):
     """What layers of encoder and decoder share: post-norm, ReLU, and dropout in three kinds of places."""
 
+    attends_across = False  # to the encoder's tokens
+
     def __init__(self, width: int, heads: int, hidden: int, dropout: float):
         super().__init__()
         self.self_attn = nn.MultiheadAttention(width, heads, batch_first=True)
-        if isinstance(self, DecoderLayer):  # here, because modules are to be in forward order
+        if self.attends_across:  # here, because modules are to be in forward order
             self.multihead_attn = nn.MultiheadAttention(width, heads, batch_first=True)
         self.linear1, self.linear2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
@@ -103,6 +105,8 @@ class EncoderLayer(Layer):
 
 
 class DecoderLayer(Layer):
+    attends_across = True
+
     def __init__(self, width: int, heads: int, hidden: int, dropout: float):
         super().__init__(width, heads, hidden, dropout)
         self.norm3 = nn.LayerNorm(width)
