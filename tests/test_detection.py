@@ -277,7 +277,7 @@ STEPS = 300
 
 def test_a_cell_shows_the_box_that_covers_its_centre():
     boxes = [torch.tensor([[0.25, 0.5, 0.5, 1.0], [0.5, 0.875, 0.5, 0.25]])]
-    batch = SceneBatch(torch.zeros(1, 1, 8, 8), None, [torch.tensor([4, 7])], boxes, [{}], torch.zeros(1))
+    batch = SceneBatch(torch.zeros(1, 1, 8, 8), None, [torch.tensor([4, 7])], boxes, [], [{}], torch.zeros(1))
     assert shown(batch, (4, 4), 10).tolist() == [[[4, 4, 10, 10], [4, 4, 10, 10], [4, 4, 10, 10], [4, 7, 7, 10]]]
 
 

@@ -240,3 +240,13 @@ def test_evaluation_shows_every_image_once_and_as_it_is(scenes, world_size):
 def test_too_few_images_for_a_batch_is_one_line(scenes):
     with pytest.raises(DataError, match="24 images, fewer than one batch of 25"):
         loader(scenes, batch_size=25)
+
+
+def test_pairs_follow_their_boxes_and_go_with_them():
+    """Of three boxes the first is cropped away: its pairs are gone, the others point to where their boxes now are."""
+    pairs = torch.tensor([[0, 1, 7], [1, 2, 8], [2, 1, 9]])
+    boxes = torch.tensor([[0.0, 0, 4, 4], [8, 2, 12, 6], [10, 4, 18, 9]])
+    sample = Sample(torch.zeros(1, 10, 20, dtype=torch.uint8), boxes, torch.arange(3), pairs)
+    cropped = sample.flipped().cropped(0, 0, 10, 13)
+    assert cropped.labels.tolist() == [1, 2]
+    assert cropped.pairs.tolist() == [[0, 1, 8], [1, 0, 9]]

@@ -1,7 +1,7 @@
 """An image with its boxes, and what moves both. Boxes: float32 n 4, left, top, right, bottom in pixels."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Optional, Sequence
 
 import torch
@@ -10,11 +10,16 @@ from torchvision.ops import box_convert
 from torchvision.transforms.v2 import functional as transforms
 
 
+def no_pairs() -> Tensor:
+    return torch.zeros(0, 3, dtype=torch.int64)
+
+
 @dataclass(frozen=True)
 class Sample:
     image: Tensor  # uint8 C H W
     boxes: Tensor
     labels: Tensor  # int64 n
+    pairs: Tensor = field(default_factory=no_pairs)  # int64 m 3: positions of subject and object in `boxes`, and verb
 
     @property
     def size(self) -> tuple[int, int]:
@@ -26,33 +31,34 @@ class Sample:
         width = self.size[1]
         left, top, right, bottom = self.boxes.unbind(-1)
         boxes = torch.stack([width - right, top, width - left, bottom], dim=-1)
-        return Sample(self.image.flip(-1), boxes, self.labels)
+        return replace(self, image=self.image.flip(-1), boxes=boxes)
 
     def resized(self, height: int, width: int) -> "Sample":
         if (height, width) == self.size:
             return self
         image = transforms.resize(self.image, [height, width], antialias=True)
         ratios = torch.tensor([width / self.size[1], height / self.size[0]]).repeat(2)
-        return Sample(image, self.boxes * ratios, self.labels)
+        return replace(self, image=image, boxes=self.boxes * ratios)
 
     def cropped(self, top: int, left: int, height: int, width: int) -> "Sample":
-        """Boxes are cut at the border; those of which nothing is left are gone."""
         image = self.image[:, top : top + height, left : left + width]
         boxes = self.boxes - torch.tensor([left, top, left, top], dtype=self.boxes.dtype)
-        return Sample(image, *clipped(boxes, self.labels, height, width))
+        return replace(self, image=image, boxes=boxes).clipped()
+
+    def clipped(self) -> "Sample":
+        """Boxes cut at the border; those of which nothing is left are gone, and pairs with one of them."""
+        height, width = self.size
+        most = torch.tensor([width, height, width, height], dtype=self.boxes.dtype)
+        boxes = self.boxes.clamp(min=0).minimum(most)
+        kept = (boxes[:, 2:] > boxes[:, :2]).all(-1)
+        pairs = self.pairs[kept[self.pairs[:, :2]].all(-1)].clone()
+        pairs[:, :2] = (kept.cumsum(0) - 1)[pairs[:, :2]]
+        return replace(self, boxes=boxes[kept], labels=self.labels[kept], pairs=pairs)
 
     def targets(self) -> Tensor:
         """n 4 for the loss: centre, width and height as shares of the image."""
         height, width = self.size
         return box_convert(self.boxes, "xyxy", "cxcywh") / torch.tensor([width, height, width, height])
-
-
-def clipped(boxes: Tensor, labels: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """The part within the image, of those boxes of which any is."""
-    most = torch.tensor([width, height, width, height], dtype=boxes.dtype)
-    boxes = boxes.clamp(min=0).minimum(most)
-    kept = (boxes[:, 2:] > boxes[:, :2]).all(-1)
-    return boxes[kept], labels[kept]
 
 
 def fitted(size: tuple[int, int], shorter: int, longest: Optional[int]) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dropkey.data import epoch_order
 from dropkey.data.images import Files, Pixels, to_tensor
-from dropkey.detection.boxes import Augment, Sample, clipped
+from dropkey.detection.boxes import Augment, Sample
 from dropkey.errors import DataError
 from dropkey.seeds import derive_seed
 
@@ -26,7 +26,8 @@ class Split:
 
     images: Files | Pixels
     rows: list[int]  # which of them
-    records: list[dict]  # as COCO has them, each with its `annotations` besides
+    records: list[dict]  # as COCO has them, each with its `annotations` besides; for interactions, `pairs` too: lists
+    # of the positions of subject and object in `annotations`, and the verb
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -36,12 +37,13 @@ class Split:
 
     def sample(self, position: int) -> Sample:
         """For training: groups of objects (iscrowd) left out, boxes cut at the border, empty ones left out."""
-        image = to_tensor(self.images.picture(self.rows[position]))
-        single = [one for one in self.records[position]["annotations"] if not one.get("iscrowd", 0)]
+        image, record = to_tensor(self.images.picture(self.rows[position])), self.records[position]
+        single = [one for one in record["annotations"] if not one.get("iscrowd", 0)]
         boxes = torch.tensor([one["bbox"] for one in single], dtype=torch.float32).view(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         labels = torch.tensor([one["category_id"] for one in single], dtype=torch.int64)
-        return Sample(image, *clipped(boxes, labels, *image.shape[-2:]))
+        pairs = torch.tensor(record.get("pairs", []), dtype=torch.int64).view(-1, 3)
+        return Sample(image, boxes, labels, pairs).clipped()
 
 
 @dataclass
@@ -71,6 +73,7 @@ class SceneBatch:
     padding: Optional[Tensor]  # bool B H W on the device, True where padded; None: nowhere
     labels: list[Tensor]  # int64 n of each image, on the device
     boxes: list[Tensor]  # float32 n 4 of each image, on the device: centre, width, height as shares of the image
+    pairs: list[Tensor]  # int64 m 3 of each image, on the device: subject, object (positions in `boxes`), verb
     records: list[dict]  # of each image, with its annotations, unchanged by augmentation
     ids: Tensor  # int64 (B,) on the CPU: positions in the split
 
@@ -96,6 +99,7 @@ def batched(
         padding.to(device) if padding.any() else None,
         [sample.labels.to(device) for sample in samples],
         [sample.targets().to(device) for sample in samples],
+        [sample.pairs.to(device) for sample in samples],
         [split.records[position] for position in ids.tolist()],
         ids,
     )

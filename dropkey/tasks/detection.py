@@ -106,7 +106,7 @@ class Detection(Task):
     def example(self, data: Scenes, dist) -> SceneBatch:
         cfg = self.cfg.data
         images = torch.zeros(1, cfg.channels, cfg.image_size, cfg.image_size, device=dist.device)
-        return SceneBatch(images, None, [], [], [], torch.zeros(1, dtype=torch.int64))
+        return SceneBatch(images, None, [], [], [], [], torch.zeros(1, dtype=torch.int64))
 
     def planned_data(self) -> SimpleNamespace:
         return SimpleNamespace(labels=self.cfg.data.num_classes or 10, train_samples=None)
