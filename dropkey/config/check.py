@@ -237,11 +237,12 @@ def check(cfg: TrainConfig) -> TrainConfig:
     check_regularizer(cfg.regularizer, cfg.schedule)
     check_data(cfg.data)
     check_model(cfg.model, cfg.data.image_size)
-    require(
-        cfg.task.name != "classification" or not cfg.model.name.startswith("detr"),
-        f"model.name={cfg.model.name} finds boxes; add task=detection and its data, such as data=digit_scenes",
-    )
-    frozen = cfg.model.name.startswith("detr_r") and not cfg.model.pretrained and cfg.init_from is None
+    for family, task, data in (("detr", "detection", "digit_scenes"), ("qpic", "interaction", "digit_pairs")):
+        require(
+            cfg.task.name != "classification" or not cfg.model.name.startswith(family),
+            f"model.name={cfg.model.name} finds boxes; add task={task} and its data, such as data={data}",
+        )
+    frozen = cfg.model.name.startswith(("detr_r", "qpic_r")) and not cfg.model.pretrained and cfg.init_from is None
     require(
         not frozen,
         f"model.name={cfg.model.name} has frozen BatchNorms, which need trained weights: model.pretrained=true "

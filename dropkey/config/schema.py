@@ -18,7 +18,8 @@ IMPLS = ("auto", "reference", "cpu", "triton", "sdpa")
 BY_ROOT = ("folder", "shards", "parquet")  # data sets that are whatever is under data.root
 OWN_VALIDATION = ("imagenet", *BY_ROOT)  # data sets that may bring a validation split
 DATASETS = ("digits", "cifar10", "cifar100", *OWN_VALIDATION)
-SCENES = ("digit_scenes",)  # data sets of images with boxes, for task=detection
+PAIRS = ("digit_pairs", "hico_det")  # of these, data sets with interactions, for task=interaction
+SCENES = ("digit_scenes", *PAIRS)  # data sets of images with boxes, for task=detection
 AMP = ("none", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 SPLITS = ("test", "val", "train")
