@@ -76,7 +76,8 @@ def read_split(
     for number, given in enumerate(listed(file)):
         try:
             record = {"id": number, **converted(given, categories, verbs)}
-            record["width"], record["height"] = Image.open(root / "images" / folder / record["file_name"]).size
+            with Image.open(root / "images" / folder / record["file_name"]) as picture:
+                record["width"], record["height"] = picture.size
         except FileNotFoundError as error:
             raise DataError(f"{file}, record {number}: there is no image {error.filename}") from None
         except (KeyError, TypeError, ValueError, OSError) as error:

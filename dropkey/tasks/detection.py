@@ -30,7 +30,7 @@ LABELS = dict(zip(FIGURES, ("AP", "AP50", "AP75", "AP small", "AP medium", "AP l
 class Detection(Task):
     """
     Args:
-        scales, max_size, crop_scales, crop_sides: augmentation, see `dropkey.detection.boxes.Augment`.
+        scales, max_size, crop_scales, crop_sides, color_jitter: augmentation, see `dropkey.detection.boxes.Augment`.
         eval_scale: pixels of the shorter side in evaluation (the longer: max_size); None: images keep their size.
         warm_up_steps: with `model.pretrained`, how long the small backbone learns to tell what each cell of the
             training images shows, before anything else is trained; a ResNet has its ImageNet weights instead.
@@ -48,6 +48,7 @@ class Detection(Task):
         crop_sides: Sequence[int] = (),
         eval_scale: Optional[int] = None,
         warm_up_steps: int = 800,
+        color_jitter: float = 0.0,
     ):
         super().__init__(cfg)
         unused = {**asdict(cfg.augment), "hflip": 0.0}
@@ -55,9 +56,9 @@ class Detection(Task):
             if unused[key] != value:
                 raise ConfigError(
                     f"augment.{key}={unused[key]} is for classification; task={cfg.task.name} has augment.hflip and "
-                    "task.args: scales, max_size, crop_scales, crop_sides"
+                    "task.args: scales, max_size, crop_scales, crop_sides, color_jitter"
                 )
-        self.augment = Augment(cfg.augment.hflip, scales, max_size, crop_scales, crop_sides)
+        self.augment = Augment(cfg.augment.hflip, scales, max_size, crop_scales, crop_sides, color_jitter)
         self.eval_scale, self.warm_up_steps = eval_scale, warm_up_steps
         self.queries = 0  # of the model, once it is built
 
