@@ -69,7 +69,7 @@ def plain_figures(records, found, instances):
             ("rare", [one for one in values if 1 <= seen[one] <= 9]),
             ("non_rare", [one for one in values if seen[one] >= 10]),
         ):
-            result[name + part] = 100 * sum(values[one][0] for one in chosen) / len(chosen) if chosen else -1
+            result[name + part] = 100 * sum(values[one][0] for one in chosen) / len(chosen) if chosen else None
         if not known:
             result["recall"] = 100 * sum(value[1] for value in values.values()) / len(values)
     return result
@@ -190,8 +190,8 @@ def test_classes_are_rare_below_ten_instances_and_those_of_none_are_in_neither_m
     assert [result[key] for key in ("full", "rare", "non_rare")] == pytest.approx([75, 50, 100])
 
 
-def test_a_mean_over_no_class_is_minus_1():
-    assert precision([image()], [row(0.9)])["rare"] == -1
+def test_a_mean_over_no_class_is_none():
+    assert precision([image()], [row(0.9)])["rare"] is None
 
 
 def test_the_grid_of_recalls_has_its_rounding():

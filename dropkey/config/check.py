@@ -82,8 +82,9 @@ def check_model(model: ModelConfig, image_size: int) -> None:
         raise ConfigError(f"model.name={model.name} is not in timm or dropkey.models{nearest(base, names)}")
     for name in OWN_ARGUMENTS.keys() & model.args.keys():
         raise ConfigError(f"model.args.{name}: take {OWN_ARGUMENTS[name]}, which sets it")
+    sized = base == RESIZED or base.startswith(("t2t", "ceit", "detr", "qpic"))
     require(
-        model.depth is None or model.embed_dim is None or base == RESIZED or base.startswith(("t2t", "ceit", "detr")),
+        model.depth is None or model.embed_dim is None or sized,
         f"model.name={model.name} with the depth and width of another model; take model=timm model.name={model.name}",
     )
     require(

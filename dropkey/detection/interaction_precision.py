@@ -6,7 +6,7 @@ an object of its category. Published KO figures come from the data set's Matlab 
 """
 
 from collections import Counter
-from typing import Iterator
+from typing import Iterator, Optional
 
 import numpy as np
 
@@ -37,8 +37,8 @@ def strongest(scores: np.ndarray, objects: np.ndarray, boxes: np.ndarray, possib
 
 def interaction_precision(
     records: list[dict], found: list[np.ndarray], instances: dict[Triplet, int]
-) -> dict[str, float]:
-    """Percent; -1 where there are no such classes.
+) -> dict[str, Optional[float]]:
+    """Percent; None where there are no such classes.
 
     Args:
         records: every image that was looked at, with `id`, `annotations` and `pairs`, see `Split.records`.
@@ -50,10 +50,10 @@ def interaction_precision(
     rows = {triplet: [] for triplet in true}
     for record, predictions in images:
         if record["annotations"]:  # officially, others are passed over with all that was found in them
+            there = {one["category_id"] for one in record["annotations"]}
             for triplet, score, right in judged(record, predictions):
                 if triplet in true:
-                    known = any(one["category_id"] == triplet[1] for one in record["annotations"])
-                    rows[triplet].append((score, right, known))
+                    rows[triplet].append((score, right, triplet[1] in there))
     figures = {}
     for name, every in (("", True), ("ko_", False)):
         values = {
@@ -120,6 +120,6 @@ def precision_and_recall(rows: list[tuple[float, bool]], count: int) -> tuple[fl
     return float(np.mean(best)), float(recall.max())
 
 
-def mean(values) -> float:
+def mean(values: Iterator[float]) -> Optional[float]:
     values = list(values)
-    return 100 * float(np.mean(values)) if values else -1.0
+    return 100 * float(np.mean(values)) if values else None

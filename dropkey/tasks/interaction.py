@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Optional
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from dropkey.detection.interaction_precision import Triplet, interaction_precisi
 from dropkey.detection.interactions import Interactions
 from dropkey.detection.pair_loss import normalisers, pair_losses, targets
 from dropkey.detection.scenes import SceneBatch
-from dropkey.errors import ConfigError
+from dropkey.errors import ConfigError, DataError
 from dropkey.metrics import Metric
 from dropkey.models.qpic import QPIC
 from dropkey.tasks.detection import Detection
@@ -90,12 +91,14 @@ class InteractionScores:
             self.found.append(strongest(*rows))
         self.records += batch.records
 
-    def compute(self, dist) -> dict[str, float]:
+    def compute(self, dist) -> dict[str, Optional[float]]:
         parts = dist.gather((self.records, self.found))
         figures = None
         if dist.is_main:
             records = [record for part in parts for record in part[0]]
             found = [rows for part in parts for rows in part[1]]
+            if not any(record["pairs"] for record in records):
+                raise DataError("no image of the evaluated split has an interaction")
             figures = interaction_precision(records, found, self.instances) | {"samples": len(records)}
         return dist.broadcast(figures)
 
