@@ -11,7 +11,12 @@ FIGURES = ("full", "rare", "non_rare", "ko_full", "ko_rare", "ko_non_rare", "rec
 
 
 def plain_overlap(one, other):
-    left, top, right, bottom = max(one[0], other[0]), max(one[1], other[1]), min(one[2], other[2]), min(one[3], other[3])
+    left, top, right, bottom = (
+        max(one[0], other[0]),
+        max(one[1], other[1]),
+        min(one[2], other[2]),
+        min(one[3], other[3]),
+    )
     if left >= right or top >= bottom:
         return 0
     areas = [(box[2] - box[0] + 1) * (box[3] - box[1] + 1) for box in (one, other)]

@@ -30,7 +30,7 @@ def batch(counts=COUNTS, queries=QUERIES):
     return [*logits, *boxes], pairs
 
 
-# --------------------------------------------------------------------------------- the same in plain loops, from the paper
+# ---------------------------------------------------------------------------------------- the same in plain loops
 
 
 def area(box):
@@ -122,7 +122,7 @@ def test_losses_are_those_of_plain_loops(counts):
 
 def test_the_matching_is_the_cheapest_of_all():
     outputs, pairs = batch((3,))
-    level, image, query, target = match(*outputs, pairs)
+    level, _image, query, target = match(*outputs, pairs)
     true = [[each[n].tolist() for each in vars(pairs[0]).values()] for n in range(3)]
     for number in range(LEVELS):
         queries = [[each[number, 0, q].tolist() for each in outputs] for q in range(QUERIES)]

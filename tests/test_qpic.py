@@ -41,7 +41,7 @@ def test_all_levels_are_given_in_training_and_the_last_in_evaluation():
     for one, other, shape in zip(evaluated, trained, shapes, strict=True):
         assert tuple(one.shape) == (1, *shape)
         torch.testing.assert_close(one[0], other[1])
-    assert all(0 < box.min() and box.max() < 1 for box in trained[2:])
+    assert all(box.min() > 0 and box.max() < 1 for box in trained[2:])
     assert not torch.equal(trained[2], trained[3])
 
 
@@ -99,7 +99,10 @@ def test_as_many_classes_as_objects_are_taken_as_they_are_and_others_left_out(tm
     model, other = small(), timm.create_model("qpic_small", in_chans=1, num_classes=7)
     weights.load_weights(model, source)
     assert torch.equal(model.obj_class_embed.weight, small("detr_small").class_embed.weight)
-    assert {name.split(".")[0] for name in weights.load_weights(other, source)} == {"obj_class_embed", "verb_class_embed"}
+    assert {name.split(".")[0] for name in weights.load_weights(other, source)} == {
+        "obj_class_embed",
+        "verb_class_embed",
+    }
 
 
 def test_official_weights_load_as_they_are(tmp_path):

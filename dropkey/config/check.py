@@ -238,9 +238,9 @@ def check(cfg: TrainConfig) -> TrainConfig:
     check_regularizer(cfg.regularizer, cfg.schedule)
     check_data(cfg.data)
     check_model(cfg.model, cfg.data.image_size)
-    for family, task, data in (("detr", "detection", "digit_scenes"), ("qpic", "interaction", "digit_pairs")):
+    for kind, task, data in (("detr", "detection", "digit_scenes"), ("qpic", "interaction", "digit_pairs")):
         require(
-            cfg.task.name != "classification" or not cfg.model.name.startswith(family),
+            cfg.task.name != "classification" or not cfg.model.name.startswith(kind),
             f"model.name={cfg.model.name} finds boxes; add task={task} and its data, such as data={data}",
         )
     frozen = cfg.model.name.startswith(("detr_r", "qpic_r")) and not cfg.model.pretrained and cfg.init_from is None

@@ -71,8 +71,8 @@ def fitted(size: tuple[int, int], shorter: int, longest: Optional[int]) -> tuple
 
 @dataclass(frozen=True)
 class Augment:
-    """DETR's: a flip; for QPIC other colours; then the shorter side becomes one of `scales`. Half of the images are cropped before: resized to
-    one of `crop_scales`, then a window with sides drawn from `crop_sides`."""
+    """DETR's: a flip; then the shorter side becomes one of `scales`. Half of the images are cropped before: resized to
+    one of `crop_scales`, then a window with sides drawn from `crop_sides`. QPIC changes colours after the flip."""
 
     hflip: float = 0.0
     scales: Sequence[int] = ()  # pixels; none: images keep their size, unless they are cropped

@@ -37,11 +37,13 @@ class Interaction(Detection):
         if not isinstance(data, Interactions):
             raise ConfigError(f"data.name={self.cfg.data.name} has no interactions; take data=digit_pairs or hico_det")
         if data.sided and self.augment.hflip:
-            raise ConfigError(f"augment.hflip={self.augment.hflip:g}: left and right are verbs of these data; set it to 0")
+            raise ConfigError(
+                f"augment.hflip={self.augment.hflip:g}: left and right are verbs of these data; set it to 0"
+            )
         return data
 
     def describe_data(self, data: Interactions) -> str:
-        classes = sum(0 < count for count in data.instances.values())
+        classes = sum(count > 0 for count in data.instances.values())
         own = f", {len(data.possible)} verbs and {classes} kinds of interactions in training"
         return "; ".join([super().describe_data(data) + own, *data.notes])
 
