@@ -1,8 +1,9 @@
 """Mean average precision of interactions as QPIC computes it for HICO-DET, over classes of subject, object and verb.
 
 A prediction is right if both of its boxes overlap those of a true pair with its classes and verb by at least a half,
-and no better prediction of the image was counted for that pair. Known object (KO): each class on the images alone that have
-an object of its category. Published KO figures come from the data set's Matlab code, whose figures are slightly higher.
+and no better prediction of the image was counted for that pair. Known object (KO): each class on the images alone that
+have an object of its category. Published KO figures come from the data set's Matlab code, whose figures are slightly
+higher.
 """
 
 from collections import Counter
