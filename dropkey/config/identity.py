@@ -27,7 +27,7 @@ NO_EFFECT = (
 NEUTRAL = {
     **{"schedule.over": "depth", "optim.layer_decay": None, "optim.cooldown_epochs": 0.0, "trainer.ema_warmup": True},
     **{"augment.border": "reflect", "augment.interpolation": "bicubic", "augment.erase_mixed": False},
-    **{"data.token_labels": None},
+    **{"data.token_labels": None, "optim.filter_bias_and_bn": True, "optim.sched": "cosine"},
 }
 
 
@@ -40,7 +40,7 @@ def canonical(cfg: TrainConfig) -> dict[str, object]:
 
     Defaults are included: a changed default is a changed config. Configs that mean the same training give the same
     dictionary, so keys without a meaning are left out: the regularizer's details when it is `none`, the end of a
-    constant schedule.
+    constant schedule, the steps of a cosine.
     """
     keys = {key: value for key, value in flatten(asdict(cfg)).items() if not has_no_effect(key)}
     keys = {key: value for key, value in keys.items() if key not in NEUTRAL or value != NEUTRAL[key]}
@@ -50,6 +50,8 @@ def canonical(cfg: TrainConfig) -> dict[str, object]:
     elif cfg.schedule.name == "constant":
         del keys["schedule.end"]
         keys.pop("schedule.over", None)
+    unused = ("optim.decay_epochs", "optim.decay_rate") if cfg.optim.sched == "cosine" else ("optim.min_lr",)
+    keys = {key: value for key, value in keys.items() if key not in unused}
     if cfg.data.name in BY_ROOT:  # a folder is identified by its path, a named data set is the same anywhere
         keys["data.root"] = str(Path(cfg.data.root).resolve())
     if cfg.data.token_labels is not None:
