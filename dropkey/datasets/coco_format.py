@@ -34,5 +34,5 @@ def _find(root: Path, names: tuple[str, ...]) -> Place | None:
     for name in names:
         for pattern in FILES:
             if (file := root / pattern.format(name)).is_file():
-                return file, [root / folder.format(name) for folder in FOLDERS]
+                return file, [root / folder.format(one) for folder in FOLDERS for one in names]
     return None

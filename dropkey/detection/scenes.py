@@ -52,8 +52,8 @@ class Split:
         if said != (height, width):
             name = f" {self.images.path(row)}" if isinstance(self.images, Files) else ""
             raise DataError(
-                f"image{name} has {width} x {height} pixels, its record (id {record['id']}) {said[1]} x {said[0]}, "
-                "so that its boxes are of another picture; restore the file, or correct the record"
+                f"image{name} has {width} x {height} pixels; its record (id {record['id']}) says "
+                f"{said[1]} x {said[0]}, so its boxes are not of this picture. Restore the file, or correct the record"
             )
         single = [one for one in record["annotations"] if not one.get("iscrowd", 0)]
         boxes = torch.tensor([one["bbox"] for one in single], dtype=torch.float32).view(-1, 4)
