@@ -1,15 +1,62 @@
 """Small runs of the detection task, here and in the processes of a job: canvases of 24 pixels, few to evaluate."""
 
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
 import distributed_run
+import fault_runs
+import runs
+from dropkey import evaluation
+from dropkey.config.schema import EvalConfig, EvaluationConfig
 from dropkey.datasets import digit_scenes
 
 WORDS = (
     *("task=detection", "model=detr_digits", "data=digit_scenes", "model.pretrained=false", "data.image_size=24"),
     *("optim.clip_grad_norm=1.0", "optim.lr=1e-3", "trainer.epochs=2", "data.max_train_samples=48"),
 )  # 3 steps per epoch
+EVERYTHING = (
+    *("data.in_memory=false", "data.num_workers=1", "trainer.grad_accum_steps=2", "trainer.ema_decay=0.9"),
+    *("trainer.amp=bf16", "augment.hflip=0.5", "task.args={scales: [24, 32], crop_sides: [14, 20], eval_scale: 28}"),
+)
 HELD_OUT = 13  # divides by no number of processes
 
 
 def main(output: str, overrides: tuple[str, ...]) -> None:
     digit_scenes.HELD_OUT = HELD_OUT
     distributed_run.main(output, (*WORDS, *overrides))
+
+
+@dataclass(frozen=True)
+class Cell(fault_runs.Cell):
+    """One run for each moment."""
+
+    def config(self, output: Path):
+        number = ("within an epoch", "at its end", "in evaluation").index(self.moment)
+        words = (f"regularizer={self.regularizer}", f"schedule={self.schedule}", f"seed={number}")
+        return runs.config(output, *WORDS, *EVERYTHING, "regularizer.layers=[self,cross]", *words)
+
+
+def begin(cells: list[Cell], output: Path) -> None:
+    digit_scenes.HELD_OUT = HELD_OUT
+    fault_runs.begin(cells, output)
+
+
+def resume(cells: list[Cell], output: Path) -> None:
+    digit_scenes.HELD_OUT = HELD_OUT
+    fault_runs.resume(cells, output)
+
+
+def poisoned(output: Path) -> None:
+    digit_scenes.HELD_OUT = HELD_OUT
+    fault_runs.poisoned(output, *WORDS, *EVERYTHING)
+
+
+def evaluated(run: Path, output: Path, sizes: tuple[int, ...]) -> None:
+    """The figures of a run with batches of those sizes, of all processes of the job, to a file."""
+    digit_scenes.HELD_OUT = HELD_OUT
+    found = {}
+    for size in sizes:
+        cfg = EvalConfig(run=str(run), eval=EvaluationConfig(batch_size=size, device="cpu"))
+        found[str(size)], _ = evaluation.evaluate_run(cfg, runs.config(run.parent, *WORDS), run)
+    output.write_text(json.dumps(found))

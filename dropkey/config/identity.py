@@ -27,7 +27,8 @@ NO_EFFECT = (
 NEUTRAL = {
     **{"schedule.over": "depth", "optim.layer_decay": None, "optim.cooldown_epochs": 0.0, "trainer.ema_warmup": True},
     **{"augment.border": "reflect", "augment.interpolation": "bicubic", "augment.erase_mixed": False},
-    **{"data.token_labels": None, "optim.filter_bias_and_bn": True, "optim.sched": "cosine"},
+    **{"data.token_labels": None},
+    **{"optim.filter_bias_and_bn": True, "optim.sched": "cosine", "optim.decay_epochs": None, "optim.decay_rate": 0.1},
 }
 
 
@@ -50,8 +51,8 @@ def canonical(cfg: TrainConfig) -> dict[str, object]:
     elif cfg.schedule.name == "constant":
         del keys["schedule.end"]
         keys.pop("schedule.over", None)
-    unused = ("optim.decay_epochs", "optim.decay_rate") if cfg.optim.sched == "cosine" else ("optim.min_lr",)
-    keys = {key: value for key, value in keys.items() if key not in unused}
+    if cfg.optim.sched == "cosine":
+        keys = {key: value for key, value in keys.items() if not key.startswith("optim.decay_")}
     if cfg.data.name in BY_ROOT:  # a folder is identified by its path, a named data set is the same anywhere
         keys["data.root"] = str(Path(cfg.data.root).resolve())
     if cfg.data.token_labels is not None:
