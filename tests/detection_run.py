@@ -10,6 +10,7 @@ import runs
 from dropkey import evaluation
 from dropkey.config.schema import EvalConfig, EvaluationConfig
 from dropkey.datasets import digit_scenes
+from dropkey.engine.trainer import Trainer
 
 WORDS = (
     *("task=detection", "model=detr_digits", "data=digit_scenes", "model.pretrained=false", "data.image_size=24"),
@@ -50,6 +51,19 @@ def resume(cells: list[Cell], output: Path) -> None:
 def poisoned(output: Path) -> None:
     digit_scenes.HELD_OUT = HELD_OUT
     fault_runs.poisoned(output, *WORDS, *EVERYTHING)
+
+
+def damaged(output: Path, words: tuple[str, ...], picture: Path) -> None:
+    """A picture is cut short after step 3, the last of the first epoch."""
+    original = Trainer.step
+
+    def step(self, microbatches):
+        if self.state.position.global_step == 2:
+            picture.write_bytes(picture.read_bytes()[:200])
+        return original(self, microbatches)
+
+    Trainer.step = step
+    fault_runs.command(output, *words)
 
 
 def evaluated(run: Path, output: Path, sizes: tuple[int, ...]) -> None:
