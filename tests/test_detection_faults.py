@@ -49,7 +49,7 @@ def test_a_run_with_everything_on_resumes_bitwise_identically_in_a_new_process(t
 
 @pytest.mark.fault(22)
 def test_a_loss_that_is_not_finite_in_one_process_stops_all_before_the_update(tmp_path):
-    done = processes.torchrun(detection_run.poisoned, tmp_path)
+    done = processes.torchrun(detection_run.poisoned, tmp_path, timeout=600)
     assert done.returncode == 4 and done.stderr.count("error: loss ") == 1, done.stderr
     (path,) = tmp_path.glob("detr*")
     assert RunDirectory(path).status()["state"] == "diverged"
@@ -66,7 +66,7 @@ def test_two_processes_find_the_average_precision_of_one_at_any_batch_size(tmp_p
     sizes, results = (1, 4, 5, 13), []
     for number in (1, 2):
         file = tmp_path / f"{number}.json"
-        done = processes.torchrun(detection_run.evaluated, run.path, file, sizes, processes=number)
+        done = processes.torchrun(detection_run.evaluated, run.path, file, sizes, processes=number, timeout=600)
         assert done.returncode == 0, done.stderr
         results.append(json.loads(file.read_text()))
     for size in map(str, sizes):
@@ -96,7 +96,7 @@ def words(root) -> tuple[str, ...]:
 def test_a_picture_that_is_damaged_in_training_is_named_and_once_restored_the_run_goes_on(root, tmp_path):
     whole, path = runs.train(tmp_path / "whole", *words(root)), root / "train2017" / "000000000005.jpg"
     intact = path.read_bytes()
-    done = processes.run(detection_run.damaged, tmp_path / "parts", words(root), path)
+    done = processes.run(detection_run.damaged, tmp_path / "parts", words(root), path, timeout=600)
     assert done.returncode == 3 and f"error: cannot read image {path}" in done.stderr and "Trace" not in done.stderr
     (place,) = (tmp_path / "parts").glob("detr*")
     assert checkpoint.load(place / "checkpoints" / "last.pt")["position"]["epoch"] == 1

@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -125,7 +126,7 @@ class Decoding:
             num_workers=self._workers,
             persistent_workers=self._workers > 0,
             pin_memory=self._device.type == "cuda",
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=partial(_ignore_signals, os.getpid()),
             generator=torch.Generator(),  # without one, every epoch would draw from the process's own
         )
 
@@ -192,7 +193,7 @@ def _stack(made: list) -> Batch:
     return batch if len(batch) > 1 else batch[0]
 
 
-def _ignore_signals(worker: int) -> None:
+def _ignore_signals(main: int, worker: int) -> None:
     """Ctrl-C, a scheduler's SIGUSR1 and SIGTERM reach the whole process group, but only the main process should act on
     them.
 
@@ -202,10 +203,11 @@ def _ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # other systems (macOS) do not tell who sent a signal
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_wait_for_parent, daemon=True).start()
+        threading.Thread(target=_wait_for, args=[main], daemon=True).start()
 
 
-def _wait_for_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+def _wait_for(main: int) -> None:
+    """The main process is not always the parent, which may be a fork server."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main:
         pass
     os._exit(0)
