@@ -132,7 +132,7 @@ def test_own_data_may_have_all_three_splits(root):
 
 
 def test_a_million_annotations_are_kept_in_arrays(published):
-    """57 + 40 bytes each, so that worker processes neither copy nor touch them."""
+    """64 bytes each, which worker processes neither copy nor touch."""
     records = read(published).train.records
     assert {type(value) for value in vars(records).values()} == {np.ndarray}
     assert records.boxes.nbytes + records.numbers.nbytes == 64 * len(records.boxes)
