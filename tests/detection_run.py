@@ -1,6 +1,7 @@
 """Small runs of the detection task, here and in the processes of a job: canvases of 24 pixels, few to evaluate."""
 
 import json
+import multiprocessing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +24,13 @@ EVERYTHING = (
 HELD_OUT = 13  # divides by no number of processes
 
 
-def main(output: str, overrides: tuple[str, ...]) -> None:
+def prepare() -> None:
     digit_scenes.HELD_OUT = HELD_OUT
+    multiprocessing.set_start_method("fork", force=True)  # of workers, as in a program that tests did not start
+
+
+def main(output: str, overrides: tuple[str, ...]) -> None:
+    prepare()
     distributed_run.main(output, (*WORDS, *overrides))
 
 
@@ -39,22 +45,23 @@ class Cell(fault_runs.Cell):
 
 
 def begin(cells: list[Cell], output: Path) -> None:
-    digit_scenes.HELD_OUT = HELD_OUT
+    prepare()
     fault_runs.begin(cells, output)
 
 
 def resume(cells: list[Cell], output: Path) -> None:
-    digit_scenes.HELD_OUT = HELD_OUT
+    prepare()
     fault_runs.resume(cells, output)
 
 
 def poisoned(output: Path) -> None:
-    digit_scenes.HELD_OUT = HELD_OUT
+    prepare()
     fault_runs.poisoned(output, *WORDS, *EVERYTHING)
 
 
 def damaged(output: Path, words: tuple[str, ...], picture: Path) -> None:
     """A picture is cut short after step 3, the last of the first epoch."""
+    prepare()
     original = Trainer.step
 
     def step(self, microbatches):
@@ -68,7 +75,7 @@ def damaged(output: Path, words: tuple[str, ...], picture: Path) -> None:
 
 def evaluated(run: Path, output: Path, sizes: tuple[int, ...]) -> None:
     """The figures of a run with batches of those sizes, of all processes of the job, to a file."""
-    digit_scenes.HELD_OUT = HELD_OUT
+    prepare()
     found = {}
     for size in sizes:
         cfg = EvalConfig(run=str(run), eval=EvaluationConfig(batch_size=size, device="cpu"))
