@@ -86,17 +86,25 @@ class Detection(Task):
     def normalize(self, device) -> Normalize:
         return Normalize(self.cfg.data, torch.device(device))
 
+    @property
+    def workers(self) -> Optional[int]:
+        """Processes that decode: none for images that are decoded already."""
+        return 0 if self.cfg.data.in_memory else self.cfg.data.num_workers
+
     def train_loader(self, data: Scenes, dist) -> TrainLoader | loaders.FirstBatch:
         trainer = self.cfg.trainer
         parts = {"batch_size": trainer.batch_size, "grad_accum_steps": trainer.grad_accum_steps}
-        loader = TrainLoader(data.train, self.augment, self.normalize("cpu"), **parts, seed=self.cfg.seed, dist=dist)
+        parts |= {"seed": self.cfg.seed, "dist": dist, "workers": self.workers}
+        loader = TrainLoader(data.train, self.augment, self.normalize(dist.device), **parts)
         return loaders.FirstBatch(loader, trainer.grad_accum_steps) if trainer.overfit else loader
 
     def eval_loader(self, data: Scenes, split: str, dist, batch_size=None) -> EvalLoader:
         if getattr(data, split) is None:
             raise DataError(f"there is no {split} split: data.val_fraction=0 holds nothing out; raise it")
         size = batch_size or self.cfg.trainer.eval_batch_size
-        return EvalLoader(getattr(data, split), self.as_evaluated, self.normalize("cpu"), size, dist)
+        return EvalLoader(
+            getattr(data, split), self.as_evaluated, self.normalize(dist.device), size, dist, self.workers
+        )
 
     def as_evaluated(self, sample: Sample) -> Sample:
         if self.eval_scale is None:
@@ -109,7 +117,8 @@ class Detection(Task):
         return SceneBatch(images, None, [], [], [], [], torch.zeros(1, dtype=torch.int64))
 
     def planned_data(self) -> SimpleNamespace:
-        return SimpleNamespace(labels=self.cfg.data.num_classes or 10, train_samples=None)
+        cfg = self.cfg.data
+        return SimpleNamespace(labels=cfg.num_classes or 10, train_samples=datasets.TRAIN_SAMPLES.get(cfg.name))
 
     def normalisers(self, batch: SceneBatch) -> dict[str, float]:
         return normalisers([len(labels) for labels in batch.labels], self.queries)
@@ -131,7 +140,7 @@ class Detection(Task):
 
     def samples(self, data: Scenes, split: str, ids: Tensor, dist) -> Iterator[SceneBatch]:
         some = getattr(data, split).subset(ids.tolist())
-        yield from EvalLoader(some, self.as_evaluated, self.normalize("cpu"), SHOWN, dist)
+        yield from EvalLoader(some, self.as_evaluated, self.normalize(dist.device), SHOWN, dist)
 
     def pictures(self, batch: SceneBatch) -> Tensor:
         return denormalized(batch.images.cpu(), self.cfg.data)
