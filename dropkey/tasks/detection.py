@@ -1,6 +1,6 @@
 """Object detection: boxes with classes, by DETR and the set loss."""
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 from typing import Iterator, Optional, Sequence
 
@@ -11,19 +11,22 @@ from torch import Tensor, nn
 from dropkey import data as loaders
 from dropkey import datasets
 from dropkey.config.schema import AugmentConfig, TrainConfig
-from dropkey.data.augment import Normalize, denormalized
+from dropkey.data.augment import Normalize, denormalized, per_channel
+from dropkey.data.images import to_tensor
 from dropkey.detection.average_precision import FIGURES, average_precision
 from dropkey.detection.boxes import Augment, Sample, fitted
-from dropkey.detection.scenes import EvalLoader, SceneBatch, Scenes, TrainLoader
+from dropkey.detection.scenes import EvalLoader, SceneBatch, Scenes, TrainLoader, batched
 from dropkey.detection.set_loss import normalisers, set_losses
 from dropkey.detection.warm_up import warm_up
 from dropkey.errors import ConfigError, DataError
 from dropkey.metrics import Metric
-from dropkey.models import create_model
+from dropkey.models import constructor_arguments, create_model
 from dropkey.models.detr import DETR, SmallBackbone
 from dropkey.tasks.base import Task
+from dropkey.tasks.marks import Mark, corners, judged
+from dropkey.tasks.preprocessing import Picture, info_fault, opened
 
-SHOWN = 16  # images at a time
+LEAST = 0.5  # score of a box that is shown
 LABELS = dict(zip(FIGURES, ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large"), strict=True))
 
 
@@ -131,13 +134,131 @@ class Detection(Task):
 
     def samples(self, data: Scenes, split: str, ids: Tensor, dist) -> Iterator[SceneBatch]:
         some = getattr(data, split).subset(ids.tolist())
-        yield from EvalLoader(some, self.as_evaluated, self.normalize("cpu"), SHOWN, dist)
+        yield from EvalLoader(some, self.as_evaluated, self.normalize("cpu"), 1, dist)  # alone, nothing is padded
 
     def pictures(self, batch: SceneBatch) -> Tensor:
         return denormalized(batch.images.cpu(), self.cfg.data)
 
     def sample_names(self, data: Scenes, split: str, ids: Tensor) -> list[str]:
         return [f"{split} {getattr(data, split).records[number]['id']}" for number in ids.tolist()]
+
+    draws_boxes = True
+
+    def marks(self, outputs: tuple[Tensor, Tensor], batch: SceneBatch, info: dict, threshold: float = LEAST):
+        names, rows = info["label_names"], []
+        for probabilities, boxes, record in zip(*outputs, batch.records, strict=True):
+            scores, labels = (each.tolist() for each in probabilities[:, :-1].cpu().max(-1))
+            places = corners(boxes)
+            answers = [
+                Mark(places[[query]], names[labels[query]], labels[query], scores[query], query)
+                for query in sorted(range(len(scores)), key=lambda query: -scores[query])
+                if scores[query] >= threshold
+            ]
+            rows.append(judged(answers, truths(record, names)) if "annotations" in record else answers)
+        return rows
+
+    def grid(self, model: nn.Module, batch: SceneBatch) -> tuple[int, int]:
+        return tuple(model.backbone[0](batch.images).shape[-2:])
+
+    def info_fault(self, info: dict) -> str:
+        return info_fault(info)
+
+    def model_info(self, data: Scenes, model: nn.Module) -> dict:
+        """Labels that no category has, which are among COCO's, are called N/A, as officially."""
+        cfg, named = self.cfg.data, {category["id"]: category["name"] for category in data.categories}
+        shape = {"num_classes": data.labels, "in_chans": cfg.channels}
+        return {
+            "architecture": self.cfg.model.name.split(".")[0],
+            "num_classes": data.labels,
+            "label_names": [named.get(label, "N/A") for label in range(data.labels)],
+            "model_args": {**shape, **constructor_arguments(self.cfg.model, cfg.image_size)},
+            "pretrained_cfg": {
+                "num_classes": data.labels,
+                "input_size": [cfg.channels, cfg.image_size, cfg.image_size],
+                "fixed_input_size": False,
+                "mean": per_channel(cfg.mean, cfg.channels),
+                "std": per_channel(cfg.std, cfg.channels),
+                "classifier": model.pretrained_cfg["classifier"],
+            },
+        }
+
+    def data_facts(self, info: dict) -> SimpleNamespace:
+        return SimpleNamespace(labels=info["num_classes"])
+
+    def transform(self) -> "Photos":
+        return Photos(self)
+
+    at_a_time = 8  # padded to the largest of them
+
+    def collate(self, samples: Sequence["Photo"], device: torch.device) -> SceneBatch:
+        ids = torch.arange(len(samples))
+        return batched(PhotoSplit(samples), ids, lambda sample, _: sample, self.normalize("cpu"), device)
+
+    def answers(self, outputs, info: dict, threshold: Optional[float] = None) -> "Detections":
+        found = Detections()
+        for passes, batch in outputs:
+            averaged = passes[0] if len(passes) == 1 else self.average(passes)
+            spread = torch.stack([one[0] for one in passes]).std(0) if len(passes) > 1 else None
+            marked = self.marks(averaged, batch, info, LEAST if threshold is None else threshold)
+            for row, (record, marks) in enumerate(zip(batch.records, marked, strict=True)):
+                size = torch.tensor([record["width"], record["height"]] * 2)
+                found.append([])
+                for mark in marks:
+                    box = {"label": mark.label, "score": mark.score, "box": (mark.boxes[0] * size).tolist()}
+                    of_score = {} if spread is None else {"spread": spread[row, mark.query, mark.group].item()}
+                    found[-1].append(box | of_score)
+        return found
+
+
+def truths(record: dict, names: list[str]) -> list[Mark]:
+    """Without groups of objects (iscrowd)."""
+    size = torch.tensor([record["width"], record["height"]] * 2)
+    single = [one for one in record["annotations"] if not one.get("iscrowd", 0)]
+    boxes = torch.tensor([one["bbox"] for one in single], dtype=torch.float32).view(-1, 4)
+    boxes = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1) / size
+    labels = [one["category_id"] for one in single]
+    return [Mark(boxes[[row]], names[label], label) for row, label in enumerate(labels)]
+
+
+class Detections(list):
+    """For each image its objects, the surest first: {"label": ..., "score": ..., "box": [left, top, right, bottom]} in
+    pixels of the image; with monte_carlo "spread", the score's standard deviation over the passes."""
+
+    def top(self, k: Optional[int] = None) -> list[list[dict]]:
+        return [objects[:k] for objects in self]
+
+
+@dataclass(frozen=True)
+class Photo:
+    """An image as evaluation has it, not yet normalised."""
+
+    sample: Sample
+    width: int  # of the original
+    height: int
+
+
+@dataclass(frozen=True)
+class Photos:
+    """An image from anywhere, as evaluation in training would see it: converted to grey or RGB, resized."""
+
+    task: Detection
+
+    def __call__(self, image: Picture) -> Photo:
+        """Of a path or a PIL image. DataError names a file that cannot be read."""
+        picture = opened(image, self.task.cfg.data.channels)
+        sample = Sample(to_tensor(picture), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+        return Photo(self.task.as_evaluated(sample), *picture.size)
+
+
+class PhotoSplit:
+    """What `batched` asks of a split."""
+
+    def __init__(self, photos: Sequence[Photo]):
+        self.photos = photos
+        self.records = [{"width": photo.width, "height": photo.height} for photo in photos]
+
+    def sample(self, position: int) -> Sample:
+        return self.photos[position].sample
 
 
 class DetectionScores:
