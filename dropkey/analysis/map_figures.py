@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
+from typing import Optional, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +11,11 @@ from einops import repeat
 from torch import Tensor
 
 from dropkey.analysis.answers import Answer
+from dropkey.analysis.box_figures import draw_marks
 from dropkey.analysis.figures import draw_entropy
 from dropkey.analysis.maps import AttentionMaps
 from dropkey.plotting import GREY, WRONG, image_axis, looks, new_figure, save, style, subplots, wrapped
+from dropkey.tasks.marks import Mark
 
 PIXELS = 224  # least width of an image in a figure of maps
 SCALE = "each map from 0 (black) to its own maximum (light)"
@@ -29,13 +31,15 @@ class Seen:
     maps: AttentionMaps
     answers: list[Answer]  # one per image, or none
     result: str = ""  # its metric on the whole test split, in words
+    marks: Optional[list[list[Mark]]] = None  # of a run that finds boxes: per image the one found, and the true one
+    points: Optional[list[tuple[float, float]]] = None  # x and y that attend, as shares of each image
 
 
-def plot_maps(pictures: Tensor, titles: list[str], runs: list[Seen], path: Path) -> None:
+def plot_maps(pictures: Sequence[Tensor], titles: list[str], runs: list[Seen], path: Path) -> None:
     """Images in the first row, below them every map of every run, as colors over a faint image.
 
     Args:
-        pictures: B C H W in [0, 1].
+        pictures: C H W in [0, 1] each.
         titles: one per image.
     """
     rows = [(run, i) for run in runs for i in range(len(run.maps.names))]
@@ -44,7 +48,7 @@ def plot_maps(pictures: Tensor, titles: list[str], runs: list[Seen], path: Path)
         figure, axes = subplots(1 + len(rows), len(titles), size)
         figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, hspace=0, wspace=0)
         for column, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
-            draw_image(axes[0, column], picture)
+            draw_image(axes[0, column], picture, runs[0], column)
             axes[0, column].set_title(wrapped(title, 20), fontsize=8, loc="center")
             for axis, (run, i) in zip(axes[1:, column], rows, strict=True):
                 draw_map(axis, picture, run, i, column)
@@ -56,12 +60,12 @@ def plot_maps(pictures: Tensor, titles: list[str], runs: list[Seen], path: Path)
         save(figure, path)
 
 
-def plot_comparison(pictures: Tensor, runs: list[Seen], records: list[list[dict]], path: Path) -> None:
+def plot_comparison(pictures: Sequence[Tensor], runs: list[Seen], records: list[list[dict]], path: Path) -> None:
     """What a regularizer does to attention (paper, figures 1 and 5): a row for each image, a column for each run, and
     beside them the entropy over depth of the same runs; a column's heading has the color of its line.
 
     Args:
-        pictures: B C H W in [0, 1].
+        pictures: C H W in [0, 1] each.
         records: for each column the entropy.json of its runs, which differ in the seed alone.
     """
     left, right, height = 1.42 * (1 + len(runs)) + 0.2, 4.0, 1.55 * len(pictures) + 0.9
@@ -73,8 +77,8 @@ def plot_comparison(pictures: Tensor, runs: list[Seen], records: list[list[dict]
         maps, beside = figure.subfigures(1, 2, width_ratios=(left, right))
         axes = maps.subplots(len(pictures), 1 + len(runs), squeeze=False)
         for row, picture in enumerate(pictures):
-            draw_image(axes[row, 0], picture)
-            largest = max(run.maps.values[row, 0].max() for run in runs)
+            draw_image(axes[row, 0], picture, runs[0], row)
+            largest = max(run.maps.values[row][0].max() for run in runs)
             for column, run in enumerate(runs, start=1):
                 draw_map(axes[row, column], picture, run, 0, row, largest)
         for row, answer in enumerate(runs[0].answers):
@@ -94,15 +98,29 @@ def plot_comparison(pictures: Tensor, runs: list[Seen], records: list[list[dict]
         save(figure, path)
 
 
-def draw_image(axis, picture: Tensor) -> None:
+def draw_image(axis, picture: Tensor, run: Seen, image: int) -> None:
+    """With the true box, if boxes are looked for."""
     image_axis(axis)
-    axis.imshow(enlarged(picture).numpy())
+    show(axis, enlarged(picture), picture)
+    if run.marks:
+        draw_marks(axis, [mark for mark in run.marks[image] if mark.score is None], picture.shape[-2:])
+
+
+def show(axis, colors: Tensor, picture: Tensor) -> None:
+    """Coordinates of the axis are pixels of the picture, whatever the size of what is shown."""
+    height, width = picture.shape[-2:]
+    axis.imshow(colors.numpy(), extent=(0, width, height, 0))
 
 
 def draw_map(axis, picture: Tensor, run: Seen, which: int, image: int, largest: Optional[Tensor] = None) -> None:
     """One map over its image, and below it the predicted class; a wrong one is red and names the true class."""
     image_axis(axis)
-    axis.imshow(overlay(picture, run.maps.values[image, which], largest).numpy())
+    show(axis, overlay(picture, run.maps.values[image][which], largest), picture)
+    if run.marks:
+        draw_marks(axis, [mark for mark in run.marks[image] if mark.score is not None], picture.shape[-2:])
+    if run.points:
+        x, y = (share * side for share, side in zip(run.points[image], picture.shape[:-3:-1], strict=True))
+        axis.plot(x, y, "o", markersize=5, markerfacecolor="none", markeredgecolor="white")
     if run.answers:
         answer = run.answers[image]
         axis.set_xlabel(wrapped(str(answer), 24), fontsize=8, labelpad=2, color=GREY if answer.right else WRONG)

@@ -124,7 +124,7 @@ class Task(ABC):
     @abstractmethod
     def sample_names(self, data: Any, split: str, ids: Tensor) -> list[str]: ...
 
-    draws_boxes = False  # whether its queries find boxes: then it has the following two
+    boxes_per_answer = 0  # of a task whose queries find boxes: it has `marks` and `grid`
 
     def marks(self, outputs: Any, batch: Batch, info: dict, threshold: float) -> list[list[Mark]]:
         """Of what `predict` gave, for each sample: its answers of that score at least, the surest first, then the truth

@@ -142,7 +142,7 @@ class Detection(Task):
     def sample_names(self, data: Scenes, split: str, ids: Tensor) -> list[str]:
         return [f"{split} {getattr(data, split).records[number]['id']}" for number in ids.tolist()]
 
-    draws_boxes = True
+    boxes_per_answer = 1
 
     def marks(self, outputs: tuple[Tensor, Tensor], batch: SceneBatch, info: dict, threshold: float = LEAST):
         names, rows = info["label_names"], []
@@ -188,7 +188,7 @@ class Detection(Task):
     def transform(self) -> "Photos":
         return Photos(self)
 
-    at_a_time = 8  # padded to the largest of them
+    at_a_time = 1  # several are padded to the largest, on which their boxes then depend a little
 
     def collate(self, samples: Sequence["Photo"], device: torch.device) -> SceneBatch:
         ids = torch.arange(len(samples))
