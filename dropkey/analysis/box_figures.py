@@ -2,9 +2,10 @@
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Sequence
+from typing import TYPE_CHECKING, Optional, Sequence
 
 import torch
+from einops import repeat
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
@@ -20,17 +21,20 @@ RIGHT, FALSE, TRUTH = "#33ddff", "#ff6644", "#ffffff"
 BRIGHT = [color for color in COLORS if color not in ("#222222", "#332288")]  # those seen on a dark image
 LEGEND = "cyan: right (overlap of half or more with an object of its class); red: false; white dashes: the truth"
 LEAST = 480  # pixels of the shorter side of an image with boxes drawn
+PIXELS = 224  # least width of an image in a figure of several
 DPI = 150  # of saved pictures, as in `dropkey.plotting.STYLE`
 
 
-def draw_picture(axis, picture: Tensor, marks: Sequence[Mark] = (), scale: float = 1.0) -> None:
-    """An image (C H W in [0, 1]) with boxes; coordinates of the axis are its pixels."""
+def show(axis, colors: Tensor, picture: Tensor) -> None:
+    """Coordinates of the axis are pixels of the picture, whatever the size of what is shown."""
     height, width = picture.shape[-2:]
-    small = min(height, width) < LEAST
-    colors = picture.permute(1, 2, 0).expand(-1, -1, 3).numpy()
-    image_axis(axis)
-    axis.imshow(colors, extent=(0, width, height, 0), interpolation="nearest" if small else None)
-    draw_marks(axis, marks, (height, width), scale)
+    axis.imshow(colors.numpy(), extent=(0, width, height, 0))
+
+
+def enlarged(picture: Tensor) -> Tensor:
+    """C H W to H W 3, pixels as squares, so that an image has `PIXELS` or more."""
+    factor = max(1, math.ceil(PIXELS / picture.shape[-1]))
+    return repeat(picture, "c h w -> (h i) (w j) c", i=factor, j=factor).expand(-1, -1, 3)
 
 
 def draw_marks(axis, marks: Sequence[Mark], size: tuple[int, int], scale: float = 1.0) -> None:
@@ -81,15 +85,24 @@ def color_of(mark: Mark) -> str:
     return BRIGHT[mark.group % len(BRIGHT)] if mark.right is None else RIGHT if mark.right else FALSE
 
 
-def drawn(picture: Tensor, marks: Sequence[Mark], least: int = LEAST) -> "Figure":
-    """The image alone with its boxes, enlarged by a whole number so that its shorter side has `least` pixels."""
+def drawn(picture: Tensor, marks: Sequence[Mark], over: Optional[Tensor] = None, scale: float = 1.2) -> "Figure":
+    """The image alone with its boxes, or colors H W 3 in its place; enlarged by a whole number so that its shorter side
+    has `LEAST` pixels.
+
+    Args:
+        scale: of lines and letters.
+    """
     from matplotlib.figure import Figure
 
     height, width = picture.shape[-2:]
-    factor = max(1, math.ceil(least / min(height, width)))
+    factor = max(1, math.ceil(LEAST / min(height, width)))
     figure = Figure(figsize=(width * factor / DPI, height * factor / DPI))
     axis = figure.add_axes((0, 0, 1, 1))
-    draw_picture(axis, picture, marks, scale=max(1.0, min(height, width) * factor / 800))
+    colors = picture.permute(1, 2, 0).expand(-1, -1, 3) if over is None else over
+    image_axis(axis)
+    smooth = None if over is not None or factor == 1 else "nearest"
+    axis.imshow(colors.numpy(), extent=(0, width, height, 0), interpolation=smooth)
+    draw_marks(axis, marks, (height, width), scale * max(1.0, min(height, width) * factor / 600))
     return figure
 
 
@@ -131,7 +144,9 @@ def plot_boxes(
                 wrapped(heading, int(13 * side)), loc="center", color=look["color"], weight="bold"
             )
             for axis, picture, one in zip(axes[:, column], pictures, found, strict=True):
-                draw_picture(axis, picture, one.marks)
+                image_axis(axis)
+                show(axis, enlarged(picture), picture)
+                draw_marks(axis, one.marks, picture.shape[-2:])
                 axis.set_xlabel(str(one), fontsize=8, labelpad=2, color=GREY)
         for axis, title in zip(axes[:, 0], titles, strict=True):
             axis.set_ylabel(title, fontsize=8)
@@ -140,12 +155,11 @@ def plot_boxes(
 
 
 def as_pixels(figure: "Figure") -> Tensor:
-    """uint8 H W 3 of what is drawn."""
+    """H W 3 in [0, 1] of what is drawn."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     figure.set_dpi(DPI)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    return torch.frombuffer(bytearray(canvas.buffer_rgba()), dtype=torch.uint8).view(
-        *canvas.get_width_height()[::-1], 4
-    )[..., :3]
+    size = canvas.get_width_height()[::-1]
+    return torch.frombuffer(bytearray(canvas.buffer_rgba()), dtype=torch.uint8).view(*size, 4)[..., :3] / 255

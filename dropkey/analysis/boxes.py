@@ -52,6 +52,16 @@ def mistaken(found: Found) -> tuple:
     return -max((mark.score for mark in found.false), default=0.0), -len(found.missed)
 
 
+def mistaken_for(found: Found) -> list[Answer]:
+    """The false boxes that lie on an object of another label."""
+    return [
+        Answer(found.position, true.label, mark.label, False, mark.score)
+        for mark in found.false
+        for true in found.truths
+        if true.label != mark.label and overlap(mark, true) >= ENOUGH
+    ]
+
+
 @torch.no_grad()
 def found(trained: Trained, ids: Tensor, threshold: float = LEAST) -> list[Found]:
     """For each test image at those positions."""

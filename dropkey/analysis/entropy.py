@@ -68,7 +68,9 @@ def stacks(kinds: dict[str, str]) -> list[str]:
     """Of each layer, such as encoder or decoder; "" where there is no cross-attention, by name of the layer."""
     if "cross" not in kinds.values():
         return [""] * len(kinds)
-    return [stack.partition(".")[0] for stack in stacks_of(list(kinds), "stack")]
+    paths = [stack.split(".") for stack in stacks_of(list(kinds), "stack")]
+    shared = next((i for i, parts in enumerate(zip(*paths, strict=False)) if len(set(parts)) > 1), 0)
+    return [path[shared] for path in paths]
 
 
 def record_entropy(path: str | Path, root: Optional[str] = None) -> tuple[dict, bool]:

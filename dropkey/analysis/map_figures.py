@@ -1,23 +1,20 @@
 """The figures of attention over images: maps of runs, layers and heads; and runs side by side with their entropy."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional, Sequence
 
 import torch
 import torch.nn.functional as F
-from einops import repeat
 from torch import Tensor
 
 from dropkey.analysis.answers import Answer
-from dropkey.analysis.box_figures import draw_marks
+from dropkey.analysis.box_figures import PIXELS, draw_marks, enlarged, show
 from dropkey.analysis.figures import draw_entropy
 from dropkey.analysis.maps import AttentionMaps
 from dropkey.plotting import GREY, WRONG, image_axis, looks, new_figure, save, style, subplots, wrapped
 from dropkey.tasks.marks import Mark
 
-PIXELS = 224  # least width of an image in a figure of maps
 SCALE = "each map from 0 (black) to its own maximum (light)"
 ROW_SCALE = "each row from 0 (black) to the largest value in it (light)"
 FRAME = "red frame: wrong prediction"
@@ -55,7 +52,7 @@ def plot_maps(pictures: Sequence[Tensor], titles: list[str], runs: list[Seen], p
         for axis, (run, i) in zip(axes[1:, 0], rows, strict=True):
             parts = [run.label] * (len(runs) > 1) + [run.maps.names[i]] * (len(run.maps.names) > 1 or len(runs) == 1)
             axis.set_ylabel("\n".join(wrapped(part, 22) for part in parts), fontsize=8)
-        captions = [*dict.fromkeys(run.maps.caption for run in runs), f"{SCALE}; {FRAME}"]
+        captions = [*dict.fromkeys(run.maps.caption for run in runs), f"{SCALE}; {FRAME}" if runs[0].answers else SCALE]
         figure.supxlabel("\n".join(wrapped(text, int(15 * size[0])) for text in captions), fontsize=8)
         save(figure, path)
 
@@ -93,7 +90,10 @@ def plot_comparison(pictures: Sequence[Tensor], runs: list[Seen], records: list[
         seeds = sorted({len(group) for group in records})
         captions = [f"maps of the first seed; results and entropy of {' or '.join(map(str, seeds))} seeds"]
         captions = captions if seeds[-1] > 1 else []
-        captions += [*dict.fromkeys(f"maps: {run.maps.caption}" for run in runs), f"{ROW_SCALE}; {FRAME}"]
+        captions += [
+            *dict.fromkeys(f"maps: {run.maps.caption}" for run in runs),
+            f"{ROW_SCALE}; {FRAME}" if runs[0].answers else ROW_SCALE,
+        ]
         bottom.text(0, 1, "\n".join(wrapped(text, 58) for text in captions), va="top", fontsize=8, color=GREY)
         save(figure, path)
 
@@ -104,12 +104,6 @@ def draw_image(axis, picture: Tensor, run: Seen, image: int) -> None:
     show(axis, enlarged(picture), picture)
     if run.marks:
         draw_marks(axis, [mark for mark in run.marks[image] if mark.score is None], picture.shape[-2:])
-
-
-def show(axis, colors: Tensor, picture: Tensor) -> None:
-    """Coordinates of the axis are pixels of the picture, whatever the size of what is shown."""
-    height, width = picture.shape[-2:]
-    axis.imshow(colors.numpy(), extent=(0, width, height, 0))
 
 
 def draw_map(axis, picture: Tensor, run: Seen, which: int, image: int, largest: Optional[Tensor] = None) -> None:
@@ -126,12 +120,6 @@ def draw_map(axis, picture: Tensor, run: Seen, which: int, image: int, largest: 
         axis.set_xlabel(wrapped(str(answer), 24), fontsize=8, labelpad=2, color=GREY if answer.right else WRONG)
         if not answer.right:
             axis.spines[:].set(visible=True, color=WRONG, linewidth=2)
-
-
-def enlarged(picture: Tensor) -> Tensor:
-    """C H W to H W 3, pixels as squares, so that an image has `PIXELS` or more."""
-    factor = max(1, math.ceil(PIXELS / picture.shape[-1]))
-    return repeat(picture, "c h w -> (h i) (w j) c", i=factor, j=factor).expand(-1, -1, 3)
 
 
 def overlay(image: Tensor, values: Tensor, largest: Optional[Tensor] = None) -> Tensor:

@@ -168,3 +168,7 @@ class Task(ABC):
             threshold: the least score, for tasks that draw boxes; None: their own.
         """
         raise NotImplementedError
+
+    def exported(self, model: nn.Module) -> tuple[nn.Module, list[str]]:
+        """What other programs run: a module of images B C H W, and the names of its outputs, B first."""
+        return model, ["logits"]

@@ -1,6 +1,6 @@
 """Object detection: boxes with classes, by DETR and the set loss."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Iterator, Optional, Sequence
 
@@ -12,7 +12,6 @@ from dropkey import data as loaders
 from dropkey import datasets
 from dropkey.config.schema import AugmentConfig, TrainConfig
 from dropkey.data.augment import Normalize, denormalized, per_channel
-from dropkey.data.images import to_tensor
 from dropkey.detection.average_precision import FIGURES, average_precision
 from dropkey.detection.boxes import Augment, Sample, fitted
 from dropkey.detection.scenes import EvalLoader, SceneBatch, Scenes, TrainLoader, batched
@@ -24,7 +23,8 @@ from dropkey.models import constructor_arguments, create_model
 from dropkey.models.detr import DETR, SmallBackbone
 from dropkey.tasks.base import Task
 from dropkey.tasks.marks import Mark, corners, judged
-from dropkey.tasks.preprocessing import Picture, info_fault, opened
+from dropkey.tasks.photos import Detections, LastLevel, Photo, Photos, PhotoSplit, truths
+from dropkey.tasks.preprocessing import info_fault
 
 LEAST = 0.5  # score of a box that is shown
 LABELS = dict(zip(FIGURES, ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large"), strict=True))
@@ -140,7 +140,7 @@ class Detection(Task):
         return denormalized(batch.images.cpu(), self.cfg.data)
 
     def sample_names(self, data: Scenes, split: str, ids: Tensor) -> list[str]:
-        return [f"{split} {getattr(data, split).records[number]['id']}" for number in ids.tolist()]
+        return [f"{split} {number}" for number in ids.tolist()]
 
     boxes_per_answer = 1
 
@@ -185,16 +185,16 @@ class Detection(Task):
     def data_facts(self, info: dict) -> SimpleNamespace:
         return SimpleNamespace(labels=info["num_classes"])
 
-    def transform(self) -> "Photos":
-        return Photos(self)
+    def transform(self) -> Photos:
+        return Photos(self.cfg.data.channels, self.as_evaluated)
 
     at_a_time = 1  # several are padded to the largest, on which their boxes then depend a little
 
-    def collate(self, samples: Sequence["Photo"], device: torch.device) -> SceneBatch:
+    def collate(self, samples: Sequence[Photo], device: torch.device) -> SceneBatch:
         ids = torch.arange(len(samples))
         return batched(PhotoSplit(samples), ids, lambda sample, _: sample, self.normalize("cpu"), device)
 
-    def answers(self, outputs, info: dict, threshold: Optional[float] = None) -> "Detections":
+    def answers(self, outputs, info: dict, threshold: Optional[float] = None) -> Detections:
         found = Detections()
         for passes, batch in outputs:
             averaged = passes[0] if len(passes) == 1 else self.average(passes)
@@ -209,56 +209,8 @@ class Detection(Task):
                     found[-1].append(box | of_score)
         return found
 
-
-def truths(record: dict, names: list[str]) -> list[Mark]:
-    """Without groups of objects (iscrowd)."""
-    size = torch.tensor([record["width"], record["height"]] * 2)
-    single = [one for one in record["annotations"] if not one.get("iscrowd", 0)]
-    boxes = torch.tensor([one["bbox"] for one in single], dtype=torch.float32).view(-1, 4)
-    boxes = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1) / size
-    labels = [one["category_id"] for one in single]
-    return [Mark(boxes[[row]], names[label], label) for row, label in enumerate(labels)]
-
-
-class Detections(list):
-    """For each image its objects, the surest first: {"label": ..., "score": ..., "box": [left, top, right, bottom]} in
-    pixels of the image; with monte_carlo "spread", the score's standard deviation over the passes."""
-
-    def top(self, k: Optional[int] = None) -> list[list[dict]]:
-        return [objects[:k] for objects in self]
-
-
-@dataclass(frozen=True)
-class Photo:
-    """An image as evaluation has it, not yet normalised."""
-
-    sample: Sample
-    width: int  # of the original
-    height: int
-
-
-@dataclass(frozen=True)
-class Photos:
-    """An image from anywhere, as evaluation in training would see it: converted to grey or RGB, resized."""
-
-    task: Detection
-
-    def __call__(self, image: Picture) -> Photo:
-        """Of a path or a PIL image. DataError names a file that cannot be read."""
-        picture = opened(image, self.task.cfg.data.channels)
-        sample = Sample(to_tensor(picture), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
-        return Photo(self.task.as_evaluated(sample), *picture.size)
-
-
-class PhotoSplit:
-    """What `batched` asks of a split."""
-
-    def __init__(self, photos: Sequence[Photo]):
-        self.photos = photos
-        self.records = [{"width": photo.width, "height": photo.height} for photo in photos]
-
-    def sample(self, position: int) -> Sample:
-        return self.photos[position].sample
+    def exported(self, model: nn.Module) -> tuple[nn.Module, list[str]]:
+        return LastLevel(model), ["logits", "boxes"]
 
 
 class DetectionScores:
