@@ -4,6 +4,9 @@ import csv
 import io
 import json
 import math
+import re
+import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +19,7 @@ import dropkey
 import runs
 from dropkey import exporting
 from dropkey.analysis import box_figures, boxes, entropy, gallery, map_figures, trained
-from dropkey.commands import predict, visualize
+from dropkey.commands import export, predict, visualize
 from dropkey.datasets import digit_scenes
 from dropkey.detection.scenes import SceneBatch
 from dropkey.engine.distributed import DistContext
@@ -231,6 +234,12 @@ def test_an_answer_is_right_once_for_each_object_of_its_label_that_it_covers_by_
     assert [(one.true, one.predicted) for one in boxes.mistaken_for(found)] == [("b", "a")]
 
 
+def test_what_lies_in_a_group_of_objects_is_no_mistake():
+    group, true = mark("a", 0.5, 0.5, 1, 1), mark("a", 0.5, 0.5, 0.7, 0.7)
+    one, other, elsewhere = (mark("a", x, x, x + 0.2, x + 0.2, score=0.9) for x in (0.51, 0.7, 0.1))
+    assert [each.right for each in judged([one, other, elsewhere], [true], [group])] == [True, None, False, True]
+
+
 def test_a_pair_is_right_where_both_of_its_boxes_are():
     true = Mark(torch.tensor([[0, 0, 0.4, 0.4], [0.5, 0.5, 0.9, 0.9]]), "ride")
     one = Mark(torch.tensor([[0, 0, 0.4, 0.4], [0.5, 0.1, 0.9, 0.5]]), "ride", score=0.9)
@@ -306,13 +315,13 @@ def test_the_map_of_a_query_is_the_softmax_of_its_cross_attention(opened):
     (batch,) = opened.batches(torch.tensor([4]))
     module = opened.model.transformer.decoder.layers[1].multihead_attn
     by_hand = softmax_of(module, *inputs_of(module, opened, batch))
-    assert by_hand.shape == (4, 8, 9)  # heads, queries, cells of 8 pixels
+    assert by_hand.shape == (2, 8, 9)  # heads, queries, cells of 8 pixels
     for query in (2, 5):
         maps = boxes.query_maps(opened, [(4, query)])
         torch.testing.assert_close(maps.values[0], by_hand[:, query].mean(0).view(1, 3, 3))
         heads = boxes.query_maps(opened, [(4, query)], "all").values[0]
-        torch.testing.assert_close(heads, by_hand[:, query].view(4, 3, 3))
-        torch.testing.assert_close(heads.sum((1, 2)), torch.ones(4))
+        torch.testing.assert_close(heads, by_hand[:, query].view(2, 3, 3))
+        torch.testing.assert_close(heads.sum((1, 2)), torch.ones(2))
     one, other = boxes.query_maps(opened, [(4, 2), (4, 5)]).values
     assert (one - other).abs().max() > 1e-4
 
@@ -391,7 +400,7 @@ def test_compare_has_a_row_per_object_with_the_box_of_each_run(two, monkeypatch)
 def test_maps_of_heads_and_of_a_point(two, monkeypatch):
     figure = shown(monkeypatch, map_figures, "maps", f"run={two[0]}", "images=0", "head=all")
     objects = min(2, len(trained.open_run(two[0]).dataset.test.records[0]["annotations"]))
-    assert len(figure.axes) == objects * (1 + 4)
+    assert len(figure.axes) == objects * (1 + 2)
     figure = shown(monkeypatch, map_figures, "maps", f"run={','.join(two)}", "images=0,1", "point=3,20")
     assert len(figure.axes) == 2 * (1 + 2)
     (ring,) = figure.axes[2].lines
@@ -421,6 +430,39 @@ def test_the_gallery_counts_what_is_false_and_what_is_missed(two, tmp_path):
     assert "Every head" not in page and "<b>AP" not in page
 
 
+PAGE = (Path(__file__).parents[1] / "docs" / "detection.md").read_text()
+LINES = re.findall(r"^python scripts/.*run=\$DETR.*$", PAGE, re.M)
+COMMANDS = [shlex.split(line, comments=True)[1:] for line in LINES]
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_commands_of_the_page_on_detection_work(words, two, files, tmp_path, monkeypatch, capsys):
+    if "format=onnx" in words:
+        pytest.importorskip("onnxscript", reason="comes with pip install 'dropkey[export]'")
+    shutil.copytree(files, tmp_path / "pictures")
+    shutil.copy(files / "0.png", tmp_path / "photo.png")
+    monkeypatch.chdir(tmp_path)
+    script, *given = [word.replace("$DETR", two[1]) for word in words]
+    main = {"predict": predict.main, "visualize": visualize.main, "export": export.main}[Path(script).stem]
+    assert not main(given)
+    kind, _, file = capsys.readouterr().out.splitlines()[-1].partition(" ")
+    assert kind not in ("picture", "page") or Path(file).stat().st_size > 5000
+
+
+def test_python_of_the_page_on_detection_runs(two, files, tmp_path, monkeypatch, capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+    shutil.copytree(two[1], tmp_path / "runs" / Path(two[1]).name)
+    shutil.copy(files / "0.png", tmp_path / "photo.png")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "detection.md", "exec"), {})
+    assert capsys.readouterr().out == "[]\n"  # nothing is found after so short a training
+
+
+def test_the_page_on_detection_shows_every_action_on_boxes():
+    actions = {words[1] for words in COMMANDS if words[0] == "scripts/visualize.py"}
+    assert actions == set(visualize.OF_RUNS)
+
+
 # ------------------------------------------------------------------------------------------------------ what is refused
 
 REFUSED = {
@@ -434,7 +476,7 @@ REFUSED = {
     "maps run=RUN point=-1,3": "is outside of",
     "maps run=RUN point=3": "must be x,y",
     "maps run=RUN head=rollout": "queries have no rollout",
-    "maps run=RUN head=7": "head=7: the layer has 4 heads",
+    "maps run=RUN head=7": "head=7: the layer has 2 heads",
     "maps run=RUN layer=2": "the layers that look at the image are 3, 5",
     "maps run=RUN layer=5 point=1,1": "the layers that look at the image are 0, 1",
     "maps run=RUN layer=9": "layer=9",

@@ -154,7 +154,8 @@ class Detection(Task):
                 for query in sorted(range(len(scores)), key=lambda query: -scores[query])
                 if scores[query] >= threshold
             ]
-            rows.append(judged(answers, truths(record, names)) if "annotations" in record else answers)
+            known = (truths(record, names), truths(record, names, groups=True)) if "annotations" in record else None
+            rows.append(judged(answers, *known) if known else answers)
         return rows
 
     def grid(self, model: nn.Module, batch: SceneBatch) -> tuple[int, int]:

@@ -24,13 +24,13 @@ class LastLevel(nn.Module):
         return tuple(output[-1] for output in self.model(images))
 
 
-def truths(record: dict, names: list[str]) -> list[Mark]:
-    """Without groups of objects (iscrowd)."""
+def truths(record: dict, names: list[str], groups: bool = False) -> list[Mark]:
+    """The objects of an image, or the groups of objects (iscrowd)."""
     size = torch.tensor([record["width"], record["height"]] * 2)
-    single = [one for one in record["annotations"] if not one.get("iscrowd", 0)]
-    boxes = torch.tensor([one["bbox"] for one in single], dtype=torch.float32).view(-1, 4)
+    chosen = [one for one in record["annotations"] if bool(one.get("iscrowd", 0)) is groups]
+    boxes = torch.tensor([one["bbox"] for one in chosen], dtype=torch.float32).view(-1, 4)
     boxes = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1) / size
-    labels = [one["category_id"] for one in single]
+    labels = [one["category_id"] for one in chosen]
     return [Mark(boxes[[row]], names[label], label) for row, label in enumerate(labels)]
 
 
