@@ -46,6 +46,8 @@ def regularize(model: nn.Module, cfg: TrainConfig) -> patching.Report:
             end=schedule.end,
             window=regularizer.window,
             layers=tuple(regularizer.layers),
+            modules=regularizer.modules,
+            scope=regularizer.scope,
             impl=regularizer.impl,
         )
         if any(layer.mechanism == "fused" for layer in report.layers):

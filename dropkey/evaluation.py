@@ -13,9 +13,8 @@ from dropkey.engine.distributed import DistContext
 from dropkey.engine.evaluate import evaluate, monte_carlo
 from dropkey.engine.optim import build_autocast
 from dropkey.errors import ConfigError, StorageError
-from dropkey.metrics import Metric
 from dropkey.provenance import device_name, versions
-from dropkey.records import RunDirectory
+from dropkey.records import RunDirectory, shown_figures
 from dropkey.seeds import derive_seed
 from dropkey.session import rounded, save_result
 from dropkey.tasks.base import Task
@@ -107,5 +106,5 @@ def opened(cfg: EvalConfig, trained: TrainConfig, directory: Path) -> tuple[Trai
 
 def describe_result(result: dict) -> str:
     passes = f", mean of {result['monte_carlo']} passes" if result["monte_carlo"] else ""
-    figures = ", ".join(Metric(**metric).format(result[metric["key"]]) for metric in result["metrics"])
+    figures = shown_figures(result, result["metrics"])
     return f"{result['split']:<6} {figures}  ({result['samples']:,} samples of {result['data']}{passes})"

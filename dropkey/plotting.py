@@ -182,4 +182,5 @@ def draw_metric(axis: "Axes", records: list[dict], split: str, metric: Metric) -
 
 
 def over_epochs(records: list[dict], key: str) -> list[tuple[int, float]]:
-    return [(record["epoch"], record[key]) for record in records if record["kind"] == "epoch" and key in record]
+    known = (record for record in records if record["kind"] == "epoch" and record.get(key) is not None)
+    return [(record["epoch"], record[key]) for record in known]

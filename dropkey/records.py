@@ -288,7 +288,8 @@ def headline(summary: dict) -> str:
 
 
 def shown_figures(figures: dict, metrics: list[dict]) -> str:
-    return ", ".join(Metric(**metric).format(figures[metric["key"]]) for metric in metrics)
+    known = [metric for metric in metrics if figures[metric["key"]] is not None]
+    return ", ".join(Metric(**metric).format(figures[metric["key"]]) for metric in known)
 
 
 def hardware() -> str:

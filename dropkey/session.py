@@ -270,5 +270,7 @@ def save_result(run: RunDirectory, name: str, result: dict, scores, dist: DistCo
 
 def rounded(task: Task, result: dict) -> dict:
     """Figures of an evaluation with two more digits than are shown, and what they are."""
-    figures = {metric.key: round(result[metric.key], metric.digits + 2) for metric in task.metrics}
+    known = [metric for metric in task.metrics if result[metric.key] is not None]
+    figures = dict.fromkeys(metric.key for metric in task.metrics)
+    figures |= {metric.key: round(result[metric.key], metric.digits + 2) for metric in known}
     return {**figures, "samples": result["samples"], "metrics": [vars(metric) for metric in task.metrics]}

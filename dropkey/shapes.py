@@ -82,8 +82,9 @@ def metrics(value, where: str) -> str:
 
 
 def figures(value: dict, where: str = "") -> str:
-    """A result has a number for each of its metrics."""
-    return first(field(value, one["key"], NUMBER, where) for one in value["metrics"])
+    """A result has a number for each of its metrics; null, but for the first, where it has no meaning."""
+    kinds = [NUMBER] + [(*NUMBER, None)] * len(value["metrics"])
+    return first(field(value, one["key"], kind, where) for one, kind in zip(value["metrics"], kinds, strict=False))
 
 
 def result(value, where: str) -> str:
@@ -91,7 +92,11 @@ def result(value, where: str) -> str:
 
 
 def summary(value, where: str) -> str:
-    raw = {one["key"]: NUMBER for one in value["metrics"]} if "raw" in value and not result(value, where) else dict
+    raw = (
+        {one["key"]: (*NUMBER, None) for one in value["metrics"]}
+        if "raw" in value and not result(value, where)
+        else dict
+    )
     keys = {
         "raw?": raw,
         "epochs": int,
@@ -126,7 +131,7 @@ def shape_of(name: str):
 
 def not_a_number(found: dict) -> str:
     """Which figure of a result is NaN or infinite: it has diverged. Empty where all are numbers."""
-    odd = [one for one in found["metrics"] if not math.isfinite(found[one["key"]])]
+    odd = [one for one in found["metrics"] if not math.isfinite(found[one["key"]] or 0)]
     return f"{odd[0]['label']} is {found[odd[0]['key']]} in the last evaluation" if odd else ""
 
 

@@ -11,7 +11,7 @@ import torch
 import detection_run
 import processes
 import runs
-from dropkey import evaluation, tasks
+from dropkey import evaluation, records, tasks
 from dropkey.config.check import check
 from dropkey.config.compose import compose
 from dropkey.config.schema import EvalConfig, EvaluationConfig
@@ -63,7 +63,7 @@ CASES = {
     "another category": ([image(1, (3, *BOX))], found((1, 0.9, 4, *BOX)), (0, 0, 0)),
     "the mean over categories": ([image(1, (3, *BOX), (0, 50, 50, 9, 9))], found((1, 0.9, 3, *BOX)), (50, 50, 50)),
     "nothing found": ([image(1, (3, *BOX))], found(), (0, 0, 0)),
-    "nothing there": ([image(1), image(2)], found((1, 0.9, 3, *BOX)), (-1, -1, -1)),
+    "nothing there": ([image(1), image(2)], found((1, 0.9, 3, *BOX)), (None, None, None)),
 }
 
 
@@ -71,13 +71,13 @@ CASES = {
 def test_average_precision_of_cases_by_hand(case):
     records, detections, expected = CASES[case]
     result = average_precision(records, detections)
-    assert [result[key] for key in ("ap", "ap50", "ap75")] == pytest.approx(list(expected), abs=1e-6)
+    assert [result[key] for key in ("ap", "ap50", "ap75")] == [pytest.approx(one, abs=1e-6) for one in expected]
 
 
 def test_sizes_are_told_apart_by_the_area_of_the_annotation():
     records = [image(1, (3, *BOX), (3, 50, 20, 40, 40))]
     result = average_precision(records, found((1, 0.9, 3, *BOX), (1, 0.8, 3, 120, 20, 40, 40)))
-    assert [result[f"ap_{size}"] for size in ("small", "medium", "large")] == pytest.approx([100, 0, -1])
+    assert [result[f"ap_{size}"] for size in ("small", "medium", "large")] == [pytest.approx(100), 0, None]
 
 
 def test_what_lies_in_a_group_of_objects_is_not_false():
@@ -196,6 +196,12 @@ def test_a_run_says_what_it_found(finished):
     assert "dropkey (decreasing) at 4 attention layers" in log and "48 training, 13 validation, 13 test images" in log
     losses = [record["loss"] for record in finished.records("step")]
     assert losses[-1] < losses[0]
+
+
+def test_sizes_that_do_not_occur_are_null_and_not_shown(finished):
+    summary = finished.summary()
+    assert summary["ap_medium"] is None and "medium" not in records.headline(summary)
+    assert "AP small" in records.headline(summary)
 
 
 @pytest.mark.parametrize("step", [2, 3], ids=["mid-epoch", "epoch end"])

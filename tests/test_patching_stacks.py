@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import dropkey
-from dropkey.patching.patch import stacks_of
+from dropkey.patching.patch import blocks_of
 from tiny_models import vit, volo
 
 LAYERS = ("self", "class", "cross")
@@ -25,7 +25,7 @@ def test_each_stack_of_a_transformer_has_its_own_ramp():
         ("encoder.layers.0.self_attn", 0.4),
         ("encoder.layers.1.self_attn", 0.0),
         ("decoder.layers.0.self_attn", 0.4),
-        ("decoder.layers.0.multihead_attn", 0.0),
+        ("decoder.layers.0.multihead_attn", 0.4),  # of the same block
     ]
 
 
@@ -43,7 +43,7 @@ def test_set_ratio_keeps_the_stacks():
     dropkey.set_ratio(model, 0.2, "increasing", end=0.1)
     dropkey.apply(wanted, "dropkey", 0.2, "increasing", end=0.1, layers=LAYERS, scope="stack")
     assert dropkey.report(model) == dropkey.report(wanted)
-    assert [layer.ratio for layer in dropkey.report(model).layers] == [0.1, 0.2, 0.1, 0.2]
+    assert [layer.ratio for layer in dropkey.report(model).layers] == [0.1, 0.2, 0.2, 0.2]
 
 
 def test_the_report_names_the_scope():
@@ -81,8 +81,36 @@ def test_an_unknown_scope_is_refused():
     ],
 )
 def test_stacks_follow_from_names(names, stacks):
-    found = stacks_of(names, "stack")
+    found = [stack for stack, _ in blocks_of([(name, "self") for name in names], "stack")]
     assert [found.index(stack) for stack in found] == [stacks.index(stack) for stack in stacks]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "blocks"),
+    [
+        ("self self self", [0, 1, 2]),
+        ("self cross self cross", [0, 0, 1, 1]),
+        ("cross cross", [0, 1]),
+        ("self cross cross self", [0, 0, 1, 2]),
+    ],
+)
+def test_cross_attention_belongs_to_the_block_before_it(kinds, blocks):
+    layers = [(f"decoder.{number}", kind) for number, kind in enumerate(kinds.split())] + [("encoder.0", "self")]
+    assert blocks_of(layers, "stack") == [*(("decoder", block) for block in blocks), ("encoder", 0)]
+
+
+@pytest.mark.parametrize("part", ["encoder", "encoder.layers", "enc*", "encoder.layers.*.self_attn"])
+def test_parts_of_the_model_are_named_by_words_of_their_dotted_names(part):
+    report = dropkey.apply(encoder_decoder(), "dropkey", 0.4, layers=LAYERS, modules=[part])
+    assert [layer.name for layer in report.layers] == ["encoder.layers.0.self_attn", "encoder.layers.1.self_attn"]
+    assert [layer.ratio for layer in report.layers] == [0.4, 0.0]  # counted are the layers taken
+    reasons = {reason for name, reason in report.skipped if name.startswith("decoder")}
+    assert reasons == {f"it is not within modules=['{part}']"}
+
+
+def test_a_part_without_attention_is_refused_with_what_there_is():
+    with pytest.raises(ValueError, match=r"modules='coder' holds no attention of .*; there are: encoder\.layers\.0\."):
+        dropkey.apply(encoder_decoder(), modules=["encoder", "coder"])
 
 
 def t5():
@@ -97,13 +125,13 @@ def test_stacks_of_t5(drawn):
         ("encoder.block.0.layer.0.SelfAttention", 0.4),
         ("encoder.block.1.layer.0.SelfAttention", 0.0),
         ("decoder.block.0.layer.0.SelfAttention", 0.4),
-        ("decoder.block.0.layer.1.EncDecAttention", 0.267),
-        ("decoder.block.1.layer.0.SelfAttention", 0.133),
+        ("decoder.block.0.layer.1.EncDecAttention", 0.4),
+        ("decoder.block.1.layer.0.SelfAttention", 0.0),
         ("decoder.block.1.layer.1.EncDecAttention", 0.0),
     ]
     words = torch.randint(0, 20, (2, 7))
     model.train()(input_ids=words, decoder_input_ids=words[:, :5])
-    assert [tuple(mask.shape[-2:]) for mask in drawn.masks] == [(7, 7), (5, 5), (5, 7), (5, 5)]
+    assert [tuple(mask.shape[-2:]) for mask in drawn.masks] == [(7, 7), (5, 5), (5, 7)]
 
 
 def test_stacks_of_detr():

@@ -84,7 +84,7 @@ def result(trained: Trained, cfg: TrainConfig) -> list[tuple[str, str]]:
     """Label and value of each metric on the test split; of a run that is not finished, how far it is."""
     summary = trained.run.summary()
     if summary:
-        metrics = [Metric(**metric) for metric in summary["metrics"]]
+        metrics = [Metric(**metric) for metric in summary["metrics"] if summary[metric["key"]] is not None]
         return [(one.label, one.format(summary[one.key]).removeprefix(one.label).strip()) for one in metrics]
     state = trained.run.status().get("state", "not finished")
     return [(f"{state}: no result yet", f"epoch {trained.position['epoch']} of {cfg.trainer.epochs}")]

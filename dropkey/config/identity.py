@@ -27,7 +27,7 @@ NO_EFFECT = (
 NEUTRAL = {
     **{"schedule.over": "depth", "optim.layer_decay": None, "optim.cooldown_epochs": 0.0, "trainer.ema_warmup": True},
     **{"augment.border": "reflect", "augment.interpolation": "bicubic", "augment.erase_mixed": False},
-    **{"data.token_labels": None},
+    **{"data.token_labels": None, "regularizer.modules": [], "regularizer.scope": "model"},
 }
 
 
@@ -150,5 +150,5 @@ def run_directory(cfg: TrainConfig) -> Path:
 
 def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
     """'key: old -> new' for every key that changes the result and differs."""
-    a, b = canonical(old), canonical(new)
+    a, b = (NEUTRAL | canonical(cfg) for cfg in (old, new))
     return [f"{k}: {a.get(k)} -> {b.get(k)}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]

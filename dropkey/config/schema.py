@@ -14,6 +14,7 @@ REGULARIZER_NAMES = (
 SCHEDULES = ("constant", "decreasing", "increasing")
 OVER = ("depth", "training")
 LAYERS = ("self", "class", "cross", "outlook", "token", "layer")
+SCOPES = ("model", "stack")
 IMPLS = ("auto", "reference", "cpu", "triton", "sdpa")
 BY_ROOT = ("folder", "shards", "parquet")  # data sets that are whatever is under data.root
 OWN_VALIDATION = ("imagenet", *BY_ROOT)  # data sets that may bring a validation split
@@ -49,6 +50,8 @@ class RegularizerConfig:
     ratio: float = 0.1  # drop probability in [0, 1); the peak when a schedule varies it
     window: Optional[Union[int, float, str]] = None  # block, cross: odd cells or a share of the grid; cross: or full
     layers: List[str] = field(default_factory=lambda: ["self", "class"])  # attention layers it acts on, of LAYERS
+    modules: List[str] = field(default_factory=list)  # parts of the model it acts in, such as encoder; empty: all
+    scope: str = "model"  # what a schedule over depth runs over: model, or the blocks of each stack by itself
     impl: str = "auto"  # how regularized attention is computed, one of IMPLS
 
 
@@ -217,6 +220,7 @@ VALUES = (  # keys, and the range or the choices that their values must be in; n
     ("data.channels", (1, 3)),
     ("regularizer.name", REGULARIZER_NAMES),
     ("regularizer.layers", LAYERS),
+    ("regularizer.scope", SCOPES),
     ("regularizer.impl", IMPLS),
     ("schedule.name", SCHEDULES),
     ("schedule.over", OVER),

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from typing import Optional
 
 import numpy as np
 
@@ -10,8 +11,8 @@ from dropkey.errors import ConfigError
 FIGURES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")  # of COCOeval's twelve, the first six
 
 
-def average_precision(records: list[dict], detections: np.ndarray) -> dict[str, float]:
-    """Percent; -1 where there is nothing of that size.
+def average_precision(records: list[dict], detections: np.ndarray) -> dict[str, Optional[float]]:
+    """Percent; None where there is nothing of that size.
 
     Args:
         records: every image that was looked at, as COCO has them, each with its `annotations` besides.
@@ -42,4 +43,4 @@ def average_precision(records: list[dict], detections: np.ndarray) -> dict[str, 
         evaluation.accumulate()
         evaluation.summarize()
     values = evaluation.stats[: len(FIGURES)].tolist()
-    return {key: 100 * value if value >= 0 else -1.0 for key, value in zip(FIGURES, values, strict=True)}
+    return {key: 100 * value if value >= 0 else None for key, value in zip(FIGURES, values, strict=True)}

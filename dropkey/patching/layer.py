@@ -24,6 +24,7 @@ class Request:
     scope: str
     layers: tuple[str, ...]
     softmax: tuple[str, ...]
+    modules: tuple[str, ...]
 
 
 class AttentionRegularizer(nn.Module):
@@ -38,7 +39,7 @@ class AttentionRegularizer(nn.Module):
         self.grid_seen: Optional[Grid] = None  # on which the keys of the latest call lay, for `shown_window`
         self.always = False  # active in evaluation too, for Monte Carlo
         self.request: Optional[Request] = None  # of `apply`, with the two below, for `set_ratio` and `report`
-        self.mechanism, self.stack = "", ""
+        self.mechanism, self.block = "", ("", 0)
         self.replaced: tuple[nn.Module, ...] = ()  # the module's own dropout; in a tuple, so that it is no submodule
         # Tensors, because compiled code and CUDA graphs read new values from the same place; no buffers, because
         # `to_empty` would lose their values and the state_dict is to stay that of the unpatched model.

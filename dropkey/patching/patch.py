@@ -24,7 +24,7 @@ from dropkey import regularizers, schedules
 from dropkey.patching.find import KIND_OF_CLASS, AttentionModule, find_attention_modules, is_named, original_class
 from dropkey.patching.layer import AttentionRegularizer, Request
 from dropkey.patching.mechanisms import RegularizedAttention, regularized_class
-from dropkey.patching.reports import Report, impl_for, regularized_layers, report, shown, why_skipped
+from dropkey.patching.reports import Report, impl_for, is_within, regularized_layers, report, shown, why_skipped
 from dropkey.regularizers import Grid, Window
 from dropkey.seeds import derive_seed
 
@@ -58,6 +58,7 @@ def apply(
     end: float = 0.0,
     window: Window = None,
     layers: tuple[str, ...] = ("self", "class"),
+    modules: Sequence[str] = (),
     softmax: Sequence[str] = (),
     scope: str = "model",
     impl: str = "auto",
@@ -67,27 +68,26 @@ def apply(
     for another reason than `layers`.
 
     Args:
-        ratio: drop probability; the peak when the schedule varies it over depth.
-        schedule, end: see `dropkey.schedules.ratios`; counted are the layers taken, in forward order.
-        window: of dropkey_block, dropkey_cross and their `column` variants: an odd number of cells; or a float in
-            (0, 1), the share of the shorter side of each layer's grid, see `dropkey.regularizers.window_cells`; of a
-            cross also "full".
+        ratio, schedule, end: see `dropkey.schedules.ratios`; counted are the layers taken, in forward order.
+        window: of dropkey_block, dropkey_cross and their `column` variants: an odd number of cells; or a share of each
+            layer's grid, see `dropkey.regularizers.window_cells`; of a cross also "full".
         layers: attention layers to act on: self; class (a class token or another single query attends to the keys);
             cross (queries and keys of different sequences); outlook (VOLO); token (T2T's token transformers);
             layer (CeiT: the class token attends to those of all layers).
+        modules: parts of the model to act in, by their dotted names or some of the words in these ("encoder",
+            "decoder.layers.0"; * fits anything); none: everywhere.
         softmax: classes or dotted names of further attention modules ("Attention", "decoder.*.attn"; * fits anything).
             Every softmax over the last dimension in their forward is regularized, and a dropout of its result replaced.
             Modules like those of vit-pytorch (nn.Softmax, then dropout, between two matrix products) need no name.
-        scope: what the schedule runs over: "model", all layers in forward order; or "stack", each stack of layers by
-            itself, such as encoder and decoder. A stack is what comes before the first number in the names of its
-            layers, after the start that all names share: model.encoder.layers, model.decoder.layers.
+        scope: what the schedule runs over: "model", all attention layers in forward order; or "stack", the blocks of
+            each stack by itself (encoder, decoder), see `blocks_of`; self- and cross-attention of one share a ratio.
         impl: how fused layers compute attention, see `dropkey.attention`.
         grid: height and width of the patch grid, for models without an attribute that has it.
     Returns:
         The layers with their ratios, and what was skipped and why.
     Raises:
         ValueError: an unknown regularizer, schedule, layer, scope or impl; a window that Block or Cross cannot have; a
-            model without any such layer; a name in `softmax` that takes none.
+            model without any such layer; a name in `modules` or `softmax` that takes none.
     """
     regularizers.check_name(regularizer)
     if regularizer == "none":
@@ -95,16 +95,16 @@ def apply(
         return report(model)
     regularizers.check_window(regularizer, window)
     impl_for(model, impl, regularizer)  # refuses what cannot run
-    softmax = (softmax,) if isinstance(softmax, str) else tuple(softmax)
-    request = Request(schedule, end, scope, layers, softmax)
+    softmax, modules = ((each,) if isinstance(each, str) else tuple(each) for each in (softmax, modules))
+    request = Request(schedule, end, scope, layers, softmax, modules)
     taken, missed = select_layers(model, request)
-    stacks = stacks_of([found.name for found in taken], scope)
-    values = spread(stacks, schedule, ratio, end)
+    blocks = blocks_of([(found.name, found.kind) for found in taken], scope)
+    values = spread(blocks, schedule, ratio, end)
     undo(model)  # only now, so that an error leaves the model as it was
     own_grid, num_prefix = model_grid(model)
-    for found, stack, value in zip(taken, stacks, values, strict=True):
+    for found, block, value in zip(taken, blocks, values, strict=True):
         layer = AttentionRegularizer(regularizer, window, impl, found.kind, grid or own_grid, num_prefix)
-        layer.ratio, layer.request, layer.mechanism, layer.stack = value, request, found.mechanism, stack
+        layer.ratio, layer.request, layer.mechanism, layer.block = value, request, found.mechanism, block
         install(layer, found)
     if missed:
         warn_of(missed, len(taken) + len(missed))
@@ -132,40 +132,55 @@ def select_layers(model: nn.Module, request: Request) -> tuple[list[AttentionMod
     if not set(request.layers) <= known.keys():
         raise ValueError(f"layers={request.layers!r} is no tuple of {', '.join(known)}")
     found = find_attention_modules(model, request.softmax)
-    taken = [each for each in found if not why_skipped(each, request.layers)]
+    taken = [each for each in found if not why_skipped(each, request)]
     for pattern in request.softmax:
         named = [each for each in found if is_named(each.name, original_class(type(each.module)), (pattern,))]
         if not named:
             fits = f"neither the class nor the dotted name of a module of {type(model).__name__}"
             raise ValueError(f"softmax={pattern!r} is {fits}; print(model) shows both")
         if not any(each in taken for each in named):
-            raise ValueError(f"softmax={pattern!r}: {why_skipped(named[0], request.layers)}")
+            raise ValueError(f"softmax={pattern!r}: {why_skipped(named[0], request)}")
+    for part in request.modules:
+        if not any(is_within(each.name, part) for each in taken):
+            names = ", ".join(shown(each.name) for each in found if each.kind in request.layers)
+            raise ValueError(
+                f"modules={part!r} holds no attention of layers={list(request.layers)}; there are: {names}"
+            )
     skipped = sorted((each for each in found if each not in taken), key=lambda each: not each.missed)
     if not taken:
         first = NOT_FOUND
         if skipped:
-            first = f" (skipped: {shown(skipped[0].name)}, {why_skipped(skipped[0], request.layers)})"
+            first = f" (skipped: {shown(skipped[0].name)}, {why_skipped(skipped[0], request)})"
         raise ValueError(f"{type(model).__name__} has no attention layer of layers={list(request.layers)}{first}")
     return taken, [each for each in skipped if each.missed]
 
 
-def stacks_of(names: list[str], scope: str) -> list[str]:
-    """The stack of each layer: "" for scope="model"; else what comes before the first number in its name, once the
-    start that all names share is left out; before its last part, where there is no number."""
+def blocks_of(layers: list[tuple[str, str]], scope: str) -> list[tuple[str, int]]:
+    """The stack of each layer, of which name and kind are given, and the number of its block there. scope="model": one
+    stack, and each layer a block. Else the stack is what comes before the first number in the name, after the start
+    that all names share (model.encoder.layers, model.decoder.layers); before the last part, where there is no number.
+    Cross-attention belongs to the block before it, if that has none yet."""
     if scope not in SCOPES:
         raise ValueError(f"no scope {scope!r}; choose from {', '.join(SCOPES)}")
     if scope == "model":
-        return [""] * len(names)
-    paths = [name.split(".") for name in names]
+        return [("", number) for number in range(len(layers))]
+    paths = [name.split(".") for name, _ in layers]
     shared = len(list(takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))))
-    numbers = [[i for i, part in enumerate(path) if i >= shared and part.isdigit()] for path in paths]
-    return [".".join(path[: found[0] if found else -1]) for path, found in zip(paths, numbers, strict=True)]
+    found, last, latest = [], {}, {}  # the last block of each stack, and the kind of its latest layer
+    for path, (_, kind) in zip(paths, layers, strict=True):
+        stack = ".".join(path[: next((i for i in range(shared, len(path)) if path[i].isdigit()), -1)])
+        if kind != "cross" or latest.get(stack, "cross") == "cross":
+            last[stack] = last.get(stack, -1) + 1
+        latest[stack] = kind
+        found.append((stack, last[stack]))
+    return found
 
 
-def spread(stacks: list[str], schedule: str, ratio: float, end: float) -> list[float]:
-    """One ratio per layer, given the stack of each: the schedule runs once over each stack."""
-    ramps = {name: iter(schedules.ratios(schedule, ratio, end, stacks.count(name))) for name in stacks}
-    return [next(ramps[name]) for name in stacks]
+def spread(blocks: list[tuple[str, int]], schedule: str, ratio: float, end: float) -> list[float]:
+    """One ratio per layer, given the stack and block of each: the schedule runs once over the blocks of each stack."""
+    counts = {stack: 1 + max(block for other, block in blocks if other == stack) for stack, _ in blocks}
+    ramps = {stack: schedules.ratios(schedule, ratio, end, count) for stack, count in counts.items()}
+    return [ramps[stack][block] for stack, block in blocks]
 
 
 def undo(model: nn.Module) -> None:
@@ -191,7 +206,7 @@ def set_ratio(model: nn.Module, ratio: float, schedule: Optional[str] = None, en
         raise ValueError(f"{type(model).__name__} has no regularized layers; call dropkey.apply(model, ...) first")
     before = layers[0].request
     changes = {"schedule": schedule or before.schedule, "end": before.end if end is None else end}
-    values = spread([layer.stack for layer in layers], ratio=ratio, **changes)
+    values = spread([layer.block for layer in layers], ratio=ratio, **changes)
     for layer, value in zip(layers, values, strict=True):
         layer.ratio, layer.request = value, replace(layer.request, **changes)
 

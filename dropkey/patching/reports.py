@@ -1,6 +1,7 @@
 """Which attention layers of a model are regularized, how, and which are not."""
 
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Iterator, Optional
 
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 
 from dropkey.operator import select_impl
 from dropkey.patching.find import AttentionModule, find_attention_modules
-from dropkey.patching.layer import AttentionRegularizer
+from dropkey.patching.layer import AttentionRegularizer, Request
 
 
 @dataclass
@@ -64,7 +65,7 @@ def report(model: nn.Module) -> Report:
     regularized = {module for module, _ in layers}
     for found in find_attention_modules(model):
         if found.module not in regularized:
-            done.skipped.append((found.name, why_skipped(found, request.layers)))
+            done.skipped.append((found.name, why_skipped(found, request)))
     return done
 
 
@@ -72,11 +73,20 @@ def shown(name: str) -> str:
     return name or "(the model)"
 
 
-def why_skipped(found: AttentionModule, layers: tuple[str, ...]) -> Optional[str]:
+def why_skipped(found: AttentionModule, request: Request) -> Optional[str]:
     """None for a module that is to be regularized."""
-    if found.unsupported_reason or found.kind in layers:
+    if found.unsupported_reason:
         return found.unsupported_reason
-    return f"{found.kind} attention is not among layers={list(layers)}"
+    if found.kind not in request.layers:
+        return f"{found.kind} attention is not among layers={list(request.layers)}"
+    if request.modules and not any(is_within(found.name, part) for part in request.modules):
+        return f"it is not within modules={list(request.modules)}"
+    return None
+
+
+def is_within(name: str, part: str) -> bool:
+    """Whether the dotted name of a module holds that of a part, or some of the words in it, one after another."""
+    return fnmatchcase(f".{name}.", f"*.{part}.*")
 
 
 def impl_for(model: nn.Module, impl: str, regularizer: str) -> str:

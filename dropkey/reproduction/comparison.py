@@ -164,7 +164,10 @@ def row_values(comparison: Comparison, columns: Iterable[str], key: Optional[str
     one."""
     key, found = key or comparison.metric.key, {}
     for row in comparison.table.rows:
-        parts = [{entry["seed"]: entry[key] for entry in comparison.done_in(row, column)} for column in columns]
+        parts = [
+            {entry["seed"]: entry[key] for entry in comparison.done_in(row, column) if entry[key] is not None}
+            for column in columns
+        ]
         common = set.intersection(*(set(part) for part in parts))
         found[row] = {seed: sum(part[seed] for part in parts) / len(parts) for seed in sorted(common)}
     return found

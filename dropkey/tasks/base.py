@@ -36,8 +36,9 @@ class Scores(Protocol):
 
     def update(self, outputs: Any, batch: Batch) -> None: ...
 
-    def compute(self, dist) -> dict[str, float]:
-        """The figures over all processes, the same in each: a value per metric, and `samples`."""
+    def compute(self, dist) -> dict[str, Optional[float]]:
+        """The figures over all processes, the same in each: a value per metric (None, but for the first, where it has
+        no meaning for these samples), and `samples`."""
 
     def correct(self, dist) -> Optional[Tensor]:
         """Boolean (samples,) over all processes: which samples of the split are right; None if that has no meaning."""

@@ -237,6 +237,8 @@ class DetectionScores:
         if dist.is_main:
             records = [record for part in parts for record in part[0]]
             found = [rows for part in parts for rows in part[1]]
+            if not any(record["annotations"] for record in records):
+                raise DataError("no image of the evaluated split has a box")
             figures = average_precision(records, np.concatenate(found)) | {"samples": len(records)}
         return dist.broadcast(figures)
 
