@@ -51,7 +51,7 @@ def draw_marks(axis, marks: Sequence[Mark], size: tuple[int, int], scale: float 
     for mark in sorted(marks, key=lambda mark: -1 if mark.score is None else mark.score):
         true, color = mark.score is None, color_of(mark)
         boxes = (mark.boxes * torch.tensor([width, height] * 2)).tolist()
-        line = {"edgecolor": color, "linewidth": scale * (0.9 if true else 1.3), "fill": False}
+        line = {"edgecolor": color, "linewidth": scale * (0.9 if true else 1.15), "fill": False}
         shadow = [withStroke(linewidth=line["linewidth"] + 1.2 * scale, foreground="#000000aa")]
         for left, top, right, bottom in boxes:
             dashes = {"linestyle": (0, (4, 3))} if true else {}

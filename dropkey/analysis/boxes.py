@@ -11,7 +11,7 @@ from dropkey.analysis.capture import LayerAttention, attention_weights
 from dropkey.analysis.maps import AttentionMaps, select_heads
 from dropkey.analysis.trained import Trained
 from dropkey.errors import ConfigError
-from dropkey.patching.patch import stacks_of
+from dropkey.patching.patch import blocks_of
 from dropkey.tasks.marks import ENOUGH, Mark, overlap
 
 LEAST = 0.5  # score of a box that is drawn
@@ -160,7 +160,7 @@ def attention_of(trained: Trained, position: int) -> tuple[list[LayerAttention],
 
 def in_encoder(layers: list[LayerAttention]) -> list[bool]:
     """Self-attention in another stack than cross-attention."""
-    stacks = stacks_of([layer.name for layer in layers], "stack")
+    stacks = [stack for stack, _ in blocks_of([(layer.name, layer.kind) for layer in layers], "stack")]
     decoder = {stack for stack, layer in zip(stacks, layers, strict=True) if layer.kind == "cross"}
     return [layer.kind == "self" and stack not in decoder for stack, layer in zip(stacks, layers, strict=True)]
 

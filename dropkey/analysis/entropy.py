@@ -16,7 +16,7 @@ from dropkey.analysis import capture
 from dropkey.analysis.trained import config_of, open_run
 from dropkey.code_version import code_of
 from dropkey.errors import Diverged, StorageError, say
-from dropkey.patching.patch import stacks_of
+from dropkey.patching.patch import blocks_of
 from dropkey.provenance import device_name, versions
 from dropkey.records import RunDirectory, write_json
 
@@ -68,7 +68,7 @@ def stacks(kinds: dict[str, str]) -> list[str]:
     """Of each layer, such as encoder or decoder; "" where there is no cross-attention, by name of the layer."""
     if "cross" not in kinds.values():
         return [""] * len(kinds)
-    paths = [stack.split(".") for stack in stacks_of(list(kinds), "stack")]
+    paths = [stack.split(".") for stack, _ in blocks_of(list(kinds.items()), "stack")]
     shared = next((i for i, parts in enumerate(zip(*paths, strict=False)) if len(set(parts)) > 1), 0)
     return [path[shared] for path in paths]
 

@@ -89,8 +89,7 @@ def boxes(args: Args) -> Path:
     require(0 <= args.threshold <= 1, f"threshold={args.threshold} must be in [0, 1]")
     first = [runs[0] for runs in groups]
     opened, ids = open_all(args, first, 5)
-    for run, one in zip(first, opened, strict=True):
-        require(bool(one.task.boxes_per_answer), f"run={run} finds no boxes; choose maps or compare")
+    require(bool(opened[0].task.boxes_per_answer), f"run={first[0]} finds no boxes; choose maps or compare")
     found = [finding.found(one, ids, args.threshold) for one in opened]
     names = [
         f"{name}\n{result_of(runs)}".strip()
@@ -123,6 +122,10 @@ def open_all(args: Args, runs: list[str], count: int) -> tuple:
 
     from dropkey.analysis import trained
 
+    tasks = dict.fromkeys(cfg.task.name for cfg in configs_of(runs))
+    require(
+        len(tasks) == 1, f"these runs have different tasks ({', '.join(tasks)}): draw them in pictures of their own"
+    )
     opened = [trained.open_run(run, args.root) for run in runs]
     ids = opened[0].positions(tuple(args.images)) if args.images else opened[0].spread(count)
     shown = [one.pictures(ids) for one in opened]
@@ -141,9 +144,7 @@ def look(args: Args, runs: list[str], names: list[str], count: int) -> tuple:
     known = not args.head or args.head in HEADS or args.head.isdigit()
     require(known, f"head={args.head}: choose {', '.join(HEADS)} or a number")
     opened, ids = open_all(args, runs, count)
-    kinds = {bool(one.task.boxes_per_answer) for one in opened}
-    require(len(kinds) == 1, "some of these runs find boxes and some do not: draw them in two pictures")
-    if kinds.pop():
+    if opened[0].task.boxes_per_answer:
         return look_of_queries(args, opened, ids, names)
     require(not args.point, "point= is for runs that find boxes")
     args.head, layer = args.head or HEADS[0], -1 if args.layer is None else args.layer
