@@ -1,6 +1,6 @@
 """What a trained run with queries finds in test images, and where its queries look (paper, figure 13)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Optional
 
 import torch
@@ -101,6 +101,20 @@ def answer_to(one: Found, mark: Mark, true: Mark) -> Answer:
 
 
 # ------------------------------------------------------------------------------------------------------------- maps
+
+
+def look_at(
+    trained: Trained, ids: Tensor, chosen: list[tuple[Found, Mark]], head: str, layer: Optional[int]
+) -> tuple[AttentionMaps, list[Answer], list[list[Mark]]]:
+    """For each of those `objects` of the images at `ids`: the map of the query that is surest of it, what this query
+    says, and its box before the true one."""
+    looked = {one.position: one for one in found(trained, ids, 0.0)}
+    rows = [(looked[one.position], true) for one, true in chosen]
+    marks = [asked(one.answers, true) for one, true in rows]
+    said = [answer_to(one, mark, true) for (one, true), mark in zip(rows, marks, strict=True)]
+    queries = [(one.position, mark.query) for (one, _), mark in zip(rows, marks, strict=True)]
+    drawn = [[replace(mark, right=s.right), true] for mark, s, (_, true) in zip(marks, said, rows, strict=True)]
+    return query_maps(trained, queries, head, layer), said, drawn
 
 
 def query_maps(

@@ -170,22 +170,14 @@ def look_of_queries(args: Args, opened: list, ids, names: list[str]) -> tuple:
             maps, points = finding.point_maps(one, ids.tolist(), tuple(args.point), args.head, args.layer)
             found.append(Seen(name, maps, [], points=points))
         return pictures, titles, found
-    places = {position: place for place, position in enumerate(ids.tolist())}
-    found, chosen = [], finding.objects(finding.found(opened[0], ids, 1.0))
+    chosen = finding.objects(finding.found(opened[0], ids, 1.0))
+    found = []
     for name, one in zip(names, opened, strict=True):
-        looked = {each.position: each for each in finding.found(one, ids, 0.0)}
-        rows = [(looked[seen.position], true) for seen, true in chosen]
-        marks = [finding.asked(each.answers, true) for each, true in rows]
-        asked = [(each.position, mark.query) for (each, _), mark in zip(rows, marks, strict=True)]
-        said = [finding.answer_to(each, mark, true) for (each, true), mark in zip(rows, marks, strict=True)]
-        drawn = [[mark, true] for (_, true), mark in zip(rows, marks, strict=True)]
-        found.append(Seen(name, finding.query_maps(one, asked, args.head, args.layer), said, marks=drawn))
-    shown = [places[seen.position] for seen, _ in chosen]
-    return (
-        [pictures[i] for i in shown],
-        [f"{titles[i]}: {true.label}" for i, (_, true) in zip(shown, chosen, strict=True)],
-        found,
-    )
+        maps, said, marks = finding.look_at(one, ids, chosen, args.head, args.layer)
+        found.append(Seen(name, maps, said, marks=marks))
+    places = [ids.tolist().index(seen.position) for seen, _ in chosen]
+    titles = [f"{titles[place]}: {true.label}" for place, (_, true) in zip(places, chosen, strict=True)]
+    return [pictures[place] for place in places], titles, found
 
 
 def kind_of(args: Args, maps) -> str:
