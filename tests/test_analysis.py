@@ -468,8 +468,8 @@ def test_pictures_without_runs(capsys, tmp_path, words):
 @pytest.mark.parametrize(
     "words, message",
     [
-        ([], "an action is missing; choices: compare, maps, entropy"),
-        (["entrpy"], "choices: compare, maps, entropy"),
+        ([], "an action is missing; choices: compare, maps, boxes"),
+        (["entrpy"], "choices: compare, maps, boxes"),
         (["maps"], "maps takes run="),
         (["gallery"], "gallery takes run="),
         (["gallery", "run=RUN", "output=page.png"], "the name of a page ends in .html"),
