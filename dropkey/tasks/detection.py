@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dropkey import data as loaders
 from dropkey import datasets
-from dropkey.config.schema import AugmentConfig, TrainConfig
+from dropkey.config.schema import AugmentConfig, ModelConfig, TrainConfig
 from dropkey.data.augment import Normalize, denormalized, per_channel
 from dropkey.detection.average_precision import FIGURES, average_precision
 from dropkey.detection.boxes import Augment, Sample, fitted
@@ -33,13 +33,14 @@ LABELS = dict(zip(FIGURES, ("AP", "AP50", "AP75", "AP small", "AP medium", "AP l
 class Detection(Task):
     """
     Args:
-        scales, max_size, crop_scales, crop_sides: augmentation, see `dropkey.detection.boxes.Augment`.
+        scales, max_size, crop_scales, crop_sides, color_jitter: augmentation, see `dropkey.detection.boxes.Augment`.
         eval_scale: pixels of the shorter side in evaluation (the longer: max_size); None: images keep their size.
         warm_up_steps: with `model.pretrained`, how long the small backbone learns to tell what each cell of the
             training images shows, before anything else is trained; a ResNet has its ImageNet weights instead.
     """
 
     metrics = tuple(Metric(key, label, "%") for key, label in LABELS.items())
+    network = DETR
 
     def __init__(
         self,
@@ -50,16 +51,17 @@ class Detection(Task):
         crop_sides: Sequence[int] = (),
         eval_scale: Optional[int] = None,
         warm_up_steps: int = 800,
+        color_jitter: float = 0.0,
     ):
         super().__init__(cfg)
         unused = {**asdict(cfg.augment), "hflip": 0.0}
         for key, value in asdict(AugmentConfig()).items():
             if unused[key] != value:
                 raise ConfigError(
-                    f"augment.{key}={unused[key]} is for classification; task=detection has augment.hflip and "
-                    "task.args: scales, max_size, crop_scales, crop_sides"
+                    f"augment.{key}={unused[key]} is for classification; task={cfg.task.name} has augment.hflip and "
+                    "task.args: scales, max_size, crop_scales, crop_sides, color_jitter"
                 )
-        self.augment = Augment(cfg.augment.hflip, scales, max_size, crop_scales, crop_sides)
+        self.augment = Augment(cfg.augment.hflip, scales, max_size, crop_scales, crop_sides, color_jitter)
         self.eval_scale, self.warm_up_steps = eval_scale, warm_up_steps
         self.queries = 0  # of the model, once it is built
 
@@ -76,15 +78,20 @@ class Detection(Task):
     def build_model(self, data: Scenes, *, pretrained: bool, fused: bool) -> nn.Module:
         cfg = self.cfg
         sizes = {"image_size": cfg.data.image_size, "channels": cfg.data.channels, "num_classes": data.labels}
-        model = create_model(cfg.model, **sizes, pretrained=pretrained, fused=fused)
-        if not isinstance(model, DETR):
+        model = create_model(self.architecture(data), **sizes, pretrained=pretrained, fused=fused)
+        if not isinstance(model, self.network):
+            names = self.network.__name__.lower()
             raise ConfigError(
-                f"model.name={cfg.model.name} finds no boxes; task=detection takes detr_r50, detr_small ..."
+                f"model.name={cfg.model.name} finds no boxes for task={cfg.task.name}, which takes {names}_r50, "
+                f"{names}_small ..."
             )
         self.queries = model.query_embed.num_embeddings
         if pretrained and isinstance(model.backbone[0], SmallBackbone):
             warm_up(model.backbone[0], data.train, self.normalize("cpu"), data.labels, self.warm_up_steps, cfg.seed)
         return model
+
+    def architecture(self, data: Scenes) -> ModelConfig:
+        return self.cfg.model
 
     def normalize(self, device) -> Normalize:
         return Normalize(self.cfg.data, torch.device(device))
