@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "code_version": {"config"},
     "cli": {"config", "errors"},
     "data": {"config", "errors", "seeds"},
-    "detection": {"data", "errors", "seeds"},
+    "detection": {"config", "data", "errors", "seeds"},
     "datasets": {"config", "data", "detection", "errors", "seeds"},
     "models": {"config", "errors"},
     "operator": {"bernoulli", "regularizers"},

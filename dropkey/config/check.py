@@ -219,6 +219,21 @@ def check_warmup(optim: schema.OptimConfig, trainer: schema.TrainerConfig) -> No
     )
 
 
+def check_sched(optim: schema.OptimConfig, trainer: schema.TrainerConfig) -> None:
+    if optim.sched == "cosine":
+        return
+    require(optim.decay_epochs is not None, "optim.sched=step: after how many epochs? optim.decay_epochs=200")
+    require(
+        optim.warmup_epochs < optim.decay_epochs < trainer.epochs,
+        f"optim.decay_epochs={optim.decay_epochs:g} must be above optim.warmup_epochs={optim.warmup_epochs:g} and "
+        f"below trainer.epochs={trainer.epochs}, or the learning rate never falls; take {2 * trainer.epochs / 3:g}",
+    )
+    require(
+        optim.cooldown_epochs == 0,
+        f"optim.cooldown_epochs={optim.cooldown_epochs:g} is of the cosine; set it to 0 with optim.sched=step",
+    )
+
+
 def check_lr_scale(scales: dict) -> None:
     for key, value in flatten(scales).items():
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -262,6 +277,7 @@ def check(cfg: TrainConfig) -> TrainConfig:
         augment.crop_padding < size, f"augment.crop_padding={augment.crop_padding} must be below data.image_size={size}"
     )
     check_warmup(cfg.optim, trainer)
+    check_sched(cfg.optim, trainer)
     check_lr_scale(cfg.optim.lr_scale)
     parts = trainer.grad_accum_steps * int(os.environ.get("WORLD_SIZE", 1))
     require(

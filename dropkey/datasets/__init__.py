@@ -17,7 +17,7 @@ DATASETS, SCENES = (
     {name: f"dropkey.datasets.{name}:read" for name in names} for names in (schema.DATASETS, schema.SCENES)
 )
 
-TRAIN_SAMPLES = {"digits": 1_438, "cifar10": 50_000, "cifar100": 50_000, "imagenet": 1_281_167}
+TRAIN_SAMPLES = {"digits": 1_438, "cifar10": 50_000, "cifar100": 50_000, "imagenet": 1_281_167, "coco": 118_287}
 
 
 def load(data: DataConfig, seed: int = 0) -> Dataset:
