@@ -13,17 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torchvision.models import get_weight
 
 from dropkey.config.schema import DataConfig
 from dropkey.data.folders import existing_root
 from dropkey.data.images import Files
+from dropkey.detection.coco import hold_out, limit
 from dropkey.detection.interactions import Interactions, counted
 from dropkey.detection.scenes import Split
 from dropkey.errors import DataError, explained
-from dropkey.seeds import derive_seed
 
 LAYOUT = "annotations/{trainval_hico.json,test_hico.json,corre_hico.npy} and images/{train2015,test2015}/"
 MOST_BOXES = 100  # of a training image
@@ -52,7 +51,9 @@ def read(data: DataConfig, seed: int) -> Interactions:
     for record in whole.records:
         record["annotations"] = record["annotations"][:MOST_BOXES]
         record["pairs"] = [pair for pair in record["pairs"] if max(pair[:2]) < MOST_BOXES]
-    train, val = hold_out(whole, data, seed)
+    train, val = hold_out(whole, data.val_fraction, seed) if data.val_fraction else (whole, None)
+    if data.max_train_samples is not None:
+        train = limit(train, data.max_train_samples, seed)
     named = [{"id": place, "name": names[number]} for place, number in enumerate(categories)]
     return Interactions(train, val, test, named, possible, instances, notes=notes)
 
@@ -149,14 +150,3 @@ def empty(box: list[float], record: dict) -> bool:
     left, top, width, height = box
     across, down = min(left + width, record["width"]) - max(left, 0), min(top + height, record["height"]) - max(top, 0)
     return min(width, height, across, down) <= 0
-
-
-def hold_out(whole: Split, data: DataConfig, seed: int) -> tuple[Split, Split | None]:
-    """Training and validation."""
-    generator = torch.Generator().manual_seed(derive_seed(seed, "hold out val"))
-    order = torch.randperm(len(whole), generator=generator).tolist()
-    held = round(data.val_fraction * len(whole))
-    left, count = len(whole) - held, data.max_train_samples
-    if count is not None and count > left:
-        raise DataError(f"data.max_train_samples={count} but the train split has {left} images; lower or drop it")
-    return whole.subset(sorted(order[held:][:count])), whole.subset(sorted(order[:held])) if held else None

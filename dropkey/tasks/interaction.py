@@ -70,6 +70,11 @@ class Interaction(Detection):
         objects, verbs, *boxes = (each[-1].float() for each in model(batch.images, batch.padding))
         return objects.softmax(-1), verbs.sigmoid(), *boxes
 
+    boxes_per_answer = 0  # nothing draws pairs yet
+
+    def model_info(self, data: Interactions, model: nn.Module) -> dict:
+        return {}
+
     def scores(self) -> "InteractionScores":
         return InteractionScores(self.possible, self.instances)
 
