@@ -82,8 +82,9 @@ def check_model(model: ModelConfig, image_size: int) -> None:
         raise ConfigError(f"model.name={model.name} is not in timm or dropkey.models{nearest(base, names)}")
     for name in OWN_ARGUMENTS.keys() & model.args.keys():
         raise ConfigError(f"model.args.{name}: take {OWN_ARGUMENTS[name]}, which sets it")
+    sized = base == RESIZED or base.startswith(("t2t", "ceit", "detr", "qpic"))
     require(
-        model.depth is None or model.embed_dim is None or base == RESIZED or base.startswith(("t2t", "ceit", "detr")),
+        model.depth is None or model.embed_dim is None or sized,
         f"model.name={model.name} with the depth and width of another model; take model=timm model.name={model.name}",
     )
     require(
@@ -252,11 +253,12 @@ def check(cfg: TrainConfig) -> TrainConfig:
     check_regularizer(cfg.regularizer, cfg.schedule)
     check_data(cfg.data)
     check_model(cfg.model, cfg.data.image_size)
-    require(
-        cfg.task.name != "classification" or not cfg.model.name.startswith("detr"),
-        f"model.name={cfg.model.name} finds boxes; add task=detection and its data, such as data=digit_scenes",
-    )
-    frozen = cfg.model.name.startswith("detr_r") and not cfg.model.pretrained and cfg.init_from is None
+    for kind, task, data in (("detr", "detection", "digit_scenes"), ("qpic", "interaction", "digit_pairs")):
+        require(
+            cfg.task.name != "classification" or not cfg.model.name.startswith(kind),
+            f"model.name={cfg.model.name} finds boxes; add task={task} and its data, such as data={data}",
+        )
+    frozen = cfg.model.name.startswith(("detr_r", "qpic_r")) and not cfg.model.pretrained and cfg.init_from is None
     require(
         not frozen,
         f"model.name={cfg.model.name} has frozen BatchNorms, which need trained weights: model.pretrained=true "

@@ -20,7 +20,8 @@ FOLDERS = ("folder", "shards", "parquet")
 BY_ROOT = (*FOLDERS, "coco_format")  # data sets that are whatever is under data.root
 OWN_VALIDATION = ("imagenet", *BY_ROOT)  # data sets that may bring a validation split
 DATASETS = ("digits", "cifar10", "cifar100", "imagenet", *FOLDERS)
-SCENES = ("digit_scenes", "coco", "coco_format")  # data sets of images with boxes, for task=detection
+PAIRS = ("digit_pairs", "hico_det")  # data sets of images with boxes and interactions, for task=interaction
+SCENES = ("digit_scenes", "coco", "coco_format", *PAIRS)  # data sets of images with boxes, for task=detection
 AMP = ("none", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 SPLITS = ("test", "val", "train")
