@@ -62,7 +62,7 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_all_before_the_update(tm
 @pytest.mark.fault(18)
 def test_two_processes_find_the_average_precision_of_one_at_any_batch_size(tmp_path, monkeypatch):
     monkeypatch.setattr(detection_run.digit_scenes, "HELD_OUT", detection_run.HELD_OUT)
-    run = runs.train(tmp_path / "run", *detection_run.WORDS, "trainer.max_steps=4")
+    run = runs.train(tmp_path / "run", *detection_run.WORDS)
     sizes, results = (1, 4, 5, 13), []
     for number in (1, 2):
         file = tmp_path / f"{number}.json"
