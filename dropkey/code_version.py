@@ -30,6 +30,7 @@ FILES = {
     "engine": ENGINE,
     "data": ("data/*.py",),
     "detection": ("detection/*.py",),
+    "mesh": ("mesh/*.py",),
     "patching": ("patching/*.py", "schedules.py"),
     "operator": tuple(f"operator/{name}.py" for name in ("api", "cpu", "reference", "sdpa")),
     "operator/triton": TRITON,
@@ -42,6 +43,7 @@ def code_of(cfg: TrainConfig, cuda: bool = False) -> dict[str, str]:
     parts = ["engine", "data", f"dataset/{cfg.data.name}", f"task/{cfg.task.name}"]
     parts += [f"model/{own_model}" if own_model else "timm"]
     parts += ["detection"] if cfg.task.name == "detection" else []
+    parts += ["mesh"] if cfg.task.name == "mesh" else []
     if cfg.regularizer.name != "none":
         parts += ["patching", "operator", *(["operator/triton"] if cuda else []), f"regularizer/{cfg.regularizer.name}"]
     return {part: part_digest(part) for part in parts}

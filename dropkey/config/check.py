@@ -171,7 +171,7 @@ def check_window(cfg: TrainConfig) -> None:
 
 def check_data(data: schema.DataConfig) -> None:
     if ":" not in data.name:  # module:function is the user's own
-        one_of("data.name", data.name, schema.DATASETS + schema.SCENES)
+        one_of("data.name", data.name, schema.DATASETS + schema.SCENES + schema.MESHES)
     seed = data.split_seed
     require(
         seed == "run" or (type(seed) is int and 0 <= seed < 2**63),
@@ -240,6 +240,10 @@ def check(cfg: TrainConfig) -> TrainConfig:
     require(
         cfg.task.name != "classification" or not cfg.model.name.startswith("detr"),
         f"model.name={cfg.model.name} finds boxes; add task=detection and its data, such as data=digit_scenes",
+    )
+    require(
+        cfg.task.name != "classification" or not cfg.model.name.startswith("metro"),
+        f"model.name={cfg.model.name} finds meshes; add task=mesh and its data, such as data=stick_figures",
     )
     frozen = cfg.model.name.startswith("detr_r") and not cfg.model.pretrained and cfg.init_from is None
     require(

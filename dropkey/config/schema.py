@@ -16,10 +16,12 @@ OVER = ("depth", "training")
 LAYERS = ("self", "class", "cross", "outlook", "token", "layer")
 SCOPES = ("model", "stack")
 IMPLS = ("auto", "reference", "cpu", "triton", "sdpa")
-BY_ROOT = ("folder", "shards", "parquet")  # data sets that are whatever is under data.root
+FOLDERS = ("folder", "shards", "parquet")
+BY_ROOT = (*FOLDERS, "mesh_folder")  # data sets that are whatever is under data.root
 OWN_VALIDATION = ("imagenet", *BY_ROOT)  # data sets that may bring a validation split
-DATASETS = ("digits", "cifar10", "cifar100", *OWN_VALIDATION)
+DATASETS = ("digits", "cifar10", "cifar100", "imagenet", *FOLDERS)
 SCENES = ("digit_scenes",)  # data sets of images with boxes, for task=detection
+MESHES = ("stick_figures", "mesh_folder")  # data sets of images with meshes, for task=mesh
 AMP = ("none", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 SPLITS = ("test", "val", "train")
