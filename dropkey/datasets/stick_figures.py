@@ -65,7 +65,7 @@ def body() -> Body:
     vertices = torch.cat([part for part, _ in parts])
     faces = torch.cat([corners + number * len(part) for number, (part, corners) in enumerate(parts)])
     near = torch.cdist(points, vertices).div(0.05).square().neg().softmax(-1)  # point 0 is the root
-    middle, coarse = (torch.arange(0, len(vertices), step) for step in (2, 4))
+    middle, coarse = (torch.arange(0, len(vertices), step) for step in (3, 8))
     return Body(vertices, near, torch.tensor(HIPS) - 1, middle, coarse, faces)
 
 

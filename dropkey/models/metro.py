@@ -169,4 +169,4 @@ def _register(name: str, **architecture) -> Callable[..., METRO]:
 metro_r50 = _register("metro_r50")
 metro_hrnet_w64 = _register("metro_hrnet_w64", backbone="hrnet_w64")
 # For small figures of few vertices, from random weights.
-metro_small = _register("metro_small", backbone="small", widths=(64, 48, 32), hidden=128, dropout=0.0)
+metro_small = _register("metro_small", backbone="small", widths=(64, 48, 32), num_heads=2, hidden=128, dropout=0.0)
