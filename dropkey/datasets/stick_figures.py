@@ -25,7 +25,14 @@ CHUNK = 25  # figures that are rendered at once: what fits a processor's cache
 
 # The points of the skeleton at rest. Bones: where one begins (it turns about that point), where it ends, which bone
 # carries it, half its width and depth, and its brightness.
-SIDE = [(0.07, 0.02, 0.0), (0.08, 0.24, 0.0), (0.09, 0.47, 0.0), (0.12, -0.27, 0.0), (0.26, -0.27, 0.0), (0.4, -0.27, 0.0)]
+SIDE = [
+    (0.07, 0.02, 0.0),
+    (0.08, 0.24, 0.0),
+    (0.09, 0.47, 0.0),
+    (0.12, -0.27, 0.0),
+    (0.26, -0.27, 0.0),
+    (0.4, -0.27, 0.0),
+]
 POINTS = [(0.0, 0.0, 0.0), (0.0, -0.31, 0.0), (0.0, -0.47, 0.0), *SIDE, *((-x, y, z) for x, y, z in SIDE)]
 BONES = [(0, 1, -1, 0.1, 0.06, 0.85), (1, 2, 0, 0.06, 0.06, 1.0)]
 for first, light in ((3, 1.0), (9, 0.6)):

@@ -25,8 +25,7 @@ def mesh_losses(joints: Tensor, levels: list[Tensor], camera: Tensor, batch: Mes
     return {
         "joints": JOINTS * sum(per_sample((body.between_hips(one) - centred).square()) for one in both),
         "vertices": VERTICES * LEVELS * sum(per_sample((a - b).abs()) for a, b in zip(levels, meshes, strict=True)),
-        "projection": PROJECTION
-        * sum(per_sample(confidence * (project(one, camera) - flat).square()) for one in both),
+        "projection": PROJECTION * sum(per_sample(confidence * (project(one, camera) - flat).square()) for one in both),
     }
 
 

@@ -5,6 +5,7 @@ its place in a template. Attention weights have no dropout here: that is the reg
 images, H and W pixels, N tokens, J joints, D width.
 """
 
+from itertools import pairwise
 from typing import Callable, Optional, Sequence
 
 import timm
@@ -104,7 +105,7 @@ class METRO(nn.Module):
             Block(tokens, before, width, after, *sizes, dropout=dropout)
             for before, width, after in zip(begins, widths, ends, strict=True)
         )
-        self.up = nn.ModuleList(nn.Linear(few, many) for few, many in zip(levels, levels[1:], strict=False))
+        self.up = nn.ModuleList(nn.Linear(few, many) for few, many in pairwise(levels))
         # from the coarse vertices: each to a number, then 250 of these, then scale and shift
         self.camera = nn.ModuleList([nn.Linear(3, 1), nn.Linear(levels[0], 250), nn.Linear(250, 3)])
         self.blocks.apply(initialise)

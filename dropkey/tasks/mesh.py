@@ -63,7 +63,9 @@ class MeshRecovery(Task):
         model = replace(cfg.model, args={**cfg.model.args, **shape, "img_size": cfg.data.image_size})
         sizes = {"image_size": cfg.data.image_size, "channels": cfg.data.channels, "num_classes": 0}
         if not cfg.model.name.startswith("metro"):
-            raise ConfigError(f"model.name={cfg.model.name} finds no meshes; task=mesh takes metro_r50, metro_small ...")
+            raise ConfigError(
+                f"model.name={cfg.model.name} finds no meshes; task=mesh takes metro_r50, metro_small ..."
+            )
         return create_model(model, **sizes, pretrained=pretrained, fused=fused)
 
     def train_loader(self, data: Meshes, dist) -> TrainLoader | loaders.FirstBatch:
