@@ -1,4 +1,4 @@
-"""Images with meshes of one's own: square crops, and a file meshes.npz with the body and a mesh for each (docs/mesh.md).
+"""Images with meshes of one's own: square crops, and a file meshes.npz with the body and all meshes (docs/mesh.md).
 
 Bodies such as SMPL, and what is derived from them, have licences of their own and come from the user.
 """
@@ -20,7 +20,6 @@ from dropkey.seeds import derive_seed
 
 FILE = "meshes.npz"
 BODY = ("template", "regressor", "hips", "middle", "coarse", "faces")
-OPTIONAL = ("faces", "points")
 KINDS = {"files": np.str_, "split": np.str_, **dict.fromkeys(("hips", "middle", "coarse", "faces"), np.integer)}
 NAMES = {np.str_: "text", np.integer: "integers", np.floating: "floating-point numbers"}
 ANY = "any"  # size
@@ -72,25 +71,15 @@ def read_arrays(file: Path) -> dict[str, np.ndarray]:
     except (ValueError, OSError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise DataError(f"{file} is no .npz file of plain arrays, or damaged: {error}. Restore it") from None
     vertices, points, samples = (len(np.atleast_1d(found.get(key, 0))) for key in ("template", "regressor", "files"))
-    shapes = {
-        **{
-            "template": (vertices, 3),
-            "regressor": (points, vertices),
-            "hips": (2,),
-            "middle": (ANY,),
-            "coarse": (ANY,),
-        },
-        **{"faces": (ANY, 3), "files": (samples,), "split": (samples,), "vertices": (samples, vertices, 3)},
-        "points": (samples, points - 1, 3),
-    }
+    shapes = {"template": (vertices, 3), "regressor": (points, vertices), "hips": (2,), "middle": (ANY,)}
+    shapes |= {"coarse": (ANY,), "files": (samples,), "split": (samples,), "vertices": (samples, vertices, 3)}
+    shapes |= {"faces": (ANY, 3), "points": (samples, points - 1, 3)}
+    found.setdefault("faces", np.zeros((0, 3), dtype=np.int64))
+    found.setdefault("points", np.zeros(shapes["points"], dtype=np.float32))
     for key, shape in shapes.items():
-        if key not in found and key not in OPTIONAL:
-            raise DataError(f"{file} lacks the array {key}; it holds {', '.join(found)}")
-        kind = KINDS.get(key, np.floating)
-        array = found.setdefault(key, np.zeros(shape if ANY not in shape else (0, 3), KINDS.get(key, np.float32)))
-        fault = fault_of(array, kind, shape, points - 1 if key == "hips" else vertices)
-        fault = fault or ("" if array.size or key in OPTIONAL else "is empty")
-        if fault:
+        if key not in found:
+            raise DataError(f"{file} lacks the array {key}; docs/mesh.md says what it holds")
+        if fault := fault_of(found[key], KINDS.get(key, np.floating), shape, points - 1 if key == "hips" else vertices):
             raise DataError(f"{file}: {key} {fault}")
     if unknown := set(found["split"].tolist()) - set(SPLITS):
         raise DataError(f"{file}: split has {min(unknown)!r}; it must be {', '.join(SPLITS)}")
@@ -103,11 +92,13 @@ def read_arrays(file: Path) -> dict[str, np.ndarray]:
 def fault_of(array: np.ndarray, kind: type, shape: tuple, count: int) -> str:
     """What is wrong with an array; integers are indices into so many. Empty if nothing is."""
     fits = array.ndim == len(shape) and all(want in (ANY, has) for want, has in zip(shape, array.shape, strict=True))
-    if not fits or not np.issubdtype(array.dtype, kind) or 0 in array.shape[1:]:
+    if not fits or not np.issubdtype(array.dtype, kind):
         wanted = " x ".join(map(str, shape))
         return f"is {array.dtype.name} of shape {array.shape}; it must be {NAMES[kind]}, {wanted}"
     if kind is np.floating and not np.isfinite(array).all():
         return "has a value that is no finite number"
+    if not array.size and shape != (ANY, 3):  # there may be no faces
+        return "is empty"
     if kind is np.integer and array.size and not 0 <= array.min() <= array.max() < count:
         return f"has indices from {array.min()} to {array.max()}; there are {count}, counted from 0"
     return ""

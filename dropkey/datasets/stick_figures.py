@@ -1,6 +1,6 @@
 """A procedural stick figure of capsules in random poses, rendered small and grey, with its mesh.
 
-It is one metre tall by definition, so that its errors read as millimetres, and stands for no living body. Ten bones
+It is about a metre tall by definition, so that its errors read as millimetres, and stands for no living body. Ten bones
 have capsules of 22 vertices each; linear blend skinning moves them with weights that fall with the distance to a bone.
 Joints are fixed averages of vertices. The right limbs are darker than the left, what is further away is darker.
 

@@ -16,7 +16,6 @@ from dropkey.mesh.measures import errors, mesh_losses
 from dropkey.mesh.samples import Augment, Body, EvalLoader, MeshBatch, Meshes, TrainLoader
 from dropkey.metrics import Metric
 from dropkey.models import create_model
-from dropkey.models.metro import METRO
 from dropkey.tasks.base import Task
 
 SHOWN = 16  # images at a time
