@@ -170,7 +170,7 @@ def scored(task, data, world_size: int, batch_size: int) -> dict:
         for batch in task.eval_loader(data, "test", DistContext(rank, world_size, torch.device("cpu")), batch_size):
             if len(batch):
                 noise = torch.stack(
-                    [torch.randn(220, 3, generator=torch.Generator().manual_seed(i)) for i in batch.ids]
+                    [torch.randn(220, 3, generator=torch.Generator().manual_seed(i)) for i in batch.ids.tolist()]
                 )
                 scores.update((batch.vertices + 0.01 * batch.ids[:, None, None] * noise, None), batch)
         totals = totals + scores.totals
