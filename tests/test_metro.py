@@ -39,7 +39,7 @@ def test_parameters_are_as_many_as_published(backbone, millions):
     widths = (1024, 256, 128)
     unused = sum((30_522 + 512 + 2 + 2) * width + width * width + width for width in widths)
     spare = sum((512 - 445) * width for width in widths)  # of the places in use
-    assert count(model.blocks) + unused + spare == pytest.approx(102.3e6, rel=0.003)
+    assert count(model.blocks) + unused + spare == pytest.approx(102.3e6, rel=0.01)
     assert count(model.backbone) == pytest.approx(millions * 1e6, rel=0.01)
     assert model.cells.weight.shape == (445, 49, 1) and model.blocks[0].embed.in_features == 2048 + 3
     assert [(block.head.out_features, block.shortcut.in_features) for block in model.blocks] == [

@@ -11,6 +11,7 @@ from dropkey import data as loaders
 from dropkey import datasets
 from dropkey.config.schema import AugmentConfig, TrainConfig
 from dropkey.data.augment import denormalized
+from dropkey.datasets import stick_figures
 from dropkey.errors import ConfigError, DataError
 from dropkey.mesh.measures import errors, mesh_losses
 from dropkey.mesh.samples import Augment, Body, EvalLoader, MeshBatch, Meshes, TrainLoader
@@ -87,7 +88,7 @@ class MeshRecovery(Task):
     def planned_data(self) -> Optional[SimpleNamespace]:
         if self.cfg.data.name != "stick_figures":  # only the files know how many vertices there are
             return None
-        return SimpleNamespace(body=datasets.reader("stick_figures", datasets.MESHES).body(), train_samples=None)
+        return SimpleNamespace(body=stick_figures.body(), train_samples=None)
 
     def normalisers(self, batch: MeshBatch) -> dict[str, float]:
         return dict.fromkeys(("joints", "vertices", "projection"), len(batch))
