@@ -200,6 +200,12 @@ def test_monte_carlo_averages_meshes_and_cameras(task):
         torch.testing.assert_close(mean, (each[0] + each[1]) / 2)
 
 
+def test_pictures_are_the_images_of_those_samples(task, data):
+    (batch,) = task.samples(data, "test", torch.tensor([5, 2]), ALONE)
+    torch.testing.assert_close(task.pictures(batch) * 255, data.test.images.images[[5, 2]].float(), atol=0.01, rtol=0)
+    assert torch.equal(batch.vertices, data.test.vertices[[5, 2]])
+
+
 # ------------------------------------------------------------------------------------------------------------ the loop
 
 
