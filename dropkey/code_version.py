@@ -42,7 +42,9 @@ def code_of(cfg: TrainConfig, cuda: bool = False) -> dict[str, str]:
     own_model = next((file.stem for file in PACKAGE.glob("models/*.py") if cfg.model.name.startswith(file.stem)), None)
     parts = ["engine", "data", f"dataset/{cfg.data.name}", f"task/{cfg.task.name}"]
     parts += [f"model/{own_model}" if own_model else "timm"]
-    parts += ["detection"] if cfg.task.name == "detection" else []
+    parts += ["detection"] if cfg.task.name in ("detection", "interaction") else []
+    parts += ["task/detection", "model/detr"] if cfg.task.name == "interaction" else []  # which it builds on
+    parts += ["dataset/digit_scenes"] if cfg.data.name == "digit_pairs" else []
     parts += ["mesh"] if cfg.task.name == "mesh" else []
     if cfg.regularizer.name != "none":
         parts += ["patching", "operator", *(["operator/triton"] if cuda else []), f"regularizer/{cfg.regularizer.name}"]

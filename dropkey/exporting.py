@@ -20,7 +20,8 @@ from dropkey.errors import ConfigError, RunError, StorageError
 from dropkey.loading import TrainedModel, initial_model
 from dropkey.records import current_umask
 
-Written = Callable[[Tensor], Tensor]  # the exported model, read again: images (B, C, H, W) -> logits (B, classes)
+Written = Callable[[Tensor], Tensor | tuple[Tensor, ...]]  # the exported model, read again: images (B, C, H, W) ->
+# logits (B, classes), or what `Task.exported` says
 SUFFIXES = {"timm": "", "safetensors": ".safetensors", "torch_export": ".pt2", "onnx": ".onnx"}
 NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime")}
 TOLERANCE = 1e-4  # of the largest logit
@@ -38,6 +39,8 @@ def export(trained: TrainedModel, format: str, output: Path, overwrite: bool = F
         RunError: the files give other logits; they are not kept.
         StorageError: they cannot be written.
     """
+    no_timm = "format=timm is for classifiers; choose safetensors, torch_export or onnx for a run that finds boxes"
+    require(format != "timm" or not trained.task.boxes_per_answer, no_timm)
     for package in NEEDED.get(format, ()):
         try:
             importlib.import_module(package)
@@ -73,7 +76,7 @@ def usage(trained: TrainedModel, format: str, output: Path) -> list[str]:
         "timm": [f'timm.create_model("local-dir:{output}", pretrained=True)'],
         "safetensors": [f'timm.create_model("{name}", checkpoint_path="{output}", {given})'],
         "torch_export": [f'torch.export.load("{output}").module()(images)'],
-        "onnx": [f'onnxruntime.InferenceSession("{output}").run(["logits"], {{"images": images}})'],
+        "onnx": [f'onnxruntime.InferenceSession("{output}").run(None, {{"images": images}})'],
     }[format]
     of_timm = any(cls.__module__.startswith("timm.") for cls in type(trained.model).__mro__)  # VOLO with MixToken too
     if "timm.create_model" in lines[0] and not of_timm:
@@ -82,17 +85,25 @@ def usage(trained: TrainedModel, format: str, output: Path) -> list[str]:
 
 
 def compare(trained: TrainedModel, written: Written) -> float:
-    """The largest difference of logits, for batches of 1 and 3 images."""
+    """The largest difference of outputs, for batches of 1 and 3 images."""
+    model, names = trained.task.exported(trained.model)
     largest = 0.0
     for count in (1, 3):
         images = examples(trained, count)
         with torch.inference_mode():
-            wanted, found = trained.model(images), written(images)
-        difference = (wanted - found).abs().max().item()
-        if not difference <= TOLERANCE * max(1.0, wanted.abs().max().item()):  # NaN too
-            raise RunError(f"the exported model is another one: its logits differ by {difference:.2g}; it is not kept")
-        largest = max(largest, difference)
+            outputs = (tupled(model(images)), tupled(written(images)))
+        for name, wanted, found in zip(names, *outputs, strict=True):
+            difference = (wanted - found).abs().max().item()
+            if not difference <= TOLERANCE * max(1.0, wanted.abs().max().item()):  # NaN too
+                raise RunError(
+                    f"the exported model is another one: its {name} differ by {difference:.2g}; it is not kept"
+                )
+            largest = max(largest, difference)
     return largest
+
+
+def tupled(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
 def examples(trained: TrainedModel, count: int) -> Tensor:
@@ -113,7 +124,7 @@ def to_safetensors(trained: TrainedModel, file: Path) -> Written:
     save_weights(trained, file)
     model = initial_model(tasks.build(trained.config), trained.info).eval()
     model.load_state_dict(load_file(file))
-    return model
+    return trained.task.exported(model)[0]
 
 
 def save_weights(trained: TrainedModel, file: Path) -> None:
@@ -131,7 +142,8 @@ def to_torch_export(trained: TrainedModel, file: Path) -> Written:
 def to_onnx(trained: TrainedModel, file: Path) -> Written:
     import onnxruntime
 
-    captured, names = program(trained), {"input_names": ["images"], "output_names": ["logits"]}
+    outputs = trained.task.exported(trained.model)[1]
+    captured, names = program(trained), {"input_names": ["images"], "output_names": outputs}
     with refused(trained, "ONNX cannot hold"):
         exported = torch.onnx.export(captured, dynamo=True, verbose=False, **names)
     for value in (*exported.model.graph.inputs, *exported.model.graph.outputs):
@@ -139,14 +151,15 @@ def to_onnx(trained: TrainedModel, file: Path) -> Written:
     size = sum(value.nbytes for value in trained.model.state_dict().values())
     exported.save(file, external_data=size > ONE_FILE)
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+    return lambda images: tuple(map(torch.from_numpy, session.run(outputs, {"images": images.numpy()})))
 
 
 def program(trained: TrainedModel) -> torch.export.ExportedProgram:
     """The model with a batch of any size."""
     batch = {0: torch.export.Dim("batch")}
     with refused(trained, "torch.export cannot capture"):
-        return torch.export.export(trained.model, (examples(trained, 2),), dynamic_shapes=(batch,), strict=True)
+        model, _ = trained.task.exported(trained.model)
+        return torch.export.export(model, (examples(trained, 2),), dynamic_shapes=(batch,), strict=True)
 
 
 @contextlib.contextmanager

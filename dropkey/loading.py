@@ -2,10 +2,10 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
@@ -21,38 +21,18 @@ from dropkey.engine.optim import build_autocast
 from dropkey.errors import ConfigError, DataError, StorageError
 from dropkey.records import RunDirectory, write_json
 from dropkey.seeds import derive_seed
-from dropkey.tasks.base import Task
-from dropkey.tasks.preprocessing import ImageTransform, Picture
+from dropkey.tasks.base import Batch, Task
+from dropkey.tasks.preprocessing import Picture
 from dropkey.weights import find_checkpoint, load_weights
-
-
-@dataclass
-class Predictions:
-    """Of B images."""
-
-    probabilities: Tensor  # float32 (B, classes) on the CPU; with monte_carlo the mean of the passes
-    spread: Optional[Tensor]  # the same shape: standard deviation over the passes; None without monte_carlo
-    classes: list[str]
-
-    def top(self, k: int = 5) -> list[list[dict]]:
-        """For each image its `k` most probable classes, the first first: {"label": ..., "score": ...}, and with
-        monte_carlo "spread"."""
-        scores, ids = self.probabilities.topk(min(k, len(self.classes)))
-        found = []
-        for row, (values, positions) in enumerate(zip(scores.tolist(), ids.tolist(), strict=True)):
-            found.append([{"label": self.classes[i], "score": p} for i, p in zip(positions, values, strict=True)])
-            if self.spread is not None:
-                for choice, position in zip(found[-1], positions, strict=True):
-                    choice["spread"] = self.spread[row, position].item()
-        return found
 
 
 @dataclass
 class TrainedModel:
     """What `load` returns."""
 
-    model: nn.Module  # in evaluation mode and without the regularizer: (B, C, H, W) -> logits (B, classes)
-    transform: ImageTransform
+    model: nn.Module  # in evaluation mode and without the regularizer; of classes: (B, C, H, W) -> logits (B, classes)
+    task: Task
+    transform: Callable[[Any], Any]  # makes of an image what `predict` takes; for classes: float C H W
     classes: list[str]  # in the order of the logits
     config: TrainConfig
     info: dict  # model.json of the run, which is what timm's config.json is
@@ -61,42 +41,52 @@ class TrainedModel:
 
     @torch.inference_mode()
     def predict(
-        self, images: Picture | Sequence[Picture] | Tensor, *, monte_carlo: int = 0, batch_size: int = 64
-    ) -> Predictions:
-        """Probabilities of the classes, computed as in the evaluation of training (with its autocast).
+        self,
+        images: Picture | Sequence[Picture] | Tensor,
+        *,
+        monte_carlo: int = 0,
+        batch_size: Optional[int] = None,
+        threshold: Optional[float] = None,
+    ) -> Any:
+        """Computed as in the evaluation of training (with its autocast).
 
         Args:
-            images: a path or PIL image, several of them, or what `transform` made of them: float B C H W.
+            images: a path or PIL image, several of them, or what `transform` made of them (of classes also as one
+                tensor B C H W).
             monte_carlo: the mean of this many passes with the regularizer on, 2 or more, and their spread; 0: one pass
                 without it. Masks follow from the run's seed, so a second call gives the same.
+            batch_size: None: 64, or as many as the task says.
+            threshold: of boxes, the least score; None: 0.5.
+        Returns:
+            `Predictions` with the probabilities of classes; of a run that finds boxes a list for each image, the surest
+            first: {"label": ..., "score": ..., "box": [left, top, right, bottom]} in pixels of the image.
         Raises:
             DataError: an image that cannot be read.
-            ConfigError: monte_carlo for a run without regularizer.
+            ConfigError: monte_carlo for a run without regularizer; a threshold for a run of classes.
         """
-        if isinstance(images, Picture):
-            images = [images]
+        images = [images] if isinstance(images, Picture) else images
         if monte_carlo == 1 or monte_carlo < 0:
             raise ConfigError(f"monte_carlo={monte_carlo} has no spread; take 2 passes or more, or 0 for one without")
-        means, spreads = [], []
-        with self.regularized() if monte_carlo else contextlib.nullcontext():
-            for number, start in enumerate(range(0, len(images), batch_size)):
-                some = images[start : start + batch_size]
-                batch = some if isinstance(some, Tensor) else torch.stack([self.transform(image) for image in some])
-                passes = list(self.passes(batch.to(self.device), number, monte_carlo))
-                means.append(torch.stack(passes).mean(0))
-                spreads.append(torch.stack(passes).std(0) if monte_carlo else None)
-        if not means:
+        require(threshold is None or 0 <= threshold <= 1, f"threshold={threshold} must be in [0, 1]")
+        if not len(images):
             raise DataError("predict was given no images")
-        return Predictions(torch.cat(means), torch.cat(spreads) if monte_carlo else None, self.classes)
+        with self.regularized() if monte_carlo else contextlib.nullcontext():
+            outputs = self.outputs(images, monte_carlo, batch_size or self.task.at_a_time)
+            return self.task.answers(outputs, self.info, threshold)
 
-    def passes(self, batch: Tensor, number: int, monte_carlo: int) -> Iterator[Tensor]:
-        """Probabilities of batch `number`: of one pass, or of so many with masks of their own."""
-        for index in range(max(monte_carlo, 1)):
-            if monte_carlo:
-                patching.seed_masks(self.model, derive_seed(self.config.seed, "monte carlo", number, index, 0))
-            with build_autocast(self.config.trainer.amp, self.device)():
-                logits = self.model(batch)
-            yield logits.float().softmax(-1).cpu()
+    def outputs(self, images, monte_carlo: int, batch_size: int) -> Iterator[tuple[list, Batch]]:
+        """What the task predicts for each batch: once, or in so many passes with masks of their own."""
+        for number, start in enumerate(range(0, len(images), batch_size)):
+            some, passes = images[start : start + batch_size], []
+            if not isinstance(some, Tensor):
+                some = [self.transform(image) if isinstance(image, Picture) else image for image in some]
+            batch = self.task.collate(some, self.device)
+            for index in range(max(monte_carlo, 1)):
+                if monte_carlo:
+                    patching.seed_masks(self.model, derive_seed(self.config.seed, "monte carlo", number, index, 0))
+                with build_autocast(self.config.trainer.amp, self.device)():
+                    passes.append(self.task.predict(self.model, batch))
+            yield passes, batch
 
     @contextlib.contextmanager
     def regularized(self) -> Iterator[None]:
@@ -134,22 +124,20 @@ def load(
     cfg, place = compose.load(directory.config), pick_device(device, key="device")
     origin.require_same_config(directory, cfg)
     file, task = weights_file(directory.path, weights), tasks.build(cfg)
-    known = (directory.path / "model.json").exists()
-    info = directory.read_json("model.json") if known else info_from_data(directory.path, cfg, root)
-    require(
-        "label_names" in info,
-        f"{directory.path}/model.json has no label_names: it was edited, or task={cfg.task.name} "
-        "does not say how its model is used (Task.model_info)",
-    )
+    info = directory.read_json("model.json")
+    if not (known := "architecture" in info):
+        info |= info_from_data(directory.path, cfg, root)
+    require("architecture" in info, f"task={cfg.task.name} does not say how its model is used (Task.model_info)")
     if wrong := task.info_fault(info):
         raise StorageError(f"{directory.path / 'model.json'} is damaged: {wrong}; delete it, and it is made again")
     model = initial_model(task, info, fused=not (place.type == "cpu" and cfg.trainer.amp == "bf16"))
     if load_weights(model, file):
-        raise ConfigError(f"{file} has other classes than the {len(info['label_names'])} of the run")
+        raise ConfigError(f"{file} has other classes than the {len(info.get('label_names', []))} of the run")
     if not known:
         with contextlib.suppress(StorageError, OSError):  # somebody else's run, say: it is read again next time
             write_json(directory.path / "model.json", info)
-    return TrainedModel(model.to(place).eval(), task.transform(), info["label_names"], cfg, info, place, file)
+    model, classes = model.to(place).eval(), info.get("label_names", [])
+    return TrainedModel(model, task, task.transform(), classes, cfg, info, place, file)
 
 
 def weights_file(directory: Path, wanted: str | Path) -> Path:

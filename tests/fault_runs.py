@@ -88,9 +88,9 @@ def train(cell: Cell, output: Path, number: int) -> None:
 
 def stopped_by_signal(moment: str):
     """SIGTERM to the last process: after step 4 (the first of the second epoch) or 3 (the last of the first one), or
-    after its evaluation."""
-    name = "finish_epoch" if moment == "after evaluation" else "settle"
-    original, step = getattr(Trainer, name), {"within an epoch": 4, "at its end": 3, "after evaluation": 3}[moment]
+    in or after its evaluation."""
+    name = {"in evaluation": "evaluate", "after evaluation": "finish_epoch"}.get(moment, "settle")
+    original, step = getattr(Trainer, name), 4 if moment == "within an epoch" else 3
 
     def wrapped(self, *args, **kwargs):
         if self.state.position.global_step == step and self.dist.rank == self.dist.world_size - 1:
@@ -161,7 +161,7 @@ def command_after_a_while(output: Path, seconds: float) -> None:
 # --------------------------------------------------------------------------------------------- other processes
 
 
-def poisoned(output: Path) -> None:
+def poisoned(output: Path, *words: str) -> None:
     """A loss that is not finite in the second process alone, at step 5 (case 22)."""
     original = Trainer.step
 
@@ -172,7 +172,7 @@ def poisoned(output: Path) -> None:
         return original(self, batches)
 
     Trainer.step = step
-    command(output)
+    command(output, *words)
 
 
 def evaluate_all_sizes(file: Path) -> None:

@@ -133,9 +133,9 @@ def test_digits_overlap_by_two_pixels_at_most(scenes):
 def test_no_scan_is_in_two_splits(monkeypatch):
     used = {}
 
-    def paste(scans, labels, count, side, channels, draw):
+    def paste(scans, *others):
         used[len(used)] = {scan.numpy().tobytes() for scan in scans}
-        return original(scans, labels, 2, side, channels, draw)
+        return original(scans, *others)
 
     original = digit_scenes.paste
     monkeypatch.setattr(digit_scenes, "paste", paste)
@@ -250,3 +250,15 @@ def test_pairs_follow_their_boxes_and_go_with_them():
     cropped = sample.flipped().cropped(0, 0, 10, 13)
     assert cropped.labels.tolist() == [1, 2]
     assert cropped.pairs.tolist() == [[0, 1, 8], [1, 0, 9]]
+
+
+def test_colours_change_and_boxes_stay():
+    """As torchvision's ColorJitter: each factor is drawn, and their order."""
+    sample = Sample(torch.randint(60, 180, (3, 20, 24), dtype=torch.uint8), BOXES, torch.arange(3))
+    jitter = Augment(color_jitter=0.4)
+    found = [jitter(sample, seed) for seed in range(40)]
+    assert torch.equal(found[0].image, jitter(sample, 0).image) and torch.equal(found[0].boxes, BOXES)
+    means = torch.stack([one.image.float().mean() for one in found]) / sample.image.float().mean()
+    assert 0.59 < means.min() < 0.75 and 1.25 < means.max() < 1.41 and found[0].image.dtype == torch.uint8
+    spread = torch.stack([one.image.float().std(0).mean() for one in found]) / sample.image.float().std(0).mean()
+    assert (spread / means).min() < 0.75 and (spread / means).max() > 1.25  # saturation and contrast besides

@@ -285,7 +285,8 @@ def test_the_spread_is_the_deviation_over_the_passes(digits):
     batch = torch.stack([trained.transform(picture) for picture in test_images(digits)[0][:6]])
     found = trained.predict(batch, monte_carlo=5)
     with torch.inference_mode(), trained.regularized():
-        passes = torch.stack(list(trained.passes(batch, 0, 5)))
+        ((logits, _),) = trained.outputs(batch, 5, batch_size=6)
+    passes = torch.stack(logits).softmax(-1)
     assert (passes[0] != passes[1]).any()
     torch.testing.assert_close(found.spread, ((passes - passes.mean(0)).square().sum(0) / 4).sqrt())
     assert trained.predict(batch).spread is None

@@ -8,6 +8,7 @@ import dropkey
 import dropkey.models  # registers T2T-ViT
 import runs
 from dropkey import build
+from dropkey.config import identity
 from dropkey.config.check import check
 from dropkey.config.compose import compose
 from dropkey.config.schema import OptimConfig
@@ -148,3 +149,67 @@ def test_passes_after_training_keep_the_ratio_of_its_end():
     assert last("schedule=increasing", "schedule.over=training") == 0.1
     assert last("schedule=decreasing", "schedule.over=training", "schedule.end=.05") == 0.05
     assert last("schedule=decreasing") == 0.1
+
+
+# ------------------------------------------------------------------------------------------------- steps and decay
+
+
+def rates(optim: OptimConfig, steps: int = 50) -> list[float]:
+    """Of each step, 5 to an epoch."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], optim.lr)
+    schedule, found = build_schedule(optimizer, optim, steps, per_epoch=5), []
+    for step in range(steps):
+        schedule.step_update(step)
+        found.append(base_lr(optimizer))
+    return found
+
+
+STEP = {"lr": 0.5, "sched": "step", "warmup_epochs": 0, "decay_epochs": 4}
+
+
+def test_the_step_schedule_is_that_of_torch():
+    """torch's StepLR goes by epochs: two falls in ten epochs of a fall every four."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 0.5)
+    schedule, expected = torch.optim.lr_scheduler.StepLR(optimizer, 4, 0.1), []
+    for _ in range(10):
+        expected += [optimizer.param_groups[0]["lr"]] * 5
+        optimizer.step()
+        schedule.step()
+    assert rates(OptimConfig(**STEP)) == pytest.approx(expected)
+
+
+def test_a_warm_up_does_not_move_the_fall():
+    found = rates(OptimConfig(**{**STEP, "warmup_epochs": 1, "warmup_lr": 0.0, "decay_epochs": 6, "decay_rate": 0.5}))
+    assert found[:6] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5])
+    assert found[29:31] == pytest.approx([0.5, 0.25])
+
+
+def test_weight_decay_may_act_on_everything(model):
+    for scale in ({}, {"head": 0.1}):
+        optimizer = build_optimizer(model, OptimConfig(weight_decay=1e-4, filter_bias_and_bn=False, lr_scale=scale))
+        assert {group["weight_decay"] for group in optimizer.param_groups} == {1e-4}
+        assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+
+
+def test_what_a_schedule_does_not_use_is_no_part_of_a_run():
+    def hashed(*words):
+        return identity.run_hash(check(compose(list(words))))
+
+    assert hashed() == hashed("optim.decay_epochs=3", "optim.decay_rate=0.5")
+    step = ("optim.sched=step", "optim.decay_epochs=20")
+    assert len({hashed(), hashed(*step), hashed(*step, "optim.decay_rate=0.2")}) == 3
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    {
+        "optim.sched=step": "after how many epochs",
+        "optim.sched=step optim.decay_epochs=40": "must be above optim.warmup_epochs=1 and below trainer.epochs=40",
+        "optim.sched=step optim.decay_epochs=1": "must be above optim.warmup_epochs=1",
+        "optim.sched=step optim.decay_epochs=9 optim.cooldown_epochs=1": "set it to 0",
+        "optim.sched=steps": "did you mean step",
+    }.items(),
+)
+def test_a_step_schedule_that_cannot_work_is_refused(words, message):
+    with pytest.raises(ConfigError, match=message):
+        check(compose(words.split()))

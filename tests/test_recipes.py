@@ -45,6 +45,21 @@ PUBLISHED = {
     "imagenet_deit_base": DEIT,
     "imagenet_ceit_small": DEIT,
 }
+# facebookresearch/detr: main.py, datasets/coco.py and README
+DETR = {
+    **{"model.name": "detr_r50", "data.name": "coco", "data.num_classes": 91, "data.mean": [0.485, 0.456, 0.406]},
+    **{"optim.name": "adamw", "optim.lr": 1e-4, "optim.lr_scale": {"backbone": 0.1}, "optim.weight_decay": 1e-4},
+    **{"optim.filter_bias_and_bn": False, "optim.clip_grad_norm": 0.1, "optim.warmup_epochs": 0, "optim.args": {}},
+    **{"optim.sched": "step", "optim.decay_epochs": 200, "optim.decay_rate": 0.1, "trainer.epochs": 300},
+    **{"trainer.batch_size": 2 * 8, "trainer.eval_batch_size": 2 * 8, "augment.hflip": 0.5, "trainer.ema_decay": None},
+    "task.args": {
+        "scales": list(range(480, 801, 32)),
+        "max_size": 1333,
+        "crop_scales": [400, 500, 600],
+        "crop_sides": [384, 600],
+        "eval_scale": 800,
+    },
+}
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
 
 
@@ -58,6 +73,11 @@ def value(cfg, key: str):
 def test_a_recipe_of_imagenet_has_the_published_values(name):
     cfg = check(compose([f"experiment={name}"]))
     assert {key: value(cfg, key) for key in COMMON | PUBLISHED[name]} == COMMON | PUBLISHED[name]
+
+
+def test_the_recipe_of_detr_has_the_published_values():
+    cfg = check(compose(["experiment=coco_detr_r50"]))
+    assert {key: value(cfg, key) for key in DETR} == DETR
 
 
 @pytest.mark.parametrize("name", ["imagenet_volo_d1", "imagenet_volo_d2"])

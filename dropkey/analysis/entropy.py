@@ -16,6 +16,7 @@ from dropkey.analysis import capture
 from dropkey.analysis.trained import config_of, open_run
 from dropkey.code_version import code_of
 from dropkey.errors import Diverged, StorageError, say
+from dropkey.patching.patch import blocks_of
 from dropkey.provenance import device_name, versions
 from dropkey.records import RunDirectory, write_json
 
@@ -34,30 +35,42 @@ def measure_entropy(model: nn.Module, batches: Iterable[Tensor]) -> list[dict]:
     """Mean entropy of each attention layer of a model over images (B C H W each).
 
     Returns:
-        For each layer, in forward order: `name`, `kind`, `keys` (how many), `nats` and `normalised` (one number per
-        head, 7 significant digits).
+        For each layer, in forward order: `name`, `kind`, `keys` (how many; a mean where images differ in size), `nats`
+        and `normalised` (one number per head, 7 significant digits); and `stack`, encoder or decoder, where there are
+        both.
     Raises:
         ConfigError: see `capture_attention`.
     """
-    sums: dict[str, Tensor] = {}
-    about: dict[str, dict] = {}
+    sums: dict[str, Tensor] = {}  # of each layer: nats and share of log K of each head, and keys
+    kinds: dict[str, str] = {}
 
     def add(layer: capture.LayerAttention) -> None:
-        values = row_entropy(layer.weights)  # B H Q
-        sums[layer.name] = sums.get(layer.name, 0) + values.mean(-1).sum(0).cpu()
-        about[layer.name] = {"name": layer.name, "kind": layer.kind, "keys": layer.weights.shape[-1]}
+        nats = row_entropy(layer.weights).mean(-1).sum(0).cpu()  # over queries, then images
+        count, keys = len(layer.weights), layer.weights.shape[-1]
+        largest = math.log(keys) or 1.0  # a single key: entropy 0
+        new = torch.stack([nats, nats / largest, torch.full_like(nats, count * keys)])
+        sums[layer.name] = sums.get(layer.name, 0) + new
+        kinds[layer.name] = layer.kind
 
     images = 0
     for batch in batches:
         capture.capture_attention(model, batch, add)
         images += len(batch)
     rows = []
-    for name, total in sums.items():
-        nats = [value / images for value in total.tolist()]
-        largest = math.log(about[name]["keys"]) or 1.0  # a single key: entropy 0
-        normalised = [value / largest for value in nats]
-        rows.append({**about[name], "nats": rounded(nats), "normalised": rounded(normalised)})
+    for (name, total), stack in zip(sums.items(), stacks(kinds), strict=True):
+        nats, normalised, keys = (total / images).tolist()
+        row = {"name": name, "kind": kinds[name], **({"stack": stack} if stack else {}), "keys": round(keys[0])}
+        rows.append({**row, "nats": rounded(nats), "normalised": rounded(normalised)})
     return rows
+
+
+def stacks(kinds: dict[str, str]) -> list[str]:
+    """Of each layer, such as encoder or decoder; "" where there is no cross-attention, by name of the layer."""
+    if "cross" not in kinds.values():
+        return [""] * len(kinds)
+    paths = [stack.split(".") for stack, _ in blocks_of(list(kinds.items()), "stack")]
+    shared = next((i for i, parts in enumerate(zip(*paths, strict=False)) if len(set(parts)) > 1), 0)
+    return [path[shared] for path in paths]
 
 
 def record_entropy(path: str | Path, root: Optional[str] = None) -> tuple[dict, bool]:

@@ -64,15 +64,17 @@ def draw_entropy(axis, records: list[list[dict]], labels: list[str]) -> None:
     """Lines of entropy over depth, side by side so that none hides another; see `plot_entropy`."""
     for index, (group, label, look) in enumerate(zip(records, labels, looks(len(records)), strict=True)):
         shift = 0.34 * ((index + 0.5) / len(records) - 0.5)
-        places, means = [], []
-        for number, heads in enumerate(head_entropies(group), start=1):
-            places.append(number + shift)
-            means.append(sum(heads) / len(heads))
-            one = {"marker": look["marker"], "color": look["color"], "linestyle": "none"}
-            axis.plot([places[-1]] * len(heads), heads, **one, alpha=0.45, markersize=3.5, markeredgewidth=0)
-        axis.plot(places, means, **look, markersize=5.5, label=label)
+        for number, part in enumerate(lines_of(group[0]["layers"])):
+            means = []
+            for place, layer in part:
+                heads = entropies_of(group, layer)
+                means.append(sum(heads) / len(heads))
+                one = {"marker": look["marker"], "color": look["color"], "linestyle": "none"}
+                axis.plot([place + shift] * len(heads), heads, **one, alpha=0.45, markersize=3.5, markeredgewidth=0)
+            places = [place + shift for place, _ in part]
+            axis.plot(places, means, **look, markersize=5.5, label=label if number == 0 else None)
     deepest = max((group[0]["layers"] for group in records), key=len)
-    axis.set_xticks(range(1, len(deepest) + 1), layer_ticks([layer["kind"] for layer in deepest]))
+    axis.set_xticks(range(1, len(deepest) + 1), ticks_of(deepest))
     axis.set(xlabel="attention layer", ylabel=ENTROPY)
     axis.grid(axis="y")
 
@@ -81,14 +83,21 @@ def entropy_panels(records: list[list[dict]], labels: list[str]) -> "Figure":
     """A panel for each line of `plot_entropy`, the others in grey behind it."""
     lines = math.ceil(len(records) / 4)
     figure = new_figure((10, 0.6 + 1.95 * lines))
-    means = [[sum(heads) / len(heads) for heads in head_entropies(group)] for group in records]
+    means = []  # of each line its parts: places and means over heads
+    for group in records:
+        heads = [
+            [(place, entropies_of(group, layer)) for place, layer in part] for part in lines_of(group[0]["layers"])
+        ]
+        means.append([[(place, sum(values) / len(values)) for place, values in part] for part in heads])
     axes = panels(figure, len(records))
     for axis, group, own, label in zip(axes, records, means, labels, strict=True):
-        for other in means:
-            axis.plot(range(1, len(other) + 1), other, color=SILVER, linewidth=0.8)
-        for number, heads in enumerate(head_entropies(group), start=1):
-            axis.plot([number] * len(heads), heads, "o", color=COLORS[0], alpha=0.45, markersize=3, markeredgewidth=0)
-        axis.plot(range(1, len(own) + 1), own, "o-", color=COLORS[0], markersize=4, linewidth=1.8)
+        for part in itertools.chain.from_iterable(means):
+            axis.plot(*zip(*part, strict=True), color=SILVER, linewidth=0.8)
+        for place, layer in itertools.chain.from_iterable(lines_of(group[0]["layers"])):
+            heads = entropies_of(group, layer)
+            axis.plot([place] * len(heads), heads, "o", color=COLORS[0], alpha=0.45, markersize=3, markeredgewidth=0)
+        for part in own:
+            axis.plot(*zip(*part, strict=True), "o-", color=COLORS[0], markersize=4, linewidth=1.8)
         axis.set_title(wrapped(label, 34), fontsize=8.5)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(axis="y")
@@ -97,10 +106,31 @@ def entropy_panels(records: list[list[dict]], labels: list[str]) -> "Figure":
     return figure
 
 
-def head_entropies(group: list[dict]) -> list[list[float]]:
-    """For each layer the normalised entropy of every head of every run."""
-    layers = range(len(group[0]["layers"]))
-    return [[value for record in group for value in record["layers"][layer]["normalised"]] for layer in layers]
+def entropies_of(group: list[dict], layer: int) -> list[float]:
+    """The normalised entropy of every head of every run."""
+    return [value for record in group for value in record["layers"][layer]["normalised"]]
+
+
+def lines_of(layers: list[dict]) -> list[list[tuple[int, int]]]:
+    """What a line goes through: place on the axis, from 1, and number of each layer. All layers in forward order; with
+    an encoder and a decoder, those of a kind and stack together."""
+    parts: dict[tuple, list[int]] = {}
+    for number, layer in enumerate(layers):
+        parts.setdefault((layer["stack"], layer["kind"]) if "stack" in layer else (), []).append(number)
+    places = itertools.count(1)
+    return [[(next(places), number) for number in part] for part in parts.values()]
+
+
+def ticks_of(layers: list[dict]) -> list[str]:
+    if "stack" not in layers[0]:
+        return layer_ticks([layer["kind"] for layer in layers])
+    ticks = []
+    for part in lines_of(layers):
+        own = [str(number + 1) for number in range(len(part))]
+        first = layers[part[0][1]]
+        own[(len(own) - 1) // 2] += f"\n{first['stack']}\n{first['kind']}"
+        ticks += own
+    return ticks
 
 
 def layer_ticks(kinds: list[str]) -> list[str]:

@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dropkey.analysis import answers, figures
+from dropkey.analysis import answers, boxes, figures
 from dropkey.analysis.answers import Answer
+from dropkey.analysis.box_figures import as_pixels, drawn, enlarged
 from dropkey.analysis.entropy import record_entropy
-from dropkey.analysis.map_figures import enlarged, overlay
+from dropkey.analysis.map_figures import overlay
 from dropkey.analysis.maps import attention_maps, head_maps
 from dropkey.analysis.trained import Trained, config_of, open_run
 from dropkey.config import identity
@@ -26,7 +27,7 @@ from dropkey.plotting import draw_loss, draw_metric, save, style, subplots
 from dropkey.records import clock, replace_file
 
 SHOWN = 12  # images with their maps, and as many mistakes
-ASKED = 2000  # test images, evenly over the split, among which mistakes are looked for
+ASKED, ASKED_FOR_BOXES = 2000, 500  # test images, evenly over the split, among which mistakes are looked for
 SIDE = 176  # pixels of an image on the page
 HEADS = (12, 12)  # layers and heads shown at most
 TEMPLATE = Path(__file__).with_name("gallery.html.j2")
@@ -34,9 +35,13 @@ TEMPLATE = Path(__file__).with_name("gallery.html.j2")
 
 @dataclass
 class Card:
-    """A test image and its map, as addresses inside the page."""
+    """A test image and its map, as addresses inside the page, and what is written below."""
 
-    answer: Answer
+    right: bool
+    said: str
+    more: str
+    below: str
+    shows: str  # the image in words
     image: str
     map: str
 
@@ -51,8 +56,7 @@ def write_gallery(run: str | Path, path: Path, root: Optional[str] = None) -> No
         ConfigError, DataError, StorageError: see dropkey.errors.
     """
     trained, cfg = open_run(run, root), config_of(run)
-    found = answers.answers(trained, trained.spread(ASKED))
-    shown = found[:: max(1, len(found) // SHOWN)][:SHOWN]
+    draw = of_boxes if trained.task.boxes_per_answer else of_classes
     title = f"{regularizer_label(cfg)}: {identity.model_label(cfg)} on {identity.data_label(cfg)}, seed {cfg.seed}"
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     body = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
@@ -61,12 +65,7 @@ def write_gallery(run: str | Path, path: Path, root: Optional[str] = None) -> No
         facts=facts(trained, cfg),
         curves=curves(trained),
         entropy=tried(lambda: entropy(trained, root)),
-        maps=tried(lambda: cards(trained, shown)),
-        heads=tried(lambda: heads(trained, shown[:1])),
-        mistakes=tried(lambda: cards(trained, answers.worst(found, SHOWN))),
-        confusions=answers.confusions(found, 8),
-        asked=len(found),
-        wrong=sum(not one.right for one in found),
+        **draw(trained),
         config=trained.run.config.read_text(encoding="utf-8"),
     )
     text = page(title, body)
@@ -122,6 +121,47 @@ def split_of(trained: Trained) -> str:
     return {"val": "validation"}.get(watched, watched)
 
 
+def of_classes(trained: Trained) -> dict:
+    """What a classifier adds to the page; of other tasks nothing."""
+    found = answers.answers(trained, trained.spread(ASKED))
+    shown, wrong = evenly(found), sum(not one.right for one in found)
+    return {
+        "asked": len(found),
+        "looks": "Attention rollout over layers, from nothing (black) to each map's own maximum (light), on images "
+        "evenly over the test split.",
+        "maps": tried(lambda: cards(trained, shown)),
+        "heads": tried(lambda: heads(trained, shown[:1])),
+        "wrong": f"{wrong:,} of {len(found):,} test images are wrong. The wrong answers it is surest of:",
+        "mistakes": tried(lambda: cards(trained, answers.worst(found, SHOWN))),
+        "confusions": answers.confusions(found, 8),
+    }
+
+
+def of_boxes(trained: Trained) -> dict:
+    """What a run that finds boxes adds to the page."""
+    found = boxes.found(trained, trained.spread(ASKED_FOR_BOXES))
+    false, missed, there = (sum(len(getattr(one, part)) for one in found) for part in ("false", "missed", "truths"))
+    worst = sorted((one for one in found if one.false or one.missed), key=boxes.mistaken)[:SHOWN]
+    looks = (
+        "Left, what it finds with a score of 0.5 or more (cyan: right; red: false; white dashes: the truth). Right, "
+        "what the query of the surest box attends to in the last layer, from nothing (black) to the maximum (light)."
+    )
+    return {
+        "asked": len(found),
+        "looks": f"{looks} Images evenly over the test split.",
+        "maps": tried(lambda: box_cards(trained, evenly(found))),
+        "heads": (None, ""),
+        "wrong": f"In {len(found):,} test images with {there:,} objects, {missed:,} are missed and {false:,} boxes "
+        "are false. First the images with the surest false box, then those with most missed:",
+        "mistakes": tried(lambda: box_cards(trained, worst)),
+        "confusions": answers.confusions([said for one in found for said in boxes.mistaken_for(one)], 8),
+    }
+
+
+def evenly(found: list) -> list:
+    return found[:: max(1, len(found) // SHOWN)][:SHOWN]
+
+
 # ------------------------------------------------------------------------------------------------------- pictures
 
 
@@ -153,9 +193,34 @@ def cards(trained: Trained, chosen: list[Answer]) -> list[Card]:
     images, pictures = trained.images(ids_of(chosen))
     maps = attention_maps(trained.model, images)
     return [
-        Card(answer, as_jpeg(enlarged(picture)), as_jpeg(overlay(picture, values[0])))
+        Card(
+            answer.right,
+            f"{'✓' if answer.right else '✗'} {answer.predicted}",
+            "" if answer.right else f", is {answer.true}",
+            f"{100 * answer.confidence:.0f} % sure, test {answer.position}",
+            f"test image {answer.position}: {answer.true}",
+            as_jpeg(enlarged(picture)),
+            as_jpeg(overlay(picture, values[0])),
+        )
         for answer, picture, values in zip(chosen, pictures, maps.values, strict=True)
     ]
+
+
+def box_cards(trained: Trained, chosen: list[boxes.Found]) -> list[Card]:
+    if not chosen:
+        return []
+    ids = torch.tensor([one.position for one in chosen])
+    pictures = trained.pictures(ids)
+    surest = [one.answers[0] for one in boxes.found(trained, ids, 0.0)]
+    maps = boxes.query_maps(trained, [(one.position, mark.query) for one, mark in zip(chosen, surest, strict=True)])
+    found = []
+    for one, mark, picture, values in zip(chosen, surest, pictures, maps.values, strict=True):
+        right = not (one.false or one.missed)
+        image = drawn(picture, one.marks, scale=2.3)
+        looked = drawn(picture, [mark], overlay(picture, values[0]), scale=2.3)
+        said = (right, str(one), "", f"test {one.position}", f"test image {one.position}: {one}")
+        found.append(Card(*said, as_jpeg(as_pixels(image)), as_jpeg(as_pixels(looked))))
+    return found
 
 
 def heads(trained: Trained, chosen: list[Answer]) -> list[tuple[str, list[str]]]:
@@ -178,8 +243,8 @@ def ids_of(chosen: list[Answer]) -> Tensor:
 
 
 def as_jpeg(colors: Tensor, side: int = SIDE) -> str:
-    """H W 3 in [0, 1] as an address inside the page."""
-    pixels = (colors.clamp(0, 1) * 255).round().byte().numpy()
-    content = io.BytesIO()
-    Image.fromarray(pixels).resize((side, side), Image.Resampling.LANCZOS).save(content, "JPEG", quality=88)
+    """H W 3 in [0, 1] as an address inside the page; `side`: pixels of its width."""
+    pixels, content = (colors.clamp(0, 1) * 255).round().byte().numpy(), io.BytesIO()
+    height = round(side * pixels.shape[0] / pixels.shape[1])
+    Image.fromarray(pixels).resize((side, height), Image.Resampling.LANCZOS).save(content, "JPEG", quality=88)
     return data_uri(content.getvalue(), "jpeg")

@@ -40,6 +40,10 @@ class Trained:
         batches = list(self.batches(ids))
         return torch.cat([b.images for b in batches]), torch.cat([self.task.pictures(b) for b in batches])
 
+    def pictures(self, ids: Tensor) -> list[Tensor]:
+        """As people see them, C H W each: where images have sizes of their own."""
+        return [picture for batch in self.batches(ids) for picture in self.task.pictures(batch)]
+
     def names(self, ids: Tensor) -> list[str]:
         return self.task.sample_names(self.dataset, "test", ids)
 

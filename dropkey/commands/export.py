@@ -6,8 +6,10 @@ torch_export  a program for torch.export.load (.pt2), with a batch of any size
 onnx          for ONNX Runtime and others, with a batch of any size; needs pip install 'dropkey[export]'
 
 The regularizer is not in it: it has no effect in evaluation. All files take images as `transform` of dropkey.load makes
-them and give logits; config.json, or the .json beside the file, has classes and preprocessing. Each export is read
-again and compared with the model. A run is a path, name, hash, or the beginning of one. Exit codes as in train.
+them and give logits; config.json, or the .json beside the file, has classes and preprocessing. A run that finds boxes
+gives logits (images x queries x classes and none) and boxes (centre, width, height as shares of the image), and has no
+format=timm. Each export is read again and compared with the model. A run is a path, name, hash, or the beginning of
+one. Exit codes as in train.
 """
 
 from dataclasses import dataclass
@@ -46,7 +48,7 @@ def main(words: list[str]) -> None:
     difference, files = exporting.export(trained, args.format, output, args.overwrite)
     for file in files:
         print(f"wrote  {file}  ({file.stat().st_size:,} bytes)")
-    print(f"check  read again, its logits differ from the model's by {difference:.1e} at most")
+    print(f"check  read again, its outputs differ from the model's by {difference:.1e} at most")
     for line in exporting.usage(trained, args.format, output):
         print(f"use    {line}")
 

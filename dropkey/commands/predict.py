@@ -1,12 +1,14 @@
-"""Classifies images with a trained run: dropkey predict run=<run> <image, folder or pattern> ...
+"""What a trained run says of images: dropkey predict run=<run> <image, folder or pattern> ...
 
     dropkey predict run=vit_4x64 photo.jpg more/ 'other/*.png'
     dropkey predict run=vit_4x64 more/ monte_carlo=16 output=predictions.csv
+    dropkey predict run=detr_small photo.jpg threshold=0.7 draw=drawn
 
-The images are prepared as in the evaluation of training. With monte_carlo=16 the regularizer is left on: probabilities
-are means of 16 passes, and beside them stands their standard deviation over the passes, in points. A run is a path,
-name, hash, or the beginning of one. An image that cannot be read is named, the others are classified, and the exit
-code is 3; otherwise exit codes are as in train.
+The images are prepared as in the evaluation of training. A run that finds boxes gives their left,top right,bottom in
+pixels of the image. With monte_carlo=16 the regularizer is left on: probabilities (and boxes) are means of 16 passes,
+and beside them stands their standard deviation over the passes, in points. A run is a path, name, hash, or the
+beginning of one. An image that cannot be read is named, the others are looked at, and the exit code is 3; otherwise
+exit codes are as in train.
 """
 
 import csv
@@ -14,6 +16,7 @@ import glob
 import io
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +32,16 @@ from dropkey.records import replace_file
 BATCH = 64
 FORMATS = ("table", "json", "csv")
 WIDTH = 80  # characters of a line at most
+BOX = 21  # of them, for a box
+SIDES = ("left", "top", "right", "bottom")
 
 
 @dataclass
 class Args:
     run: str = arg("", "the run")
-    k: int = arg(5, "how many classes to show of each image")
+    k: Optional[int] = arg(None, "how many classes or boxes to show of each image; empty: 5 classes, all boxes")
+    threshold: Optional[float] = arg(None, "of a run that finds boxes, the least score; empty: 0.5")
+    draw: str = arg("", "folder for the images with their boxes drawn")
     monte_carlo: int = arg(0, "passes with the regularizer on, 2 or more; 0: one pass without")
     format: str = arg("table", "what to print", choices=FORMATS)
     output: str = arg("", "file .json or .csv to write instead")
@@ -70,9 +77,8 @@ def find_images(words: list[str]) -> list[str]:
 
 
 def predictions(model, paths: list[str], args: Args) -> Iterator[tuple[str, list[dict] | None]]:
-    """Each image with its classes, or None where it cannot be read, which is printed."""
-    import torch
-
+    """Each image with its classes or boxes, or None where it cannot be read, which is printed."""
+    most = {} if args.k is None else {"k": args.k}
     for start in range(0, len(paths), BATCH):
         images, chosen = {}, {}
         for path in paths[start : start + BATCH]:
@@ -81,8 +87,8 @@ def predictions(model, paths: list[str], args: Args) -> Iterator[tuple[str, list
             except DataError as error:
                 say(f"error: {error}")
         if images:
-            found = model.predict(torch.stack(list(images.values())), monte_carlo=args.monte_carlo)
-            chosen = dict(zip(images, found.top(args.k), strict=True))
+            found = model.predict(list(images.values()), monte_carlo=args.monte_carlo, threshold=args.threshold)
+            chosen = dict(zip(images, found.top(**most), strict=True))
         for path in paths[start : start + BATCH]:
             yield path, chosen.get(path)
 
@@ -100,19 +106,58 @@ def widths(images: list[str], classes: list[str], figures: int) -> tuple[int, in
 
 
 def table(image: str, top: list[dict], left: int, middle: int) -> str:
-    """A line per class; the image's name stands in the first."""
+    """A line per class or box; the image's name stands in the first."""
     lines = []
+    if not top:
+        return f"{shortened(image, left, keep_end=True):<{left}}  nothing found"
     for choice in top:
         spread = f" ±{100 * choice['spread']:5.1f}" if "spread" in choice else ""
         name = "" if lines else shortened(image, left, keep_end=True)
         label = shortened(choice["label"], middle)
-        lines.append(f"{name:<{left}}  {label:<{middle}}  {100 * choice['score']:5.1f} %{spread}")
+        boxes = "".join("  {:>9} {:>9}".format(*corners(box)) for box in boxes_of(choice).values())
+        lines.append(f"{name:<{left}}  {label:<{middle}}  {100 * choice['score']:5.1f} %{spread}{boxes}")
     return "\n".join(lines)
+
+
+def boxes_of(choice: dict) -> dict[str, list[float]]:
+    return {key: value for key, value in choice.items() if isinstance(value, list)}
+
+
+def corners(box: list[float]) -> tuple[str, str]:
+    left, top, right, bottom = (round(value) for value in box)
+    return f"{left},{top}", f"{right},{bottom}"
+
+
+def flat(choice: dict) -> dict:
+    """With a column for each side of a box."""
+    plain = {key: value for key, value in choice.items() if not isinstance(value, list)}
+    for key, box in boxes_of(choice).items():
+        plain |= {f"{key}_{side}": value for side, value in zip(SIDES, box, strict=True)}
+    return plain
+
+
+def draw(image: str, top: list[dict], classes: list[str], file: Path) -> None:
+    from dropkey.analysis.box_figures import save_drawn
+    from dropkey.tasks.preprocessing import opened
+
+    save_drawn(
+        opened(image, 3), [(one["label"], one["score"], [*boxes_of(one).values()]) for one in top], classes, file
+    )
+
+
+def drawn_files(images: list[str], folder: str) -> dict[str, Path]:
+    """For each image <name>-boxes.png, with a number where another has that name."""
+    names, found = Counter(), {}
+    for image in images:
+        names[stem := Path(image).stem] += 1
+        number = f"-{names[stem]}" if names[stem] > 1 else ""
+        found[image] = Path(folder) / f"{stem}-boxes{number}.png"
+    return found
 
 
 def as_csv(found: list[tuple[str, list[dict]]]) -> str:
     text = io.StringIO()
-    rows = [{"image": image, "rank": n, **choice} for image, top in found for n, choice in enumerate(top, 1)]
+    rows = [{"image": image, "rank": n, **flat(choice)} for image, top in found for n, choice in enumerate(top, 1)]
     writer = csv.DictWriter(text, rows[0] if rows else ["image", "rank", "label", "score"], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
@@ -135,7 +180,8 @@ def store(text: str, path: Path) -> None:
 def main(words: list[str]) -> int:
     args = parse(Args, [word for word in words if is_argument(word)], __doc__)
     require(bool(args.run), "run= is missing, such as run=runs/<directory>")
-    in_range("k", args.k, "above 0")
+    if args.k is not None:
+        in_range("k", args.k, "above 0")
     suffix = Path(args.output).suffix[1:]
     require(not args.output or suffix in FORMATS[1:], f"output={args.output} must end in .json or .csv")
     form = suffix or args.format
@@ -146,9 +192,13 @@ def main(words: list[str]) -> int:
     from dropkey import loading  # imports torch and timm: seconds, so after the checks
 
     model = loading.load(directory, args.weights, device=args.device, root=args.root)
-    columns = widths(paths, model.classes, figures=14 if args.monte_carlo else 7)
-    found, unread = [], 0
+    boxes = model.task.boxes_per_answer
+    require(bool(boxes) or not args.draw, f"draw={args.draw} is for runs that find boxes")
+    columns = widths(paths, model.classes, figures=(14 if args.monte_carlo else 7) + BOX * boxes)
+    found, unread, drawn = [], 0, drawn_files(paths, args.draw)
     for image, top in predictions(model, paths, args):
+        if args.draw and top is not None:
+            draw(image, top, model.classes, drawn[image])
         if top is None:
             unread += 1
         elif form == "table":
@@ -162,6 +212,8 @@ def main(words: list[str]) -> int:
             print(f"wrote  {args.output}  ({len(found)} images)")
         else:
             print(text, end="")
+    if args.draw:
+        say(f"drew   {args.draw}/  ({len(paths) - unread} images)")
     if unread:
         say(f"error: {unread} of {len(paths)} images could not be read")
     return DataError.exit_code if unread else 0

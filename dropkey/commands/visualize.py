@@ -2,12 +2,14 @@
 
 compare    where runs attend, side by side on the same images, and their entropy: run=<run>,<another>
 maps       where one or more runs attend, of a layer's heads or over all layers: run=<run>[,<run> ...]
+boxes      what runs find, side by side on the same images: run=<run>[,<run> ...]
 entropy    entropy of attention over depth, as table, record and plot: run=<run>[,<run> ...]
 gallery    one HTML page about a run: curves, entropy, maps, worst mistakes; into the run's directory
 masks      keys dropped by DropKey, DropKey-Block and DropKey-Cross
 schedules  drop ratio over depth
 
-A run is a path, name, hash, the beginning of one, or a pattern: run='*-cifar10-*'. Exit codes as in train.
+Of runs that find boxes, compare and maps show what the query of an object attends to, or with point=x,y what that point
+does. A run is a path, name, hash, the beginning of one, or a pattern: run='*-cifar10-*'. Exit codes as in train.
 """
 
 from collections import defaultdict
@@ -24,17 +26,23 @@ from dropkey.records import RunDirectory
 
 HEADS = ("rollout", "mean", "all")
 MOST = 8  # columns of compare
-ACTIONS = ("compare", "maps", "entropy", "gallery", "masks", "schedules")
-OF_RUNS = ACTIONS[:4]
+ACTIONS = ("compare", "maps", "boxes", "entropy", "gallery", "masks", "schedules")
+OF_RUNS = ACTIONS[:5]
 
 
 @dataclass
 class Args:
     action: str = arg("", "what to draw", choices=ACTIONS)
     run: List[str] = arg([], f"{', '.join(OF_RUNS)}: runs or patterns, with commas")
-    images: List[int] = arg([], "compare, maps: positions in the test split, such as 0,5,7; empty: evenly over it")
-    head: str = arg("rollout", "rollout over layers; or of one layer mean, all (maps), or a head's number")
-    layer: int = arg(-1, "compare, maps: the layer of a head, from 0; negative from the end")
+    images: List[int] = arg([], "compare, maps, boxes: positions in the test split, such as 0,5,7; empty: evenly")
+    head: str = arg(
+        "", "rollout over layers; or of one layer mean, all (maps), a head's number; empty: the first you can"
+    )
+    layer: Optional[int] = arg(
+        None, "compare, maps: the layer of a head, from 0; negative from the end; empty: the last"
+    )
+    point: List[float] = arg([], "compare, maps of runs that find boxes: x,y in pixels, whose attention is shown")
+    threshold: float = arg(0.5, "boxes: the least score of a box")
     root: Optional[str] = arg(None, "directory of the runs' images, if it has moved")
     ratio: float = arg(0.3, "masks, schedules: drop ratio")
     grid: int = arg(14, "masks: side of the grid of keys")
@@ -71,6 +79,27 @@ def compare(args: Args) -> Path:
     return path
 
 
+def boxes(args: Args) -> Path:
+    from dropkey.analysis import box_figures
+    from dropkey.analysis import boxes as finding
+    from dropkey.analysis.labels import labels
+
+    groups = by_seed(args)
+    require(len(groups) <= MOST, f"boxes draws {MOST} runs at most, not {len(groups)} (seeds share a column)")
+    require(0 <= args.threshold <= 1, f"threshold={args.threshold} must be in [0, 1]")
+    first = [runs[0] for runs in groups]
+    opened, ids = open_all(args, first, 5)
+    require(bool(opened[0].task.boxes_per_answer), f"run={first[0]} finds no boxes; choose maps or compare")
+    found = [finding.found(one, ids, args.threshold) for one in opened]
+    names = [
+        f"{name}\n{result_of(runs)}".strip()
+        for name, runs in zip(labels(configs_of(first), seeds=False), groups, strict=True)
+    ]
+    path = path_of(args, "boxes" + (f"-above{args.threshold:g}" if args.threshold != 0.5 else ""))
+    box_figures.plot_boxes(opened[0].pictures(ids), opened[0].names(ids), found, names, path)
+    return path
+
+
 def entropy(args: Args) -> Path:
     from dropkey.analysis import figures
     from dropkey.analysis.labels import labels
@@ -87,32 +116,76 @@ def entropy(args: Args) -> Path:
     return path
 
 
-def look(args: Args, runs: list[str], names: list[str], count: int) -> tuple:
-    """The same images for every run: as people see them, their names, and what each run sees in them."""
+def open_all(args: Args, runs: list[str], count: int) -> tuple:
+    """The runs, and the positions of their test images to look at. Raises ConfigError where they see others."""
     import torch
 
     from dropkey.analysis import trained
+
+    tasks = dict.fromkeys(cfg.task.name for cfg in configs_of(runs))
+    require(
+        len(tasks) == 1, f"these runs have different tasks ({', '.join(tasks)}): draw them in pictures of their own"
+    )
+    opened = [trained.open_run(run, args.root) for run in runs]
+    ids = opened[0].positions(tuple(args.images)) if args.images else opened[0].spread(count)
+    shown = [one.pictures(ids) for one in opened]
+    for run, pictures in zip(runs, shown, strict=True):
+        same = len(pictures) == len(shown[0]) and all(map(torch.equal, pictures, shown[0]))
+        require(same, f"run={run} has other images than {runs[0]}")
+    return opened, ids
+
+
+def look(args: Args, runs: list[str], names: list[str], count: int) -> tuple:
+    """The same images for every run: as people see them, their names, and what each run sees in them."""
     from dropkey.analysis.answers import answers
     from dropkey.analysis.map_figures import Seen
     from dropkey.analysis.maps import attention_maps
 
-    require(args.head in HEADS or args.head.isdigit(), f"head={args.head}: choose {', '.join(HEADS)} or a number")
-    found, shown = [], []
-    for run, name in zip(runs, names, strict=True):
-        opened = trained.open_run(run, args.root)
-        ids = opened.positions(tuple(args.images)) if args.images else opened.spread(count)
-        images, pictures = opened.images(ids)
-        found.append(Seen(name, attention_maps(opened.model, images, args.head, args.layer), answers(opened, ids)))
-        shown.append(pictures)
-        require(torch.equal(shown[0], shown[-1]), f"run={run} has other images than {runs[0]}")
-    return shown[0], opened.names(ids), found
+    known = not args.head or args.head in HEADS or args.head.isdigit()
+    require(known, f"head={args.head}: choose {', '.join(HEADS)} or a number")
+    opened, ids = open_all(args, runs, count)
+    if opened[0].task.boxes_per_answer:
+        return look_of_queries(args, opened, ids, names)
+    require(not args.point, "point= is for runs that find boxes")
+    args.head, layer = args.head or HEADS[0], -1 if args.layer is None else args.layer
+    found = [
+        Seen(name, attention_maps(one.model, one.images(ids)[0], args.head, layer), answers(one, ids))
+        for name, one in zip(names, opened, strict=True)
+    ]
+    return opened[0].pictures(ids), opened[0].names(ids), found
+
+
+def look_of_queries(args: Args, opened: list, ids, names: list[str]) -> tuple:
+    """`look` at objects instead of images, each with the query that is surest of it; or from a point."""
+    from dropkey.analysis import boxes as finding
+    from dropkey.analysis.map_figures import Seen
+
+    require(args.head != "rollout", "head=rollout: queries have no rollout; choose mean, all or a number")
+    args.head = args.head or "mean"
+    pictures, titles = opened[0].pictures(ids), opened[0].names(ids)
+    if args.point:
+        require(len(args.point) == 2, f"point={','.join(map(str, args.point))} must be x,y")
+        found = []
+        for name, one in zip(names, opened, strict=True):
+            maps, points = finding.point_maps(one, ids.tolist(), tuple(args.point), args.head, args.layer)
+            found.append(Seen(name, maps, [], points=points))
+        return pictures, titles, found
+    chosen = finding.objects(finding.found(opened[0], ids, 1.0))
+    found = []
+    for name, one in zip(names, opened, strict=True):
+        maps, said, marks = finding.look_at(one, ids, chosen, args.head, args.layer)
+        found.append(Seen(name, maps, said, marks=marks))
+    places = [ids.tolist().index(seen.position) for seen, _ in chosen]
+    titles = [f"{titles[place]}: {true.label}" for place, (_, true) in zip(places, chosen, strict=True)]
+    return [pictures[place] for place in places], titles, found
 
 
 def kind_of(args: Args, maps) -> str:
     """rollout, layer3-mean, layer3-heads or layer3-head1, for the name of a file."""
     if maps.layer is None:
         return args.head
-    return f"layer{maps.layer}-" + {"mean": "mean", "all": "heads"}.get(args.head, f"head{args.head}")
+    at = f"-point{args.point[0]:g}+{args.point[1]:g}" if args.point else ""
+    return f"layer{maps.layer}-" + {"mean": "mean", "all": "heads"}.get(args.head, f"head{args.head}") + at
 
 
 def result_of(runs: list[str]) -> str:
@@ -196,7 +269,7 @@ def main(words: list[str]) -> None:
         require(bool(args.run), f"{args.action} takes run=<run directory>[,<another>]")
         args.run = [str(run) for run in find_runs(",".join(args.run)) if (run / "checkpoints" / "last.pt").exists()]
         require(bool(args.run), "none of these runs has trained")
-    actions = (compare, maps, entropy, gallery, masks, schedules)
+    actions = (compare, maps, boxes, entropy, gallery, masks, schedules)
     path = {action.__name__: action for action in actions}[args.action](args)
     if path:
         print(f"picture {path}")

@@ -82,8 +82,9 @@ def check_model(model: ModelConfig, image_size: int) -> None:
         raise ConfigError(f"model.name={model.name} is not in timm or dropkey.models{nearest(base, names)}")
     for name in OWN_ARGUMENTS.keys() & model.args.keys():
         raise ConfigError(f"model.args.{name}: take {OWN_ARGUMENTS[name]}, which sets it")
+    sized = base == RESIZED or base.startswith(("t2t", "ceit", "detr", "qpic"))
     require(
-        model.depth is None or model.embed_dim is None or base == RESIZED or base.startswith(("t2t", "ceit", "detr")),
+        model.depth is None or model.embed_dim is None or sized,
         f"model.name={model.name} with the depth and width of another model; take model=timm model.name={model.name}",
     )
     require(
@@ -218,6 +219,21 @@ def check_warmup(optim: schema.OptimConfig, trainer: schema.TrainerConfig) -> No
     )
 
 
+def check_sched(optim: schema.OptimConfig, trainer: schema.TrainerConfig) -> None:
+    if optim.sched == "cosine":
+        return
+    require(optim.decay_epochs is not None, "optim.sched=step: after how many epochs? optim.decay_epochs=200")
+    require(
+        optim.warmup_epochs < optim.decay_epochs < trainer.epochs,
+        f"optim.decay_epochs={optim.decay_epochs:g} must be above optim.warmup_epochs={optim.warmup_epochs:g} and "
+        f"below trainer.epochs={trainer.epochs}, or the learning rate never falls; take {2 * trainer.epochs / 3:g}",
+    )
+    require(
+        optim.cooldown_epochs == 0,
+        f"optim.cooldown_epochs={optim.cooldown_epochs:g} is of the cosine; set it to 0 with optim.sched=step",
+    )
+
+
 def check_lr_scale(scales: dict) -> None:
     for key, value in flatten(scales).items():
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -237,15 +253,16 @@ def check(cfg: TrainConfig) -> TrainConfig:
     check_regularizer(cfg.regularizer, cfg.schedule)
     check_data(cfg.data)
     check_model(cfg.model, cfg.data.image_size)
-    require(
-        cfg.task.name != "classification" or not cfg.model.name.startswith("detr"),
-        f"model.name={cfg.model.name} finds boxes; add task=detection and its data, such as data=digit_scenes",
-    )
-    require(
-        cfg.task.name != "classification" or not cfg.model.name.startswith("metro"),
-        f"model.name={cfg.model.name} finds meshes; add task=mesh and its data, such as data=stick_figures",
-    )
-    frozen = cfg.model.name.startswith("detr_r") and not cfg.model.pretrained and cfg.init_from is None
+    for kind, what, task, data in (
+        ("detr", "boxes", "detection", "digit_scenes"),
+        ("qpic", "boxes", "interaction", "digit_pairs"),
+        ("metro", "meshes", "mesh", "stick_figures"),
+    ):
+        require(
+            cfg.task.name != "classification" or not cfg.model.name.startswith(kind),
+            f"model.name={cfg.model.name} finds {what}; add task={task} and its data, such as data={data}",
+        )
+    frozen = cfg.model.name.startswith(("detr_r", "qpic_r")) and not cfg.model.pretrained and cfg.init_from is None
     require(
         not frozen,
         f"model.name={cfg.model.name} has frozen BatchNorms, which need trained weights: model.pretrained=true "
@@ -264,6 +281,7 @@ def check(cfg: TrainConfig) -> TrainConfig:
         augment.crop_padding < size, f"augment.crop_padding={augment.crop_padding} must be below data.image_size={size}"
     )
     check_warmup(cfg.optim, trainer)
+    check_sched(cfg.optim, trainer)
     check_lr_scale(cfg.optim.lr_scale)
     parts = trainer.grad_accum_steps * int(os.environ.get("WORLD_SIZE", 1))
     require(

@@ -26,7 +26,7 @@ def known_models() -> frozenset[str]:
     """Names of timm's registry and of ours, read from the source: importing timm takes 4 s, this 0.1 s."""
     folders = (Path(importlib.util.find_spec("timm").origin).parent, Path(__file__).parents[1])
     text = "\n".join(file.read_text(encoding="utf-8") for folder in folders for file in folder.glob("models/*.py"))
-    timm, ours = r"^@register_model\s*\ndef (\w+)\(", r"^(\w+) = _register\("
+    timm, ours = r"^@register_model\s*\ndef (\w+)\(", r"^(\w+) = _?register\("
     return frozenset(re.findall(timm, text, re.MULTILINE) + re.findall(ours, text, re.MULTILINE))
 
 

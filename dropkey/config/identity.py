@@ -28,6 +28,7 @@ NEUTRAL = {
     **{"schedule.over": "depth", "optim.layer_decay": None, "optim.cooldown_epochs": 0.0, "trainer.ema_warmup": True},
     **{"augment.border": "reflect", "augment.interpolation": "bicubic", "augment.erase_mixed": False},
     **{"data.token_labels": None, "regularizer.modules": [], "regularizer.scope": "model"},
+    **{"optim.filter_bias_and_bn": True, "optim.sched": "cosine", "optim.decay_epochs": None, "optim.decay_rate": 0.1},
 }
 
 
@@ -40,7 +41,7 @@ def canonical(cfg: TrainConfig) -> dict[str, object]:
 
     Defaults are included: a changed default is a changed config. Configs that mean the same training give the same
     dictionary, so keys without a meaning are left out: the regularizer's details when it is `none`, the end of a
-    constant schedule.
+    constant schedule, the steps of a cosine.
     """
     keys = {key: value for key, value in flatten(asdict(cfg)).items() if not has_no_effect(key)}
     keys = {key: value for key, value in keys.items() if key not in NEUTRAL or value != NEUTRAL[key]}
@@ -50,6 +51,8 @@ def canonical(cfg: TrainConfig) -> dict[str, object]:
     elif cfg.schedule.name == "constant":
         del keys["schedule.end"]
         keys.pop("schedule.over", None)
+    if cfg.optim.sched == "cosine":
+        keys = {key: value for key, value in keys.items() if not key.startswith("optim.decay_")}
     if cfg.data.name in BY_ROOT:  # a folder is identified by its path, a named data set is the same anywhere
         keys["data.root"] = str(Path(cfg.data.root).resolve())
     if cfg.data.token_labels is not None:

@@ -17,10 +17,11 @@ LAYERS = ("self", "class", "cross", "outlook", "token", "layer")
 SCOPES = ("model", "stack")
 IMPLS = ("auto", "reference", "cpu", "triton", "sdpa")
 FOLDERS = ("folder", "shards", "parquet")
-BY_ROOT = (*FOLDERS, "mesh_folder")  # data sets that are whatever is under data.root
+BY_ROOT = (*FOLDERS, "coco_format", "mesh_folder")  # data sets that are whatever is under data.root
 OWN_VALIDATION = ("imagenet", *BY_ROOT)  # data sets that may bring a validation split
 DATASETS = ("digits", "cifar10", "cifar100", "imagenet", *FOLDERS)
-SCENES = ("digit_scenes",)  # data sets of images with boxes, for task=detection
+PAIRS = ("digit_pairs", "hico_det")  # data sets of images with boxes and interactions, for task=interaction
+SCENES = ("digit_scenes", "coco", "coco_format", *PAIRS)  # data sets of images with boxes, for task=detection
 MESHES = ("stick_figures", "mesh_folder")  # data sets of images with meshes, for task=mesh
 AMP = ("none", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -105,10 +106,14 @@ class AugmentConfig:
 class OptimConfig:
     name: str = "adamw"  # any timm optimizer
     lr: float = 2e-3  # peak learning rate, for the global batch as given (never rescaled)
-    weight_decay: float = 0.05  # not applied to biases, norms and what the model exempts
+    weight_decay: float = 0.05  # not applied to biases, norms and what the model exempts, but for the next key
+    filter_bias_and_bn: bool = True  # false: weight decay on all parameters
     momentum: float = 0.9  # of SGD and RMSprop
     warmup_epochs: float = 1.0  # linear warm-up, per step, from warmup_lr
     warmup_lr: float = 1e-6  # where the warm-up begins
+    sched: str = "cosine"  # after the warm-up: cosine to min_lr, or step: times decay_rate every decay_epochs
+    decay_epochs: Optional[float] = None  # of step, counted from the beginning of the training
+    decay_rate: float = 0.1  # of step
     cooldown_epochs: float = 0.0  # of trainer.epochs, the last ones, all at min_lr
     min_lr: float = 1e-6  # where the cosine ends
     clip_grad_norm: Optional[float] = None  # largest gradient norm; null: no clipping
@@ -196,7 +201,7 @@ VALUES = (  # keys, and the range or the choices that their values must be in; n
     (
         "data.max_train_samples data.num_classes trainer.epochs trainer.max_steps trainer.batch_size "
         "trainer.grad_accum_steps trainer.eval_batch_size trainer.eval_every trainer.log_every "
-        "trainer.checkpoint_minutes optim.clip_grad_norm eval.batch_size",
+        "trainer.checkpoint_minutes optim.clip_grad_norm optim.decay_epochs eval.batch_size",
         "above 0",
         COUNT,
     ),
@@ -217,7 +222,7 @@ VALUES = (  # keys, and the range or the choices that their values must be in; n
         "in [0, 1)",
     ),
     ("augment.hflip augment.random_erasing augment.mixup_prob", "in [0, 1]"),
-    ("augment.crop_scale", "in (0, 1]"),
+    ("augment.crop_scale optim.decay_rate", "in (0, 1]"),
     ("data.crop_pct optim.layer_decay", "in [0.1, 1]"),
     ("data.channels", (1, 3)),
     ("regularizer.name", REGULARIZER_NAMES),
@@ -226,6 +231,7 @@ VALUES = (  # keys, and the range or the choices that their values must be in; n
     ("regularizer.impl", IMPLS),
     ("schedule.name", SCHEDULES),
     ("schedule.over", OVER),
+    ("optim.sched", ("cosine", "step")),
     ("augment.border", ("reflect", "black")),
     ("augment.interpolation", ("bicubic", "random")),
     ("trainer.amp", AMP),

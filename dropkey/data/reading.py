@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from dropkey.data.images import Files, Pixels, to_device, to_tensor
 from dropkey.errors import ConfigError, DataError
 
 Key = tuple[int | str, ...]  # parts of a seed
-Batch = torch.Tensor | list[torch.Tensor]  # images, or these and more of the same length
+Batch = torch.Tensor | list  # images, or these and more
 MOST_WORKERS = 64  # on a machine with fewer cores; thousands hang it
 MOST_CHOSEN = 16  # without being asked for
 
@@ -54,7 +55,8 @@ class Decoding:
     """Reads through `workers` processes, which stay until `close` (0: in this process; None: `fitting_workers`).
 
     `transform(picture, key)` returns the picture at its final size, or a tuple of it and tensors; batches are
-    then lists.
+    then lists. With a `collate` of your own, pictures may be anything that `store.picture` returns: it makes a batch of
+    those of a request, of which tensors go to the device.
     """
 
     def __init__(
@@ -63,11 +65,12 @@ class Decoding:
         transform: Callable[[Image.Image, Key], Image.Image],
         workers: int | None,
         device: torch.device,
+        collate: Callable[[list], Batch] | None = None,
     ):
         workers = fitting_workers() if workers is None else workers
         if workers > (most := max(MOST_WORKERS, os.cpu_count() or 1)):
             raise ConfigError(f"data.num_workers={workers}: at most {most} processes decode here; take 2 to 8")
-        self._pictures, self._workers, self._device = _Pictures(store, transform), workers, device
+        self._pictures, self._workers, self._device = _Pictures(store, transform, collate or _stack), workers, device
         self._plan = _Plan()
         self._loader = self._batches = None
 
@@ -89,7 +92,10 @@ class Decoding:
             if isinstance(images, str):
                 self.close()
                 raise DataError(images)
-            parts = [part.to(self._device, non_blocking=True) for part in ([images] if one else images)]
+            parts = [
+                part.to(self._device, non_blocking=True) if isinstance(part, torch.Tensor) else part
+                for part in ([images] if one else images)
+            ]
             yield parts[0] if one else parts
             if self._plan.requests is not plan:
                 raise RuntimeError("this reading was abandoned: another one was started on the same reader")
@@ -116,10 +122,11 @@ class Decoding:
             self._pictures,
             sampler=self._plan,
             batch_size=None,  # a request is a batch already
+            collate_fn=_as_it_is,  # torch's own would make tensors, which are open files, of NumPy arrays
             num_workers=self._workers,
             persistent_workers=self._workers > 0,
             pin_memory=self._device.type == "cuda",
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=partial(_ignore_signals, os.getpid()),
             generator=torch.Generator(),  # without one, every epoch would draw from the process's own
         )
 
@@ -161,26 +168,32 @@ class _Plan:
 
 
 class _Pictures(TorchDataset):
-    def __init__(self, store: Files | Pixels, transform: Callable[[Image.Image, Key], Image.Image]):
-        self.store = store
-        self.transform = transform
+    def __init__(self, store: Files | Pixels, transform: Callable, collate: Callable[[list], Batch]):
+        self.store, self.transform, self.collate = store, transform, collate
 
     def __getitem__(self, request: Request) -> Batch | str:
         """A batch, or the error message: torch would wrap a worker's exception in a traceback."""
         try:
-            tensors = []
-            for index, row in enumerate(request.rows):
-                picture = self.store.picture(row)
-                made = self.transform(picture, (*request.key, request.position + index))
-                made = made if isinstance(made, tuple) else (made,)
-                tensors.append([to_tensor(one) if isinstance(one, Image.Image) else one for one in made])
-            batch = [torch.stack(column) for column in zip(*tensors, strict=True)]
-            return batch if len(batch) > 1 else batch[0]
+            keys = ((*request.key, request.position + index) for index in range(len(request.rows)))
+            return self.collate(
+                [self.transform(self.store.picture(row), key) for row, key in zip(request.rows, keys, strict=True)]
+            )
         except DataError as error:
             return str(error)
 
 
-def _ignore_signals(worker: int) -> None:
+def _as_it_is(batch: Batch | str) -> Batch | str:
+    return batch
+
+
+def _stack(made: list) -> Batch:
+    rows = [one if isinstance(one, tuple) else (one,) for one in made]
+    rows = [[to_tensor(one) if isinstance(one, Image.Image) else one for one in row] for row in rows]
+    batch = [torch.stack(column) for column in zip(*rows, strict=True)]
+    return batch if len(batch) > 1 else batch[0]
+
+
+def _ignore_signals(main: int, worker: int) -> None:
     """Ctrl-C, a scheduler's SIGUSR1 and SIGTERM reach the whole process group, but only the main process should act on
     them.
 
@@ -190,10 +203,11 @@ def _ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # other systems (macOS) do not tell who sent a signal
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_wait_for_parent, daemon=True).start()
+        threading.Thread(target=_wait_for, args=[main], daemon=True).start()
 
 
-def _wait_for_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+def _wait_for(main: int) -> None:
+    """The main process is not always the parent, which may be a fork server."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main:
         pass
     os._exit(0)

@@ -5,6 +5,7 @@ square that was pasted. No scan is in two splits: the first 1,400 are for traini
 """
 
 import random
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -25,6 +26,19 @@ TEST_SEED = 0  # not the run's: runs with different seeds are compared on the sa
 def read(data: DataConfig, seed: int) -> Scenes:
     """`seed` draws the canvases for training and validation; data.val_fraction is the share of their scans that only
     validation has, data.max_train_samples the number of canvases for training."""
+
+    def chosen(name: str, scans_of: list[list[int]], draw: random.Random) -> list[range]:
+        return [range(sum(map(len, scans_of)))] * draw.randint(1, MOST_DIGITS)
+
+    return Scenes(*splits(data, seed, "digit scenes", chosen), CATEGORIES)
+
+
+CATEGORIES = [{"id": digit, "name": str(digit)} for digit in range(10)]
+
+
+def splits(data: DataConfig, seed: int, purpose: str, chosen: Callable) -> tuple[Split, Split | None, Split]:
+    """Training, validation and test. `chosen(name of the split, its scans of each digit, draw)`: for every digit of a
+    canvas the scans of which it is to be one."""
     from sklearn.datasets import load_digits  # takes a second to import
 
     scans, labels = load_digits(return_X_y=True)
@@ -32,24 +46,27 @@ def read(data: DataConfig, seed: int) -> Scenes:
     first_val = TRAIN_SCANS - round(data.val_fraction * TRAIN_SCANS)
 
     def split(name: str, count: int, begin: int, end: int, seed: int) -> Split:
-        draw = random.Random(derive_seed("digit scenes", name, seed))
-        return paste(scans[begin:end], labels[begin:end].tolist(), count, data.image_size, data.channels, draw)
+        draw, own = random.Random(derive_seed(purpose, name, seed)), labels[begin:end].tolist()
+        scans_of = [[scan for scan, label in enumerate(own) if label == digit] for digit in range(10)]
+        digits = (chosen(name, scans_of, draw) for _ in range(count))
+        return paste(scans[begin:end], own, count, data.image_size, data.channels, draw, digits)
 
-    return Scenes(
+    return (
         split("train", data.max_train_samples or TRAIN, 0, first_val, seed),
         split("val", HELD_OUT, first_val, TRAIN_SCANS, seed) if first_val < TRAIN_SCANS else None,
         split("test", HELD_OUT, TRAIN_SCANS, len(scans), TEST_SEED),
-        [{"id": digit, "name": str(digit)} for digit in range(10)],
     )
 
 
-def paste(scans: torch.Tensor, labels: list[int], count: int, side: int, channels: int, draw: random.Random) -> Split:
+def paste(
+    scans: torch.Tensor, labels: list[int], count: int, side: int, channels: int, draw: random.Random, digits: Iterator
+) -> Split:
     canvases, records = torch.zeros(count, 1, side, side), []
     number = 0
-    for row, canvas in enumerate(canvases):
+    for row, (canvas, candidates) in enumerate(zip(canvases, digits, strict=True)):
         annotations = []
-        for left, top, size in places(side, draw):
-            which = draw.randrange(len(scans))
+        for (left, top, size), some in zip(places(side, len(candidates), draw), candidates, strict=False):
+            which = draw.choice(some)
             digit = F.interpolate(scans[which][None], (size, size), mode="bilinear")[0]
             window = canvas[:, top : top + size, left : left + size]
             torch.maximum(window, digit, out=window)
@@ -61,10 +78,10 @@ def paste(scans: torch.Tensor, labels: list[int], count: int, side: int, channel
     return Split(Pixels(np.ascontiguousarray(pixels)), list(range(count)), records)
 
 
-def places(side: int, draw: random.Random) -> list[tuple[int, int, int]]:
-    """Left, top and size of each digit of a canvas."""
+def places(side: int, count: int, draw: random.Random) -> list[tuple[int, int, int]]:
+    """Left, top and size of each digit of a canvas; fewer than `count` if there is no room."""
     found = []
-    for _ in range(draw.randint(1, MOST_DIGITS)):
+    for _ in range(count):
         size = draw.randint(round(side / 4), round(side * 3 / 8))
         for _ in range(TRIES):
             left, top = (draw.randint(0, side - size) for _ in range(2))

@@ -30,7 +30,8 @@ def average_precision(records: list[dict], detections: np.ndarray) -> dict[str, 
     truth, found = COCO(), COCO()
     truth.dataset = {
         "images": [{key: record[key] for key in ("id", "width", "height")} for record in records],
-        "annotations": [{"iscrowd": 0, **one} for one in annotations],
+        # numbered anew from 1: an id of 0 would mean "unmatched"
+        "annotations": [{"iscrowd": 0, **one, "id": number} for number, one in enumerate(annotations, 1)],
         "categories": [{"id": number} for number in sorted({one["category_id"] for one in annotations})],
     }
     with contextlib.redirect_stdout(io.StringIO()):  # they print

@@ -72,19 +72,22 @@ def fitted(size: tuple[int, int], shorter: int, longest: Optional[int]) -> tuple
 @dataclass(frozen=True)
 class Augment:
     """DETR's: a flip; then the shorter side becomes one of `scales`. Half of the images are cropped before: resized to
-    one of `crop_scales`, then a window with sides drawn from `crop_sides`."""
+    one of `crop_scales`, then a window with sides drawn from `crop_sides`. QPIC changes colours after the flip."""
 
     hflip: float = 0.0
     scales: Sequence[int] = ()  # pixels; none: images keep their size, unless they are cropped
     max_size: Optional[int] = None  # pixels of the longer side
     crop_scales: Sequence[int] = ()  # none: images keep their size before the crop
     crop_sides: Sequence[int] = ()  # least and most pixels of a side; none: no crop
+    color_jitter: float = 0.0  # brightness, contrast and saturation, by factors that are within this of 1
 
     def __call__(self, sample: Sample, seed: int) -> Sample:
         draw = random.Random(seed)
         flip, crop = draw.random() < self.hflip, draw.random() < 0.5
         if flip:
             sample = sample.flipped()
+        if self.color_jitter:
+            sample = replace(sample, image=self.jittered(sample.image, draw))
         if self.crop_sides and crop:
             if self.crop_scales:
                 sample = sample.resized(*fitted(sample.size, draw.choice(self.crop_scales), None))
@@ -92,6 +95,12 @@ class Augment:
         if self.scales:
             sample = sample.resized(*fitted(sample.size, draw.choice(self.scales), self.max_size))
         return sample
+
+    def jittered(self, image: Tensor, draw: random.Random) -> Tensor:
+        moves = [transforms.adjust_brightness, transforms.adjust_contrast, transforms.adjust_saturation]
+        for move in draw.sample(moves, len(moves)):
+            image = move(image, draw.uniform(1 - self.color_jitter, 1 + self.color_jitter))
+        return image
 
     def crop(self, sample: Sample, draw: random.Random) -> Sample:
         least, most = self.crop_sides

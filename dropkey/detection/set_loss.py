@@ -32,19 +32,27 @@ def set_losses(logits: Tensor, boxes: Tensor, labels: list[Tensor], targets: lis
     """
     logits, boxes = logits.float(), boxes.float()
     level, image, query, target = match(logits, boxes, labels, targets)
+    found, true = boxes[level, image, query], torch.cat(targets)[target]
+    return {
+        "class": CLASS * class_loss(logits, (level, image, query), torch.cat(labels)[target]),
+        "l1": L1 * (found - true).abs().sum(),
+        "giou": GIOU * giou_loss(found, true),
+    }
+
+
+def class_loss(logits: Tensor, matched: tuple[Tensor, ...], labels: Tensor) -> Tensor:
+    """Of logits L B Q K+1: those `matched` (level, image, query) have these labels, all others are no object."""
     wanted = torch.full(logits.shape[:3], logits.shape[-1] - 1, device=logits.device)
-    wanted[level, image, query] = torch.cat(labels)[target]
+    wanted[matched] = labels
     weight = torch.full((logits.shape[-1],), OBJECT, device=logits.device)
     weight[-1] = 1
-    found, true = boxes[level, image, query], torch.cat(targets)[target]
-    overlap = torch.stack(
-        [giou(*pair).diagonal().sum() for pair in zip(found.split(512), true.split(512), strict=True)]
-    )
-    return {
-        "class": CLASS * F.cross_entropy(logits.flatten(0, 2), wanted.flatten(), weight, reduction="sum"),
-        "l1": L1 * (found - true).abs().sum(),
-        "giou": GIOU * (len(found) - overlap.sum()),
-    }
+    return F.cross_entropy(logits.flatten(0, 2), wanted.flatten(), weight, reduction="sum")
+
+
+def giou_loss(found: Tensor, true: Tensor) -> Tensor:
+    """Of boxes M 4, each with the other in its place."""
+    parts = zip(found.split(512), true.split(512), strict=True)
+    return len(found) - torch.stack([giou(*pair).diagonal().sum() for pair in parts]).sum()
 
 
 def giou(some: Tensor, others: Tensor) -> Tensor:
@@ -61,13 +69,18 @@ def match(logits: Tensor, boxes: Tensor, labels: list[Tensor], targets: list[Ten
     for scores, found in zip(logits.softmax(-1).flatten(1, 2), boxes.flatten(1, 2), strict=True):
         overlap = giou(found, all_targets)
         costs.append(-CLASS * scores[:, all_labels] + L1 * torch.cdist(found, all_targets, p=1) - GIOU * overlap)
+    return assigned(torch.stack(costs).unflatten(1, logits.shape[1:3]), [len(one) for one in targets])
+
+
+def assigned(costs: Tensor, counts: list[int]) -> tuple[Tensor, ...]:
+    """As `match`, of the costs L B Q n of the targets of all images, so many of each."""
     # what is not finite is no reason to end here: the loss will not be finite either
-    costs = torch.stack(costs).unflatten(1, logits.shape[1:3]).nan_to_num(0).cpu()
+    device, costs = costs.device, costs.nan_to_num(0).cpu()
     pairs, begin = [], 0
-    for image, one in enumerate(targets):
-        for level, levels in enumerate(costs[:, image, :, begin : begin + len(one)]):
+    for image, count in enumerate(counts):
+        for level, levels in enumerate(costs[:, image, :, begin : begin + count]):
             query, target = (torch.from_numpy(side) for side in linear_sum_assignment(levels.numpy()))
             place = [torch.full_like(query, number) for number in (level, image)]
             pairs.append(torch.stack([*place, query, begin + target]))
-        begin += len(one)
-    return torch.cat(pairs, dim=1).to(logits.device).unbind()
+        begin += count
+    return torch.cat(pairs, dim=1).to(device).unbind()

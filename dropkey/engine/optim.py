@@ -7,7 +7,7 @@ from typing import Callable
 
 import torch
 from timm.optim import create_optimizer_v2, list_optimizers, param_groups_layer_decay, param_groups_weight_decay
-from timm.scheduler import CosineLRScheduler
+from timm.scheduler import CosineLRScheduler, StepLRScheduler
 from torch import nn
 
 from dropkey.config.check import nearest
@@ -23,7 +23,8 @@ FUSED = (
 
 
 def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
-    """timm's optimizer of that name. Biases, norms and parameters that the model exempts get no weight decay.
+    """timm's optimizer of that name. Biases, norms and parameters that the model exempts get no weight decay, unless
+    optim.filter_bias_and_bn is false.
 
     Raises:
         ConfigError: an optimizer that timm does not have, or arguments that it does not take.
@@ -31,7 +32,7 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimiz
     if optim.name not in list_optimizers():
         raise ConfigError(f"optim.name={optim.name} is not in timm{nearest(optim.name, list_optimizers())}")
     scales = flatten(optim.lr_scale)
-    parts = parts_of(model, list(scales))
+    parts, grouped = parts_of(model, list(scales)), bool(scales) or not optim.filter_bias_and_bn
     device = next(model.parameters()).device
     fused = optim.name in FUSED and device.type in ("cpu", "cuda") and not {"fused", "foreach"} & set(optim.args)
     try:
@@ -41,7 +42,7 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimiz
             lr=optim.lr,
             weight_decay=optim.weight_decay,
             momentum=optim.momentum,
-            param_group_fn=(lambda model: parameter_groups(model, optim, scales, parts)) if scales else None,
+            param_group_fn=(lambda model: parameter_groups(model, optim, scales, parts)) if grouped else None,
             layer_decay=optim.layer_decay,
             **({"fused": True} if fused else {}),
             **optim.args,
@@ -80,6 +81,8 @@ def parameter_groups(model: nn.Module, optim: OptimConfig, scales: dict[str, flo
         groups = param_groups_layer_decay(model, optim.weight_decay, layer_decay=optim.layer_decay, **exempt)
     split = []
     for group in groups:
+        if not optim.filter_bias_and_bn:
+            group["weight_decay"] = optim.weight_decay
         for part in dict.fromkeys(parts.get(p) for p in group["params"]):
             inside = [p for p in group["params"] if parts.get(p) == part]
             split.append({**group, "params": inside, "lr_scale": group.get("lr_scale", 1.0) * scales.get(part, 1.0)})
@@ -92,19 +95,16 @@ def base_lr(optimizer: torch.optim.Optimizer) -> float:
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, optim: OptimConfig, steps: int, per_epoch: int):
-    """A linear warm-up, a cosine from optim.lr to optim.min_lr, a cool-down there: `steps` in all. A pure function of
-    the step."""
+    """A linear warm-up, then a cosine from optim.lr to optim.min_lr and a cool-down there, `steps` in all; or falls
+    every optim.decay_epochs, counted from the beginning. A pure function of the step."""
     logging.getLogger("timm.scheduler").setLevel(logging.ERROR)  # it warns of cosines of a single step
     warmup = min(round(optim.warmup_epochs * per_epoch), steps - 1)
-    return CosineLRScheduler(
-        optimizer,
-        t_initial=max(steps - warmup - round(optim.cooldown_epochs * per_epoch), 1),
-        lr_min=optim.min_lr,
-        warmup_t=warmup,
-        warmup_lr_init=optim.warmup_lr,
-        warmup_prefix=True,
-        t_in_epochs=False,
-    )
+    common = {"warmup_t": warmup, "warmup_lr_init": optim.warmup_lr, "t_in_epochs": False}
+    if optim.sched == "step":
+        every = max(round(optim.decay_epochs * per_epoch), 1)
+        return StepLRScheduler(optimizer, every, optim.decay_rate, warmup_prefix=False, **common)
+    length = max(steps - warmup - round(optim.cooldown_epochs * per_epoch), 1)
+    return CosineLRScheduler(optimizer, t_initial=length, lr_min=optim.min_lr, warmup_prefix=True, **common)
 
 
 def build_autocast(amp: str, device: torch.device) -> Callable:

@@ -167,8 +167,9 @@ class MLP(nn.Module):
         return self.layers[-1](x)
 
 
-class DETR(nn.Module):
-    """
+class Trunk(nn.Module):
+    """All but the heads, which a subclass adds.
+
     Args:
         backbone: resnet50, resnet101, or small (see `SmallBackbone`).
         depth: of the encoder, and of the decoder.
@@ -180,7 +181,6 @@ class DETR(nn.Module):
     def __init__(
         self,
         *,
-        num_classes: int = 91,
         in_chans: int = 3,
         backbone: str = "resnet50",
         embed_dim: int = 256,
@@ -193,29 +193,20 @@ class DETR(nn.Module):
         pretrained: bool = False,
     ):
         super().__init__()
-        self.pretrained_cfg = {"classifier": "class_embed"}  # which other classes leave as initialised
         small = backbone == "small"
         trunk = SmallBackbone(in_chans) if small else ResNet(backbone, in_chans, dilation, pretrained)
         self.backbone = nn.ModuleList([trunk])  # a list, as officially: names begin with backbone.0
         self.input_proj = nn.Conv2d(trunk.num_channels, embed_dim, 1)
         self.transformer = Transformer(depth, embed_dim, num_heads, int(embed_dim * mlp_ratio), dropout)
         self.query_embed = nn.Embedding(num_queries, embed_dim)
-        self.class_embed = nn.Linear(embed_dim, num_classes + 1)
-        self.bbox_embed = MLP(embed_dim, 4)
 
-    def forward(self, images: Tensor, padding: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
-        """Logits L B Q K+1 (the last: no object) and boxes L B Q 4 (centre, width, height as shares of the real image)
-        of each decoder layer; in evaluation of the last alone, L = 1.
+    def levels(self, images: Tensor, padding: Optional[Tensor] = None) -> list[Tensor]:
+        """B Q D after each decoder layer.
 
         Args:
             images: B C H W, smaller ones padded with zeros at the right and the bottom.
             padding: bool B H W, True where padded; None: nowhere.
         """
-        levels = self.levels(images, padding)
-        x = torch.stack(levels if self.training else levels[-1:])
-        return self.class_embed(x), self.bbox_embed(x).sigmoid()
-
-    def levels(self, images: Tensor, padding: Optional[Tensor]) -> list[Tensor]:
         features = self.input_proj(self.backbone[0](images))
         if padding is None:
             cells = torch.zeros_like(features[:, 0], dtype=torch.bool)
@@ -225,6 +216,21 @@ class DETR(nn.Module):
         ignored = None if padding is None else cells.flatten(1)
         queries = self.query_embed.weight.repeat(len(images), 1, 1)
         return self.transformer(features.flatten(2).transpose(1, 2), positions, queries, ignored)
+
+
+class DETR(Trunk):
+    def __init__(self, *, num_classes: int = 91, embed_dim: int = 256, **trunk):
+        super().__init__(embed_dim=embed_dim, **trunk)
+        self.pretrained_cfg = {"classifier": "class_embed"}  # which other classes leave as initialised
+        self.class_embed = nn.Linear(embed_dim, num_classes + 1)
+        self.bbox_embed = MLP(embed_dim, 4)
+
+    def forward(self, images: Tensor, padding: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
+        """Logits L B Q K+1 (the last: no object) and boxes L B Q 4 (centre, width, height as shares of the real image)
+        of each decoder layer; in evaluation of the last alone, L = 1. Arguments: those of `levels`."""
+        levels = self.levels(images, padding)
+        x = torch.stack(levels if self.training else levels[-1:])
+        return self.class_embed(x), self.bbox_embed(x).sigmoid()
 
 
 # --------------------------------------------------------------------------------------------- weights of other names
@@ -269,21 +275,23 @@ def checkpoint_filter_fn(weights: dict[str, Tensor], model: nn.Module) -> dict[s
     return found
 
 
-def _register(name: str, **architecture) -> Callable[..., DETR]:
+# For the digits on small canvases: 0.25 million parameters.
+SMALL = {"backbone": "small", "embed_dim": 64, "depth": 2, "num_heads": 4, "mlp_ratio": 2.0, "dropout": 0.0}
+
+
+def register(name: str, network: type[Trunk], **architecture) -> Callable[..., Trunk]:
     """Register the model with timm; arguments of `timm.create_model` take precedence over those given here."""
 
-    def create(pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, drop_path_rate=0.0, **kwargs) -> DETR:
+    def create(pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, drop_path_rate=0.0, **kwargs) -> Trunk:
         if drop_path_rate:
-            raise ValueError("DETR has no stochastic depth; leave model.drop_path at 0")
-        return DETR(**architecture | kwargs)
+            raise ValueError(f"{network.__name__} has no stochastic depth; leave model.drop_path at 0")
+        return network(**architecture | kwargs)
 
     create.__name__ = create.__qualname__ = name
+    create.__module__ = network.__module__
     return register_model(create)
 
 
-detr_r50 = _register("detr_r50")
-detr_r101 = _register("detr_r101", backbone="resnet101")
-# For the digits on small canvases: 0.25 million parameters.
-detr_small = _register(
-    "detr_small", backbone="small", embed_dim=64, depth=2, num_heads=4, mlp_ratio=2.0, num_queries=8, dropout=0.0
-)
+detr_r50 = register("detr_r50", DETR)
+detr_r101 = register("detr_r101", DETR, backbone="resnet101")
+detr_small = register("detr_small", DETR, **SMALL, num_queries=8)

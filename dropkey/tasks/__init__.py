@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 TASKS = {
     "classification": "dropkey.tasks.classification:Classification",
     "detection": "dropkey.tasks.detection:Detection",
+    "interaction": "dropkey.tasks.interaction:Interaction",
     "mesh": "dropkey.tasks.mesh:MeshRecovery",
 }
 

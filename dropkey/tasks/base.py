@@ -3,10 +3,12 @@
 from abc import ABC, abstractmethod
 from typing import Any, Callable, Iterator, Optional, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from dropkey.config.schema import TrainConfig
 from dropkey.metrics import Metric
+from dropkey.tasks.marks import Mark
 
 
 class Batch(Protocol):
@@ -123,6 +125,17 @@ class Task(ABC):
     @abstractmethod
     def sample_names(self, data: Any, split: str, ids: Tensor) -> list[str]: ...
 
+    boxes_per_answer = 0  # of a task whose queries find boxes: it has `marks` and `grid`
+
+    def marks(self, outputs: Any, batch: Batch, info: dict, threshold: float) -> list[list[Mark]]:
+        """Of what `predict` gave, for each sample: its answers of that score at least, the surest first, then the truth
+        as far as the batch has it. `info`: `model_info`."""
+        raise NotImplementedError
+
+    def grid(self, model: nn.Module, batch: Batch) -> tuple[int, int]:
+        """Height and width of the tokens that the encoder makes of the batch's images."""
+        raise NotImplementedError
+
     # ------------------------------------------------------------------------- the model in use (dropkey.load)
 
     def info_fault(self, info: dict) -> str:
@@ -137,6 +150,26 @@ class Task(ABC):
         """What `build_model` takes in place of the data, made of `model_info`."""
         raise NotImplementedError
 
-    def transform(self) -> Callable[[Any], Tensor]:
-        """Makes of one sample from anywhere, such as an image file, what the model takes."""
+    def transform(self) -> Callable[[Any], Any]:
+        """Makes of one sample from anywhere, such as an image file, what `collate` takes."""
         raise NotImplementedError
+
+    at_a_time = 64  # samples of a batch in use
+
+    def collate(self, samples: Any, device: torch.device) -> Batch:
+        """A batch for `predict` of what `transform` made."""
+        raise NotImplementedError
+
+    def answers(self, outputs: Iterator[tuple[list[Any], Batch]], info: dict, threshold: Optional[float]) -> Any:
+        """What a user gets: something with `top(k)`, which is for each sample a list of dicts with a `label` and a
+        `score`, the surest first.
+
+        Args:
+            outputs: of each batch what `predict` gave, in one pass or in several (Monte Carlo).
+            threshold: the least score, for tasks that draw boxes; None: their own.
+        """
+        raise NotImplementedError
+
+    def exported(self, model: nn.Module) -> tuple[nn.Module, list[str]]:
+        """What other programs run: a module of images B C H W, and the names of its outputs, B first."""
+        return model, ["logits"]

@@ -2,20 +2,21 @@
 
 import dataclasses
 from types import SimpleNamespace
-from typing import Iterator
+from typing import Iterator, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dropkey import data as loaders
-from dropkey import datasets, shapes
+from dropkey import datasets
 from dropkey.config.geometry import grid_side
 from dropkey.data.augment import denormalized, per_channel
+from dropkey.errors import ConfigError
 from dropkey.metrics import Metric
 from dropkey.models import constructor_arguments, create_model
 from dropkey.tasks.base import Task
-from dropkey.tasks.preprocessing import ImageTransform
+from dropkey.tasks.preprocessing import ImageTransform, info_fault
 
 SHOWN = 64  # images at a time: with 3,136 tokens (T2T) an image has 40 MB of attention weights in each layer
 UNLABELLED = (  # their author's word (sail-sg/volo, issue 8)
@@ -138,16 +139,7 @@ class Classification(Task):
         return [f"{data.classes[targets[number]]}\n{split} {number}" for number in ids.tolist()]
 
     def info_fault(self, info: dict) -> str:
-        usable = {
-            **{"architecture": str, "num_classes": int, "label_names": [str], "model_args": dict},
-            "pretrained_cfg": {"input_size": [int], "mean?": [shapes.NUMBER], "std?": [shapes.NUMBER]},
-        }
-        if wrong := shapes.problem(info, usable):
-            return wrong
-        names, size = info["label_names"], info["pretrained_cfg"]["input_size"]
-        if len(names) != info["num_classes"]:
-            return f"it has {len(names)} label_names for {info['num_classes']} classes"
-        return "" if len(size) == 3 and min(size) > 0 else f"pretrained_cfg.input_size is {size}, not C H W"
+        return info_fault(info)
 
     def model_info(self, data: loaders.Dataset, model: nn.Module) -> dict:
         """The classes, the architecture and the preprocessing, as config.json of timm has them."""
@@ -183,6 +175,21 @@ class Classification(Task):
     def transform(self) -> ImageTransform:
         return ImageTransform(self.cfg.data)
 
+    def collate(self, samples: Sequence[Tensor], device: torch.device) -> loaders.ImageBatch:
+        unknown = torch.zeros(len(samples), dtype=torch.int64)
+        images = samples if isinstance(samples, Tensor) else torch.stack(list(samples))
+        return loaders.ImageBatch(images.to(device), unknown.to(device), unknown)
+
+    def answers(self, outputs, info: dict, threshold: Optional[float] = None) -> "Predictions":
+        if threshold is not None:
+            raise ConfigError(f"threshold={threshold:g} is for runs that find boxes")
+        means, spreads = [], []
+        for passes, _ in outputs:
+            probabilities = torch.stack([logits.float().softmax(-1).cpu() for logits in passes])
+            means.append(probabilities.mean(0))
+            spreads += [probabilities.std(0)] if len(passes) > 1 else []
+        return Predictions(torch.cat(means), torch.cat(spreads) if spreads else None, info["label_names"])
+
 
 def mix_token_losses(logits: Tensor, token_logits: Tensor, own: float, targets: Tensor) -> dict[str, Tensor]:
     """Of what MixTokenVOLO makes in training: the image against its own and its partner's label, and half of each
@@ -199,6 +206,27 @@ def mix_token_losses(logits: Tensor, token_logits: Tensor, own: float, targets: 
         "cross_entropy": F.cross_entropy(logits, mixed, reduction="sum"),
         "token_cross_entropy": 0.5 * token_loss,
     }
+
+
+@dataclasses.dataclass
+class Predictions:
+    """Of B images."""
+
+    probabilities: Tensor  # float32 (B, classes) on the CPU; with monte_carlo the mean of the passes
+    spread: Optional[Tensor]  # the same shape: standard deviation over the passes; None without monte_carlo
+    classes: list[str]
+
+    def top(self, k: int = 5) -> list[list[dict]]:
+        """For each image its `k` most probable classes, the first first: {"label": ..., "score": ...}, and with
+        monte_carlo "spread"."""
+        scores, ids = self.probabilities.topk(min(k, len(self.classes)))
+        found = []
+        for row, (values, positions) in enumerate(zip(scores.tolist(), ids.tolist(), strict=True)):
+            found.append([{"label": self.classes[i], "score": p} for i, p in zip(positions, values, strict=True)])
+            if self.spread is not None:
+                for choice, position in zip(found[-1], positions, strict=True):
+                    choice["spread"] = self.spread[row, position].item()
+        return found
 
 
 class ClassificationScores:

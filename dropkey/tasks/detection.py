@@ -10,33 +10,37 @@ from torch import Tensor, nn
 
 from dropkey import data as loaders
 from dropkey import datasets
-from dropkey.config.schema import AugmentConfig, TrainConfig
-from dropkey.data.augment import Normalize, denormalized
+from dropkey.config.schema import AugmentConfig, ModelConfig, TrainConfig
+from dropkey.data.augment import Normalize, denormalized, per_channel
 from dropkey.detection.average_precision import FIGURES, average_precision
 from dropkey.detection.boxes import Augment, Sample, fitted
-from dropkey.detection.scenes import EvalLoader, SceneBatch, Scenes, TrainLoader
+from dropkey.detection.scenes import EvalLoader, SceneBatch, Scenes, TrainLoader, batched
 from dropkey.detection.set_loss import normalisers, set_losses
 from dropkey.detection.warm_up import warm_up
 from dropkey.errors import ConfigError, DataError
 from dropkey.metrics import Metric
-from dropkey.models import create_model
+from dropkey.models import constructor_arguments, create_model
 from dropkey.models.detr import DETR, SmallBackbone
 from dropkey.tasks.base import Task
+from dropkey.tasks.marks import Mark, corners, judged
+from dropkey.tasks.photos import Detections, LastLevel, Photo, Photos, PhotoSplit, truths
+from dropkey.tasks.preprocessing import info_fault
 
-SHOWN = 16  # images at a time
+LEAST = 0.5  # score of a box that is shown
 LABELS = dict(zip(FIGURES, ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large"), strict=True))
 
 
 class Detection(Task):
     """
     Args:
-        scales, max_size, crop_scales, crop_sides: augmentation, see `dropkey.detection.boxes.Augment`.
+        scales, max_size, crop_scales, crop_sides, color_jitter: augmentation, see `dropkey.detection.boxes.Augment`.
         eval_scale: pixels of the shorter side in evaluation (the longer: max_size); None: images keep their size.
         warm_up_steps: with `model.pretrained`, how long the small backbone learns to tell what each cell of the
             training images shows, before anything else is trained; a ResNet has its ImageNet weights instead.
     """
 
     metrics = tuple(Metric(key, label, "%") for key, label in LABELS.items())
+    network = DETR
 
     def __init__(
         self,
@@ -47,16 +51,17 @@ class Detection(Task):
         crop_sides: Sequence[int] = (),
         eval_scale: Optional[int] = None,
         warm_up_steps: int = 800,
+        color_jitter: float = 0.0,
     ):
         super().__init__(cfg)
         unused = {**asdict(cfg.augment), "hflip": 0.0}
         for key, value in asdict(AugmentConfig()).items():
             if unused[key] != value:
                 raise ConfigError(
-                    f"augment.{key}={unused[key]} is for classification; task=detection has augment.hflip and "
-                    "task.args: scales, max_size, crop_scales, crop_sides"
+                    f"augment.{key}={unused[key]} is for classification; task={cfg.task.name} has augment.hflip and "
+                    "task.args: scales, max_size, crop_scales, crop_sides, color_jitter"
                 )
-        self.augment = Augment(cfg.augment.hflip, scales, max_size, crop_scales, crop_sides)
+        self.augment = Augment(cfg.augment.hflip, scales, max_size, crop_scales, crop_sides, color_jitter)
         self.eval_scale, self.warm_up_steps = eval_scale, warm_up_steps
         self.queries = 0  # of the model, once it is built
 
@@ -73,30 +78,43 @@ class Detection(Task):
     def build_model(self, data: Scenes, *, pretrained: bool, fused: bool) -> nn.Module:
         cfg = self.cfg
         sizes = {"image_size": cfg.data.image_size, "channels": cfg.data.channels, "num_classes": data.labels}
-        model = create_model(cfg.model, **sizes, pretrained=pretrained, fused=fused)
-        if not isinstance(model, DETR):
+        model = create_model(self.architecture(data), **sizes, pretrained=pretrained, fused=fused)
+        if not isinstance(model, self.network):
+            names = self.network.__name__.lower()
             raise ConfigError(
-                f"model.name={cfg.model.name} finds no boxes; task=detection takes detr_r50, detr_small ..."
+                f"model.name={cfg.model.name} finds no boxes for task={cfg.task.name}, which takes {names}_r50, "
+                f"{names}_small ..."
             )
         self.queries = model.query_embed.num_embeddings
         if pretrained and isinstance(model.backbone[0], SmallBackbone):
             warm_up(model.backbone[0], data.train, self.normalize("cpu"), data.labels, self.warm_up_steps, cfg.seed)
         return model
 
+    def architecture(self, data: Scenes) -> ModelConfig:
+        return self.cfg.model
+
     def normalize(self, device) -> Normalize:
         return Normalize(self.cfg.data, torch.device(device))
+
+    @property
+    def workers(self) -> Optional[int]:
+        """Processes that decode: none for images that are decoded already."""
+        return 0 if self.cfg.data.in_memory else self.cfg.data.num_workers
 
     def train_loader(self, data: Scenes, dist) -> TrainLoader | loaders.FirstBatch:
         trainer = self.cfg.trainer
         parts = {"batch_size": trainer.batch_size, "grad_accum_steps": trainer.grad_accum_steps}
-        loader = TrainLoader(data.train, self.augment, self.normalize("cpu"), **parts, seed=self.cfg.seed, dist=dist)
+        parts |= {"seed": self.cfg.seed, "dist": dist, "workers": self.workers}
+        loader = TrainLoader(data.train, self.augment, self.normalize(dist.device), **parts)
         return loaders.FirstBatch(loader, trainer.grad_accum_steps) if trainer.overfit else loader
 
     def eval_loader(self, data: Scenes, split: str, dist, batch_size=None) -> EvalLoader:
         if getattr(data, split) is None:
             raise DataError(f"there is no {split} split: data.val_fraction=0 holds nothing out; raise it")
         size = batch_size or self.cfg.trainer.eval_batch_size
-        return EvalLoader(getattr(data, split), self.as_evaluated, self.normalize("cpu"), size, dist)
+        return EvalLoader(
+            getattr(data, split), self.as_evaluated, self.normalize(dist.device), size, dist, self.workers
+        )
 
     def as_evaluated(self, sample: Sample) -> Sample:
         if self.eval_scale is None:
@@ -109,7 +127,8 @@ class Detection(Task):
         return SceneBatch(images, None, [], [], [], [], torch.zeros(1, dtype=torch.int64))
 
     def planned_data(self) -> SimpleNamespace:
-        return SimpleNamespace(labels=self.cfg.data.num_classes or 10, train_samples=None)
+        cfg = self.cfg.data
+        return SimpleNamespace(labels=cfg.num_classes or 10, train_samples=datasets.TRAIN_SAMPLES.get(cfg.name))
 
     def normalisers(self, batch: SceneBatch) -> dict[str, float]:
         return normalisers([len(labels) for labels in batch.labels], self.queries)
@@ -131,13 +150,84 @@ class Detection(Task):
 
     def samples(self, data: Scenes, split: str, ids: Tensor, dist) -> Iterator[SceneBatch]:
         some = getattr(data, split).subset(ids.tolist())
-        yield from EvalLoader(some, self.as_evaluated, self.normalize("cpu"), SHOWN, dist)
+        yield from EvalLoader(some, self.as_evaluated, self.normalize(dist.device), 1, dist)  # alone: nothing is padded
 
     def pictures(self, batch: SceneBatch) -> Tensor:
         return denormalized(batch.images.cpu(), self.cfg.data)
 
     def sample_names(self, data: Scenes, split: str, ids: Tensor) -> list[str]:
-        return [f"{split} {getattr(data, split).records[number]['id']}" for number in ids.tolist()]
+        return [f"{split} {number}" for number in ids.tolist()]
+
+    boxes_per_answer = 1
+
+    def marks(self, outputs: tuple[Tensor, Tensor], batch: SceneBatch, info: dict, threshold: float = LEAST):
+        names, rows = info["label_names"], []
+        for probabilities, boxes, record in zip(*outputs, batch.records, strict=True):
+            scores, labels = (each.tolist() for each in probabilities[:, :-1].cpu().max(-1))
+            places = corners(boxes)
+            answers = [
+                Mark(places[[query]], names[labels[query]], labels[query], scores[query], query)
+                for query in sorted(range(len(scores)), key=lambda query: -scores[query])
+                if scores[query] >= threshold
+            ]
+            known = (truths(record, names), truths(record, names, groups=True)) if "annotations" in record else None
+            rows.append(judged(answers, *known) if known else answers)
+        return rows
+
+    def grid(self, model: nn.Module, batch: SceneBatch) -> tuple[int, int]:
+        return tuple(model.backbone[0](batch.images).shape[-2:])
+
+    def info_fault(self, info: dict) -> str:
+        return info_fault(info)
+
+    def model_info(self, data: Scenes, model: nn.Module) -> dict:
+        """Labels that no category has, which are among COCO's, are called N/A, as officially."""
+        cfg, named = self.cfg.data, {category["id"]: category["name"] for category in data.categories}
+        shape = {"num_classes": data.labels, "in_chans": cfg.channels}
+        return {
+            "architecture": self.cfg.model.name.split(".")[0],
+            "num_classes": data.labels,
+            "label_names": [named.get(label, "N/A") for label in range(data.labels)],
+            "model_args": {**shape, **constructor_arguments(self.cfg.model, cfg.image_size)},
+            "pretrained_cfg": {
+                "num_classes": data.labels,
+                "input_size": [cfg.channels, cfg.image_size, cfg.image_size],
+                "fixed_input_size": False,
+                "mean": per_channel(cfg.mean, cfg.channels),
+                "std": per_channel(cfg.std, cfg.channels),
+                "classifier": model.pretrained_cfg["classifier"],
+            },
+        }
+
+    def data_facts(self, info: dict) -> SimpleNamespace:
+        return SimpleNamespace(labels=info["num_classes"])
+
+    def transform(self) -> Photos:
+        return Photos(self.cfg.data.channels, self.as_evaluated)
+
+    at_a_time = 1  # several are padded to the largest, on which their boxes then depend a little
+
+    def collate(self, samples: Sequence[Photo], device: torch.device) -> SceneBatch:
+        ids = torch.arange(len(samples))
+        return batched(PhotoSplit(samples), ids, lambda sample, _: sample, self.normalize(device), device)
+
+    def answers(self, outputs, info: dict, threshold: Optional[float] = None) -> Detections:
+        found = Detections()
+        for passes, batch in outputs:
+            averaged = passes[0] if len(passes) == 1 else self.average(passes)
+            spread = torch.stack([one[0] for one in passes]).std(0) if len(passes) > 1 else None
+            marked = self.marks(averaged, batch, info, LEAST if threshold is None else threshold)
+            for row, (record, marks) in enumerate(zip(batch.records, marked, strict=True)):
+                size = torch.tensor([record["width"], record["height"]] * 2)
+                found.append([])
+                for mark in marks:
+                    box = {"label": mark.label, "score": mark.score, "box": (mark.boxes[0] * size).tolist()}
+                    of_score = {} if spread is None else {"spread": spread[row, mark.query, mark.group].item()}
+                    found[-1].append(box | of_score)
+        return found
+
+    def exported(self, model: nn.Module) -> tuple[nn.Module, list[str]]:
+        return LastLevel(model), ["logits", "boxes"]
 
 
 class DetectionScores:
