@@ -5,13 +5,17 @@ import multiprocessing
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 import distributed_run
 import fault_runs
 import runs
 from dropkey import evaluation
 from dropkey.config.schema import EvalConfig, EvaluationConfig
 from dropkey.datasets import digit_scenes
+from dropkey.detection.scenes import SceneBatch
 from dropkey.engine.trainer import Trainer
+from dropkey.tasks.detection import Detection
 
 WORDS = (
     *("task=detection", "model=detr_digits", "data=digit_scenes", "model.pretrained=false", "data.image_size=24"),
@@ -73,9 +77,21 @@ def damaged(output: Path, words: tuple[str, ...], picture: Path) -> None:
     fault_runs.command(output, *words)
 
 
+def outputs(batch: SceneBatch, queries: int = 8, move: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a model would give that finds all, with its boxes moved by a share of the image."""
+    probabilities, boxes = torch.zeros(len(batch), queries, 11), torch.full((len(batch), queries, 4), 0.5)
+    probabilities[..., -1] = 1
+    for row, (labels, true) in enumerate(zip(batch.labels, batch.boxes, strict=True)):
+        probabilities[row, range(len(labels)), labels] = 0.9 + 0.01 * batch.ids[row] / 100
+        boxes[row, : len(true)] = true + torch.tensor([move, 0, 0, 0])
+    return probabilities, boxes
+
+
 def evaluated(run: Path, output: Path, sizes: tuple[int, ...]) -> None:
-    """The figures of a run with batches of those sizes, of all processes of the job, to a file."""
+    """The figures of a run with batches of those sizes, of all processes of the job, to a file. In place of the model
+    one that finds all, but a little aside: training takes too long."""
     prepare()
+    Detection.predict = lambda self, model, batch: outputs(batch, move=0.03)
     found = {}
     for size in sizes:
         cfg = EvalConfig(run=str(run), eval=EvaluationConfig(batch_size=size, device="cpu"))

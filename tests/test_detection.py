@@ -119,16 +119,6 @@ def data(task):
     return task.load_data()
 
 
-def outputs(batch: SceneBatch, queries: int = 8, move: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a model would give that finds all, with its boxes moved by a share of the image."""
-    probabilities, boxes = torch.zeros(len(batch), queries, 11), torch.full((len(batch), queries, 4), 0.5)
-    probabilities[..., -1] = 1
-    for row, (labels, true) in enumerate(zip(batch.labels, batch.boxes, strict=True)):
-        probabilities[row, range(len(labels)), labels] = 0.9 + 0.01 * batch.ids[row] / 100
-        boxes[row, : len(true)] = true + torch.tensor([move, 0, 0, 0])
-    return probabilities, boxes
-
-
 def scored(task, data, move: float = 0.0, world_size: int = 1, batch_size: int = 5) -> dict:
     """As so many processes would, which are run one after the other."""
     parts = []
@@ -136,7 +126,7 @@ def scored(task, data, move: float = 0.0, world_size: int = 1, batch_size: int =
         scores = task.scores()
         for batch in task.eval_loader(data, "test", DistContext(rank, world_size, torch.device("cpu")), batch_size):
             if len(batch):
-                scores.update(outputs(batch, move=move), batch)
+                scores.update(detection_run.outputs(batch, move=move), batch)
         parts.append(scores)
     together = SimpleNamespace(
         is_main=True, gather=lambda own: [(p.records, p.found) for p in parts], broadcast=lambda value: value
@@ -166,7 +156,7 @@ def test_boxes_are_those_of_the_original_image(task, data):
     batch = next(iter(task.eval_loader(data, "test", ALONE, 1)))
     batch.records[0] = {**batch.records[0], "width": 240, "height": 480}
     scores = task.scores()
-    scores.update(outputs(batch), batch)
+    scores.update(detection_run.outputs(batch), batch)
     left, top, width, height = scores.found[0][0, 1:5] / [10, 20, 10, 20]
     assert [left, top, width, height] == pytest.approx(batch.records[0]["annotations"][0]["bbox"], abs=1e-4)
 

@@ -1,6 +1,7 @@
 """Boxes drawn on images: found ones as lines, true ones dashed; of one image, and of runs side by side."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional, Sequence
 
@@ -48,7 +49,7 @@ def draw_marks(axis, marks: Sequence[Mark], size: tuple[int, int], scale: float 
     from matplotlib.patheffects import withStroke
 
     height, width = size
-    for mark in sorted(marks, key=lambda mark: -1 if mark.score is None else mark.score):
+    for mark in merged(sorted(marks, key=lambda mark: -1 if mark.score is None else mark.score)):
         true, color = mark.score is None, color_of(mark)
         boxes = (mark.boxes * torch.tensor([width, height] * 2)).tolist()
         line = {"edgecolor": color, "linewidth": scale * (0.9 if true else 1.15), "fill": False}
@@ -61,10 +62,21 @@ def draw_marks(axis, marks: Sequence[Mark], size: tuple[int, int], scale: float 
             axis.plot(*zip(*ends, strict=True), color=color, linewidth=line["linewidth"], path_effects=shadow)
         left, top, right, bottom = boxes[0]
         if not true:
-            draw_label(axis, f"{mark.label} {100 * mark.score:.0f}", left, top, "bottom", color, scale, size)
+            draw_label(axis, mark.label, left, top, "bottom", color, scale, size)
         elif mark.right is False:
             draw_label(axis, mark.label, left, bottom, "top", color, scale, size)
     axis.set(xlim=(0, width), ylim=(height, 0))
+
+
+def merged(marks: Sequence[Mark]) -> list[Mark]:
+    """Of those with the same boxes and color one, whose label has a line for each: the verbs of a pair. Answers have
+    their score behind."""
+    found: dict[tuple, Mark] = {}
+    for mark in marks:
+        text = mark.label if mark.score is None else f"{mark.label} {100 * mark.score:.0f}"
+        key = (mark.score is None, color_of(mark), *mark.boxes.flatten().tolist())
+        found[key] = replace(mark, label=f"{found[key].label}\n{text}" if key in found else text)
+    return list(found.values())
 
 
 def draw_label(axis, text: str, x: float, y: float, side: str, color: str, scale: float, size) -> None:

@@ -24,7 +24,7 @@ def read(data: DataConfig, seed: int) -> Interactions:
         for record in split.records if split else ():
             record["pairs"] = pairs(record["annotations"], data.image_size * 2 / 3)
     possible = np.ones((len(VERBS), 10), dtype=bool)
-    return Interactions(train, val, test, digit_scenes.CATEGORIES, possible, counted(train.records), sided=True)
+    return Interactions(train, val, test, digit_scenes.CATEGORIES, VERBS, possible, counted(train.records), sided=True)
 
 
 def chosen(name: str, scans_of: list[list[int]], draw: random.Random) -> list[list[int]]:

@@ -27,6 +27,15 @@ from dropkey.seeds import derive_seed
 
 LAYOUT = "annotations/{trainval_hico.json,test_hico.json,corre_hico.npy} and images/{train2015,test2015}/"
 MOST_BOXES = 100  # of a training image
+VERBS = (  # 1 to 117 of the files  # noqa: SIM905
+    "adjust assemble block blow board break brush_with buy carry catch chase check clean control cook cut "
+    "cut_with direct drag dribble drink_with drive dry eat eat_at exit feed fill flip flush fly greet grind groom "
+    "herd hit hold hop_on hose hug hunt inspect install jump kick kiss lasso launch lick lie_on lift light load "
+    "lose make milk move no_interaction open operate pack paint park pay peel pet pick pick_up point pour pull "
+    "push race read release repair ride row run sail scratch serve set shear sign sip sit_at sit_on slide smell "
+    "spin squeeze stab stand_on stand_under stick stir stop_at straddle swing tag talk_on teach text_on throw tie "
+    "toast train turn type_on walk wash watch wave wear wield zip "
+).split()
 MISSING = "an interaction names a box that the image does not have"
 
 
@@ -40,6 +49,8 @@ def read(data: DataConfig, seed: int) -> Interactions:
     names = get_weight("FasterRCNN_ResNet50_FPN_Weights.COCO_V1").meta["categories"]  # at COCO's ids; N/A: gaps
     categories = [number for number, name in enumerate(names) if number and name != "N/A"]
     possible = read_possible(root / "annotations" / "corre_hico.npy", len(categories))
+    # of another data set in the same format only the numbers are known
+    verbs = VERBS if len(possible) == len(VERBS) else [f"verb {number}" for number in range(1, len(possible) + 1)]
     notes: list[str] = []
     try:
         whole, test = (
@@ -54,7 +65,7 @@ def read(data: DataConfig, seed: int) -> Interactions:
         record["pairs"] = [pair for pair in record["pairs"] if max(pair[:2]) < MOST_BOXES]
     train, val = hold_out(whole, data, seed)
     named = [{"id": place, "name": names[number]} for place, number in enumerate(categories)]
-    return Interactions(train, val, test, named, possible, instances, notes=notes)
+    return Interactions(train, val, test, named, verbs, possible, instances, notes=notes)
 
 
 def read_possible(file: Path, objects: int) -> np.ndarray:

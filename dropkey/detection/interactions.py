@@ -1,6 +1,7 @@
 """Images with pairs of objects and the verbs between them."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,6 +14,7 @@ from dropkey.detection.scenes import Scenes
 class Interactions(Scenes):
     """Categories are 0 to K - 1, subjects are of category 0, and verbs 0 to V - 1."""
 
+    verbs: Sequence[str]  # their names
     possible: np.ndarray  # bool V K: verbs that an object can have
     instances: dict[Triplet, int]  # in the whole training set, before anything is held out of it
     sided: bool = False  # whether mirrored images would have other verbs

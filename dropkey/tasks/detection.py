@@ -159,6 +159,11 @@ class Detection(Task):
         return [f"{split} {number}" for number in ids.tolist()]
 
     boxes_per_answer = 1
+    named_boxes = ("box",)  # of an answer
+
+    def strength(self, outputs: tuple[Tensor, ...]) -> Tensor:
+        """B Q groups: the score of every answer that a query could give."""
+        return outputs[0][..., :-1]
 
     def marks(self, outputs: tuple[Tensor, Tensor], batch: SceneBatch, info: dict, threshold: float = LEAST):
         names, rows = info["label_names"], []
@@ -215,15 +220,15 @@ class Detection(Task):
         found = Detections()
         for passes, batch in outputs:
             averaged = passes[0] if len(passes) == 1 else self.average(passes)
-            spread = torch.stack([one[0] for one in passes]).std(0) if len(passes) > 1 else None
+            spread = torch.stack([self.strength(one) for one in passes]).std(0) if len(passes) > 1 else None
             marked = self.marks(averaged, batch, info, LEAST if threshold is None else threshold)
             for row, (record, marks) in enumerate(zip(batch.records, marked, strict=True)):
                 size = torch.tensor([record["width"], record["height"]] * 2)
                 found.append([])
                 for mark in marks:
-                    box = {"label": mark.label, "score": mark.score, "box": (mark.boxes[0] * size).tolist()}
+                    boxes = dict(zip(self.named_boxes, (mark.boxes * size).tolist(), strict=True))
                     of_score = {} if spread is None else {"spread": spread[row, mark.query, mark.group].item()}
-                    found[-1].append(box | of_score)
+                    found[-1].append({"label": mark.label, "score": mark.score} | boxes | of_score)
         return found
 
     def exported(self, model: nn.Module) -> tuple[nn.Module, list[str]]:

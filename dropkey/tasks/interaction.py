@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
+from dropkey import shapes
 from dropkey.config.schema import ModelConfig
 from dropkey.detection.interaction_precision import Triplet, interaction_precision, strongest
 from dropkey.detection.interactions import Interactions
@@ -17,12 +18,15 @@ from dropkey.detection.scenes import SceneBatch
 from dropkey.errors import ConfigError, DataError
 from dropkey.metrics import Metric
 from dropkey.models.qpic import QPIC
-from dropkey.tasks.detection import Detection
+from dropkey.tasks.detection import LEAST, Detection
+from dropkey.tasks.marks import Mark, corners, judged
+from dropkey.tasks.photos import LastLevel, truths
 
 LABELS = {
     **{"full": "mAP", "rare": "mAP rare", "non_rare": "mAP non-rare"},
     **{"ko_full": "mAP KO", "ko_rare": "mAP KO rare", "ko_non_rare": "mAP KO non-rare", "recall": "max recall"},
 }
+MOST = 100  # answers of an image that are looked at
 PLANNED = {"digit_pairs": (5, 10)}  # verbs and objects; others: those of HICO-DET
 
 
@@ -72,6 +76,62 @@ class Interaction(Detection):
 
     def scores(self) -> "InteractionScores":
         return InteractionScores(self.possible, self.instances)
+
+    boxes_per_answer = 2
+    named_boxes = ("subject", "object")
+
+    def strength(self, outputs: tuple[Tensor, ...]) -> Tensor:
+        """B Q V: of each verb with the query's most probable object; 0 where these cannot go together."""
+        scores, labels = outputs[0][..., :-1].max(-1)
+        possible = torch.as_tensor(self.possible, device=labels.device).T[labels]
+        return outputs[1] * scores[..., None] * possible
+
+    def marks(self, outputs: tuple[Tensor, ...], batch: SceneBatch, info: dict, threshold: float = LEAST):
+        objects, verbs, rows = info["label_names"], info["verb_names"], []
+        labels = outputs[0][..., :-1].argmax(-1).tolist()
+        pairs = torch.stack([corners(boxes) for boxes in outputs[2:]], dim=2)  # B Q 2 4
+        for strength, label, boxes, record in zip(self.strength(outputs), labels, pairs, batch.records, strict=True):
+            best = strength.flatten().cpu().topk(min(MOST, strength.numel()))
+            answers = [
+                Mark(boxes[query], f"{verbs[verb]} {objects[label[query]]}", verb, score, query)
+                for score, (query, verb) in zip(
+                    best.values.tolist(), (divmod(place, len(verbs)) for place in best.indices.tolist()), strict=True
+                )
+                if score >= threshold
+            ]
+            rows.append(judged(answers, true_pairs(record, objects, verbs)) if "pairs" in record else answers)
+        return rows
+
+    def info_fault(self, info: dict) -> str:
+        wrong = super().info_fault(info) or shapes.problem(info, {"verb_names": [str], "verbs_of": [[int]]})
+        if wrong:
+            return wrong
+        same = len(info["verbs_of"]) == len(info["label_names"])
+        known = {verb for verbs in info["verbs_of"] for verb in verbs} <= {*range(len(info["verb_names"]))}
+        return "" if same and known else "its verbs_of does not fit its verb_names and label_names"
+
+    def model_info(self, data: Interactions, model: nn.Module) -> dict:
+        """Besides what a detector has: the names of verbs, and the positions of those that each object can have."""
+        verbs = [np.flatnonzero(column).tolist() for column in data.possible.T]
+        return super().model_info(data, model) | {"verb_names": list(data.verbs), "verbs_of": verbs}
+
+    def data_facts(self, info: dict) -> SimpleNamespace:
+        possible = np.zeros((len(info["verb_names"]), len(info["verbs_of"])), dtype=bool)
+        for column, verbs in enumerate(info["verbs_of"]):
+            possible[verbs, column] = True
+        return SimpleNamespace(labels=info["num_classes"], possible=possible, instances={})
+
+    def exported(self, model: nn.Module) -> tuple[nn.Module, list[str]]:
+        return LastLevel(model), ["object_logits", "verb_logits", "subject_boxes", "object_boxes"]
+
+
+def true_pairs(record: dict, objects: list[str], verbs: list[str]) -> list[Mark]:
+    """One for each verb of each pair."""
+    marks = truths(record, objects)
+    return [
+        Mark(torch.cat([marks[subject].boxes, marks[other].boxes]), f"{verbs[verb]} {marks[other].label}", verb)
+        for subject, other, verb in record["pairs"]
+    ]
 
 
 class InteractionScores:
