@@ -30,6 +30,7 @@ FILES = {
     "engine": ENGINE,
     "data": ("data/*.py",),
     "detection": ("detection/*.py",),
+    "mesh": ("mesh/*.py",),
     "patching": ("patching/*.py", "schedules.py"),
     "operator": tuple(f"operator/{name}.py" for name in ("api", "cpu", "reference", "sdpa")),
     "operator/triton": TRITON,
@@ -44,6 +45,7 @@ def code_of(cfg: TrainConfig, cuda: bool = False) -> dict[str, str]:
     parts += ["detection"] if cfg.task.name in ("detection", "interaction") else []
     parts += ["task/detection", "model/detr"] if cfg.task.name == "interaction" else []  # which it builds on
     parts += ["dataset/digit_scenes"] if cfg.data.name == "digit_pairs" else []
+    parts += ["mesh"] if cfg.task.name == "mesh" else []
     if cfg.regularizer.name != "none":
         parts += ["patching", "operator", *(["operator/triton"] if cuda else []), f"regularizer/{cfg.regularizer.name}"]
     return {part: part_digest(part) for part in parts}

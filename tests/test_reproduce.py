@@ -63,7 +63,8 @@ def finished(place):
 WRONG = {
     "paln": "paln does not exist; choices: plan, run, report",
     "table=schedule": "an action is missing; choices: plan, run, report",
-    "run": "table= is missing; choices: alignment, best, cifar, controls, imagenet, schedule, structured",
+    "run": "table= is missing; choices: alignment, best, cifar, controls, detection, imagenet, interaction, mesh, "
+    "schedule, structured",
     "run table=schedule": "scale= is missing",
     "run table=schedul scale=smoke": "table=schedul does not exist; did you mean schedule?",
     "run table=schedule scale=smok": "scale=smok does not exist; did you mean smoke?",

@@ -123,7 +123,15 @@ def test_a_task_that_does_not_exist_is_one_line(tmp_path, name):
         tasks.build(runs.config(tmp_path, f"task.name={name}"))
 
 
-OWN = ("tasks", "data", "datasets", "detection", "config", "models")  # models: a constructor takes a number of classes
+OWN = (
+    "tasks",
+    "data",
+    "datasets",
+    "detection",
+    "mesh",
+    "config",
+    "models",
+)  # models: a constructor takes a number of classes
 WORDS = re.compile(r"top.?1\b|top.?5\b|num_classes|image_size|\bece\b|accuracy|n_classes")
 
 

@@ -172,7 +172,7 @@ def check_window(cfg: TrainConfig) -> None:
 
 def check_data(data: schema.DataConfig) -> None:
     if ":" not in data.name:  # module:function is the user's own
-        one_of("data.name", data.name, schema.DATASETS + schema.SCENES)
+        one_of("data.name", data.name, schema.DATASETS + schema.SCENES + schema.MESHES)
     seed = data.split_seed
     require(
         seed == "run" or (type(seed) is int and 0 <= seed < 2**63),
@@ -253,10 +253,14 @@ def check(cfg: TrainConfig) -> TrainConfig:
     check_regularizer(cfg.regularizer, cfg.schedule)
     check_data(cfg.data)
     check_model(cfg.model, cfg.data.image_size)
-    for kind, task, data in (("detr", "detection", "digit_scenes"), ("qpic", "interaction", "digit_pairs")):
+    for kind, what, task, data in (
+        ("detr", "boxes", "detection", "digit_scenes"),
+        ("qpic", "boxes", "interaction", "digit_pairs"),
+        ("metro", "meshes", "mesh", "stick_figures"),
+    ):
         require(
             cfg.task.name != "classification" or not cfg.model.name.startswith(kind),
-            f"model.name={cfg.model.name} finds boxes; add task={task} and its data, such as data={data}",
+            f"model.name={cfg.model.name} finds {what}; add task={task} and its data, such as data={data}",
         )
     frozen = cfg.model.name.startswith(("detr_r", "qpic_r")) and not cfg.model.pretrained and cfg.init_from is None
     require(

@@ -17,11 +17,12 @@ LAYERS = ("self", "class", "cross", "outlook", "token", "layer")
 SCOPES = ("model", "stack")
 IMPLS = ("auto", "reference", "cpu", "triton", "sdpa")
 FOLDERS = ("folder", "shards", "parquet")
-BY_ROOT = (*FOLDERS, "coco_format")  # data sets that are whatever is under data.root
+BY_ROOT = (*FOLDERS, "coco_format", "mesh_folder")  # data sets that are whatever is under data.root
 OWN_VALIDATION = ("imagenet", *BY_ROOT)  # data sets that may bring a validation split
 DATASETS = ("digits", "cifar10", "cifar100", "imagenet", *FOLDERS)
 PAIRS = ("digit_pairs", "hico_det")  # data sets of images with boxes and interactions, for task=interaction
 SCENES = ("digit_scenes", "coco", "coco_format", *PAIRS)  # data sets of images with boxes, for task=detection
+MESHES = ("stick_figures", "mesh_folder")  # data sets of images with meshes, for task=mesh
 AMP = ("none", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 SPLITS = ("test", "val", "train")

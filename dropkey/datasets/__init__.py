@@ -13,8 +13,9 @@ from dropkey.config.schema import DataConfig
 from dropkey.data.splits import TEST_SEED, Dataset, Split, hold_out, limit, refuse_shared_images
 from dropkey.errors import ConfigError, DataError, explained
 
-DATASETS, SCENES = (
-    {name: f"dropkey.datasets.{name}:read" for name in names} for names in (schema.DATASETS, schema.SCENES)
+DATASETS, SCENES, MESHES = (
+    {name: f"dropkey.datasets.{name}:read" for name in names}
+    for names in (schema.DATASETS, schema.SCENES, schema.MESHES)
 )
 
 TRAIN_SAMPLES = {"digits": 1_438, "cifar10": 50_000, "cifar100": 50_000, "imagenet": 1_281_167, "coco": 118_287}

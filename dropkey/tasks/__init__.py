@@ -17,6 +17,7 @@ TASKS = {
     "classification": "dropkey.tasks.classification:Classification",
     "detection": "dropkey.tasks.detection:Detection",
     "interaction": "dropkey.tasks.interaction:Interaction",
+    "mesh": "dropkey.tasks.mesh:MeshRecovery",
 }
 
 

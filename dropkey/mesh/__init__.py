@@ -1,0 +1,1 @@
+"""What mesh recovery needs: bodies and their samples, losses and errors."""
