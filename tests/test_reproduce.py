@@ -72,6 +72,7 @@ WRONG = {
     "run table=schedule scale=smoke jobs=two": "jobs=two: Value 'two' of type 'str' could not be converted to Integer",
     "run table=schedule scale=smoke retry=maybe": "retry=maybe: Value 'maybe' is not a valid bool",
     "run table=schedule scale=smoke seed=1": "seed=1: a table sets seed itself (see seeds=)",
+    "run table=alignment scale=smoke init_from=a.pth": "init_from: row 'Monte Carlo, 1 pass' of this table starts from",
     "run table=schedule scale=smoke overwrite=true": "overwrite=true: a table sets overwrite itself",
     "run table=schedule scale=smoke seeds=a": "seeds=a: a number, or numbers with commas",
     "run table=schedule scale=smoke seeds=0": "seeds=0: a number of seeds from 1",

@@ -59,7 +59,7 @@ def read(words: list[str]) -> tuple[Args, tuple[str, ...]]:
     known = {field.name for field in dataclasses.fields(Args)}
     for override in overrides:
         key = override.partition("=")[0].lstrip("+~")
-        require(key not in ("seed", "overwrite", "init_from"), f"{override}: a table sets {key} itself (see seeds=)")
+        require(key not in ("seed", "overwrite"), f"{override}: a table sets {key} itself (see seeds=)")
         exists = "." in key or key in ("experiment", "debug") or hasattr(TrainConfig(), key)
         require(exists, f"{override}: {key} is not an argument{nearest(key, known)}")
     return parse(Args, own, __doc__), tuple(overrides)
@@ -91,6 +91,9 @@ def load(args: Args, overrides: tuple[str, ...]):
     )
     seeds = read_seeds([*map(int, parts)] if "," in args.seeds else int(parts[0]), "") if parts else None
     table = tables.load(args.table, args.scale, seeds, overrides)
+    begun = next((row.label for row in table.rows.values() if row.of), None)
+    given = any(override.startswith("init_from=") for override in overrides)
+    require(not (begun and given), f"init_from: row '{begun}' of this table starts from runs of another row")
     if args.until == "planned":
         return table
     require(not parts, "until=decided chooses the seeds itself: leave out seeds=, or say max_seeds=")

@@ -18,7 +18,10 @@ DATASETS, SCENES, MESHES = (
     for names in (schema.DATASETS, schema.SCENES, schema.MESHES)
 )
 
-TRAIN_SAMPLES = {"digits": 1_438, "cifar10": 50_000, "cifar100": 50_000, "imagenet": 1_281_167, "coco": 118_287}
+TRAIN_SAMPLES = {
+    **{"digits": 1_438, "cifar10": 50_000, "cifar100": 50_000, "imagenet": 1_281_167},
+    **{"coco": 118_287, "hico_det": 38_118},
+}
 
 
 def load(data: DataConfig, seed: int = 0) -> Dataset:

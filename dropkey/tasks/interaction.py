@@ -61,7 +61,8 @@ class Interaction(Detection):
     def planned_data(self) -> SimpleNamespace:
         verbs, objects = PLANNED.get(self.cfg.data.name, (117, 80))
         possible = np.ones((verbs, objects), dtype=bool)
-        return SimpleNamespace(labels=objects, possible=possible, instances={}, train_samples=None)
+        samples = super().planned_data().train_samples
+        return SimpleNamespace(labels=objects, possible=possible, instances={}, train_samples=samples)
 
     def normalisers(self, batch: SceneBatch) -> dict[str, float]:
         return normalisers(targets(batch, len(self.possible)), self.queries)
