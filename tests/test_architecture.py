@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "models": {"config", "errors"},
     "operator": {"bernoulli", "regularizers"},
     "patching": {"bernoulli", "operator", "regularizers", "schedules", "seeds"},
-    "tasks": {"config", "data", "datasets", "detection", "errors", "metrics", "models", "records", "shapes"},
+    "tasks": {"config", "data", "datasets", "detection", "errors", "mesh", "metrics", "models", "records", "shapes"},
     "engine": {"config", "errors", "metrics", "records", "seeds"},
     "weights": {"engine", "errors", "origin"},
     "provenance": {"__version__", "engine", "records"},
