@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,7 +94,8 @@ def evaluated(run: Path, output: Path, sizes: tuple[int, ...]) -> None:
     prepare()
     Detection.predict = lambda self, model, batch: outputs(batch, move=0.03)
     found = {}
-    for size in sizes:
+    for number, size in enumerate(sizes):
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)  # the processes find each other anew
         cfg = EvalConfig(run=str(run), eval=EvaluationConfig(batch_size=size, device="cpu"))
         found[str(size)], _ = evaluation.evaluate_run(cfg, runs.config(run.parent, *WORDS), run)
     output.write_text(json.dumps(found))
