@@ -12,7 +12,7 @@ import interaction_run
 import runs
 from dropkey.analysis import trained
 from dropkey.analysis.box_figures import merged
-from dropkey.analysis.boxes import found
+from dropkey.analysis.boxes import Found, answer_to, found, objects
 from dropkey.commands import export, predict, visualize
 from dropkey.datasets import digit_pairs, digit_scenes
 from dropkey.tasks.marks import Mark
@@ -97,6 +97,17 @@ def test_verbs_of_one_pair_share_its_boxes_and_have_a_line_each():
         Mark(pair / 2, "below 3", 2, 0.5),
     ]
     assert [mark.label for mark in merged(marks)] == ["above 3 91\nlarger than 3 88", "below 3 50"]
+
+
+def test_any_verb_of_a_pair_is_right():
+    pair = torch.tensor([[0.0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1]])
+    truths = [Mark(pair, "above 3"), Mark(pair, "larger than 3"), Mark(pair.flip(0), "below 3")]
+    answer = Mark(pair, "larger than 3", score=0.6, query=0)
+    one = Found(0, [answer, *truths])
+    chosen = [true for _, true in objects([one])]
+    assert [true.label for true in chosen] == ["above 3, larger than 3", "below 3"]
+    assert answer_to(one, answer, chosen[0]).right
+    assert not answer_to(one, answer, chosen[1]).right
 
 
 def test_predict_stores_a_column_for_each_side_of_both_boxes(run, files, tmp_path):

@@ -72,15 +72,23 @@ def found(trained: Trained, ids: Tensor, threshold: float = LEAST) -> list[Found
 
 
 def objects(looked: list[Found]) -> list[tuple[Found, Mark]]:
-    """The largest true objects of each image.
+    """The largest true objects of each image; what is said of the same boxes, as all verbs of a pair, is one label.
 
     Raises:
         ConfigError: there are none.
     """
-    chosen = [(one, true) for one in looked for true in sorted(one.truths, key=area, reverse=True)[:OBJECTS]]
+    chosen = [(one, true) for one in looked for true in sorted(distinct(one.truths), key=area, reverse=True)[:OBJECTS]]
     if not chosen:
         raise ConfigError(f"images={','.join(str(one.position) for one in looked)} show no object; choose others")
     return chosen
+
+
+def distinct(truths: list[Mark]) -> list[Mark]:
+    found: dict[tuple, Mark] = {}
+    for true in truths:
+        first = found.setdefault(key := tuple(true.boxes.flatten().tolist()), true)
+        found[key] = true if first is true else replace(first, label=f"{first.label}, {true.label}")
+    return list(found.values())
 
 
 def area(mark: Mark) -> float:
@@ -97,7 +105,8 @@ def answer_to(one: Found, mark: Mark, true: Mark) -> Answer:
     """As of a classifier, for what is written below a map."""
     there = overlap(mark, true) >= ENOUGH
     predicted = f"{mark.label} {100 * mark.score:.0f} %" if there else "no box"
-    return Answer(one.position, true.label, predicted, there and mark.label == true.label, mark.score)
+    labels = [other.label for other in one.truths if torch.equal(other.boxes, true.boxes)]
+    return Answer(one.position, true.label, predicted, there and mark.label in labels, mark.score)
 
 
 # ------------------------------------------------------------------------------------------------------------- maps
