@@ -173,3 +173,9 @@ class Task(ABC):
     def exported(self, model: nn.Module) -> tuple[nn.Module, list[str]]:
         """What other programs run: a module of images B C H W, and the names of its outputs, B first."""
         return model, ["logits"]
+
+
+def split_sizes(data: Any) -> str:
+    """Of a data set's splits, for `describe_data`: "40 training, 10 validation, 10 test"."""
+    named = (("training", data.train), ("validation", data.val), ("test", data.test))
+    return ", ".join(f"{len(split):,} {name}" for name, split in named if split is not None)

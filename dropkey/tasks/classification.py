@@ -15,7 +15,7 @@ from dropkey.data.augment import denormalized, per_channel
 from dropkey.errors import ConfigError
 from dropkey.metrics import Metric
 from dropkey.models import constructor_arguments, create_model
-from dropkey.tasks.base import Task
+from dropkey.tasks.base import Task, split_sizes
 from dropkey.tasks.preprocessing import ImageTransform, info_fault
 
 SHOWN = 64  # images at a time: with 3,136 tokens (T2T) an image has 40 MB of attention weights in each layer
@@ -41,9 +41,7 @@ class Classification(Task):
         return datasets.load(self.cfg.data, self.cfg.seed)
 
     def describe_data(self, data: loaders.Dataset) -> str:
-        named = (("training", data.train), ("validation", data.val), ("test", data.test))
-        sizes = ", ".join(f"{len(split):,} {name}" for name, split in named if split is not None)
-        lines = [f"{sizes} images of {data.num_classes} classes, {data.image_size} px"]
+        lines = [f"{split_sizes(data)} images of {data.num_classes} classes, {data.image_size} px"]
         if self.cfg.data.token_labels is not None:
             lines.append(f"labels of tokens from {self.cfg.data.token_labels}")
         elif self.mixes_tokens and self.cfg.data.name == "imagenet":

@@ -21,7 +21,7 @@ from dropkey.errors import ConfigError, DataError
 from dropkey.metrics import Metric
 from dropkey.models import constructor_arguments, create_model
 from dropkey.models.detr import DETR, SmallBackbone
-from dropkey.tasks.base import Task
+from dropkey.tasks.base import Task, split_sizes
 from dropkey.tasks.marks import Mark, corners, judged
 from dropkey.tasks.photos import Detections, LastLevel, Photo, Photos, PhotoSplit, truths
 from dropkey.tasks.preprocessing import info_fault
@@ -71,9 +71,7 @@ class Detection(Task):
         return read(cfg, self.cfg.seed if cfg.split_seed == "run" else cfg.split_seed)
 
     def describe_data(self, data: Scenes) -> str:
-        named = (("training", data.train), ("validation", data.val), ("test", data.test))
-        sizes = ", ".join(f"{len(split):,} {name}" for name, split in named if split is not None)
-        return f"{sizes} images with objects of {len(data.categories)} categories"
+        return f"{split_sizes(data)} images with objects of {len(data.categories)} categories"
 
     def build_model(self, data: Scenes, *, pretrained: bool, fused: bool) -> nn.Module:
         cfg = self.cfg

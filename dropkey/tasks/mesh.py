@@ -17,7 +17,7 @@ from dropkey.mesh.measures import errors, mesh_losses
 from dropkey.mesh.samples import Augment, Body, EvalLoader, MeshBatch, Meshes, TrainLoader
 from dropkey.metrics import Metric
 from dropkey.models import create_model
-from dropkey.tasks.base import Task
+from dropkey.tasks.base import Task, split_sizes
 
 SHOWN = 16  # images at a time
 
@@ -52,10 +52,8 @@ class MeshRecovery(Task):
         return read(cfg, self.cfg.seed if cfg.split_seed == "run" else cfg.split_seed)
 
     def describe_data(self, data: Meshes) -> str:
-        named = (("training", data.train), ("validation", data.val), ("test", data.test))
-        sizes = ", ".join(f"{len(split):,} {name}" for name, split in named if split is not None)
         joints, vertices = data.body.regressor.shape
-        return f"{sizes} images with meshes of {vertices:,} vertices and {joints - 1} joints"
+        return f"{split_sizes(data)} images with meshes of {vertices:,} vertices and {joints - 1} joints"
 
     def build_model(self, data: Meshes, *, pretrained: bool, fused: bool) -> nn.Module:
         cfg, self.body = self.cfg, data.body
