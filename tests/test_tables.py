@@ -216,6 +216,18 @@ def test_the_file_of_an_evaluation_is_named_after_what_it_evaluates(overrides, n
     assert identity.evaluation_name(compose.compose(list(overrides), "eval")) == name
 
 
+def test_weights_to_start_from_reach_every_run_of_a_table(tmp_path):
+    """And are part of each run's identity."""
+    file = tmp_path / "detr.pth"
+    file.write_bytes(b"")
+    given = (f"init_from={file}", "model.pretrained=false")
+    started = jobs_of(tables.load("interaction", "smoke", overrides=given), str(tmp_path))
+    assert {job.config.init_from for job in started.values()} == {str(file)}
+    assert all(given[0] in job.overrides for job in started.values())
+    fresh = jobs_of(tables.load("interaction", "smoke", overrides=given[1:]), str(tmp_path))
+    assert not {job.run for job in started.values()} & {job.run for job in fresh.values()}
+
+
 def test_different_jobs_have_different_results():
     todo = distinct(jobs_of(tables.load("alignment", "smoke", (0, 1)), "runs"))
     assert len({(job.run, job.result) for job in todo}) == len(todo) == 16

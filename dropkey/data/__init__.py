@@ -6,7 +6,17 @@ for batch in loader.epoch(0):
     ...  # batch.images, batch.targets, batch.ids
 """
 
-from dropkey.data.loaders import EvalLoader, FirstBatch, ImageBatch, TrainLoader, epoch_order, eval_loader, train_loader
+from dropkey.data.loaders import (
+    EvalLoader,
+    FirstBatch,
+    ImageBatch,
+    TrainLoader,
+    epoch_order,
+    eval_loader,
+    microbatch_begins,
+    require_batch,
+    train_loader,
+)
 from dropkey.data.splits import Dataset, Split
 
 __all__ = [
@@ -18,5 +28,7 @@ __all__ = [
     "TrainLoader",
     "epoch_order",
     "eval_loader",
+    "microbatch_begins",
+    "require_batch",
     "train_loader",
 ]

@@ -69,14 +69,26 @@ def train_loader(
         DataError: fewer training images than one batch.
     """
     microbatch = _microbatch_size(batch_size, world_size, grad_accum_steps, augment)
-    if len(dataset.train) < batch_size:
-        raise DataError(
-            f"the train split has {len(dataset.train)} images, fewer than one batch of {batch_size}; "
-            f"set trainer.batch_size={len(dataset.train)} or less, or hold fewer images out"
-        )
+    require_batch(len(dataset.train), batch_size)
     return TrainLoader(
         dataset, data, augment, microbatch, batch_size, grad_accum_steps, seed, rank, torch.device(device), token_side
     )
+
+
+def require_batch(images: int, batch_size: int) -> None:
+    """Raises DataError: fewer images for training than one batch."""
+    if images < batch_size:
+        raise DataError(
+            f"the train split has {images} images, fewer than one batch of {batch_size}; "
+            f"set trainer.batch_size={images} or less, or hold fewer images out"
+        )
+
+
+def microbatch_begins(batch_size: int, grad_accum_steps: int, dist, steps: range) -> list[int]:
+    """Where in the order of an epoch each microbatch of this process begins."""
+    microbatch = batch_size // (grad_accum_steps * dist.world_size)
+    own = range(dist.rank * grad_accum_steps, (dist.rank + 1) * grad_accum_steps)
+    return [step * batch_size + part * microbatch for step in steps for part in own]
 
 
 def _microbatch_size(batch_size: int, world_size: int, grad_accum_steps: int, augment: AugmentConfig) -> int:

@@ -14,7 +14,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from dropkey.data import epoch_order
+from dropkey.data import epoch_order, microbatch_begins, require_batch
 from dropkey.data.images import Files, Pixels, to_device, to_tensor
 from dropkey.data.reading import Decoding, Key, Request
 from dropkey.detection.boxes import Augment, Sample
@@ -158,11 +158,7 @@ class TrainLoader:
     def __init__(
         self, split: Split, augment: Augment, normalize, *, batch_size, grad_accum_steps, seed, dist, workers=0
     ):
-        if len(split) < batch_size:
-            raise DataError(
-                f"the train split has {len(split)} images, fewer than one batch of {batch_size}; "
-                f"set trainer.batch_size={len(split)} or less"
-            )
+        require_batch(len(split), batch_size)
         self.split, self.normalize = split, normalize
         self.batch_size, self.parts, self.seed, self.dist = batch_size, grad_accum_steps, seed, dist
         self.microbatch = batch_size // (grad_accum_steps * dist.world_size)
@@ -173,14 +169,10 @@ class TrainLoader:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[SceneBatch]:
         """DataError: an image that cannot be read."""
-        order, first = epoch_order(len(self.split), self.seed, epoch), self.dist.rank * self.parts
-        begins = [
-            step * self.batch_size + part * self.microbatch
-            for step in range(start, len(self))
-            for part in range(first, first + self.parts)
-        ]
-        shares, key = [order[begin : begin + self.microbatch] for begin in begins], (self.seed, "augment boxes", epoch)
-        requests = (Request(ids, key, begin) for ids, begin in zip(shares, begins, strict=True))
+        order, key = epoch_order(len(self.split), self.seed, epoch), (self.seed, "augment boxes", epoch)
+        places = microbatch_begins(self.batch_size, self.parts, self.dist, range(start, len(self)))
+        shares = [order[begin : begin + self.microbatch] for begin in places]
+        requests = (Request(ids, key, begin) for ids, begin in zip(shares, places, strict=True))
         for ids, batch in zip(shares, self.reader.read(requests), strict=True):
             yield scene_batch(self.split, ids, *batch, self.normalize)
 

@@ -14,11 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dropkey.config.schema import DataConfig
-from dropkey.data import epoch_order
+from dropkey.data import epoch_order, microbatch_begins, require_batch
 from dropkey.data.augment import EvalPicture, Normalize
 from dropkey.data.images import Files, Pixels, to_device
 from dropkey.data.reading import Decoding, OnDevice, Request
-from dropkey.errors import DataError
 from dropkey.seeds import derive_seed
 
 
@@ -178,14 +177,10 @@ class TrainLoader:
     """
 
     def __init__(self, split: Split, data: DataConfig, augment: Augment, *, batch_size, grad_accum_steps, seed, dist):
-        if len(split) < batch_size:
-            raise DataError(
-                f"the train split has {len(split)} images, fewer than one batch of {batch_size}; "
-                f"set trainer.batch_size={len(split)} or less"
-            )
+        require_batch(len(split), batch_size)
         self.reader, self.augment, self.seed = Reader(split, data, dist.device), augment, seed
         self.samples, self.batch_size, self.close = len(split), batch_size, self.reader.close
-        self.parts = range(dist.rank * grad_accum_steps, (dist.rank + 1) * grad_accum_steps)
+        self.parts, self.dist = grad_accum_steps, dist
         self.microbatch = batch_size // (grad_accum_steps * dist.world_size)
 
     def __len__(self) -> int:
@@ -193,14 +188,13 @@ class TrainLoader:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[MeshBatch]:
         order = epoch_order(self.samples, self.seed, epoch)
-        steps = range(start, len(self))
-        begins = [step * self.batch_size + part * self.microbatch for step in steps for part in self.parts]
+        own = microbatch_begins(self.batch_size, self.parts, self.dist, range(start, len(self)))
 
         def augmented(number: int, *parts: Tensor) -> tuple[Tensor, ...]:
-            places = range(begins[number], begins[number] + self.microbatch)
+            places = range(own[number], own[number] + self.microbatch)
             return self.augment(*parts, [derive_seed(self.seed, "augment meshes", epoch, place) for place in places])
 
-        yield from self.reader.read([order[begin : begin + self.microbatch] for begin in begins], augmented)
+        yield from self.reader.read([order[begin : begin + self.microbatch] for begin in own], augmented)
 
 
 class EvalLoader:

@@ -1,5 +1,6 @@
 """Object detection: boxes with classes, by DETR and the set loss."""
 
+from abc import ABC, abstractmethod
 from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Iterator, Optional, Sequence
@@ -233,12 +234,38 @@ class Detection(Task):
         return LastLevel(model), ["logits", "boxes"]
 
 
-class DetectionScores:
-    """COCO's average precision over what all processes found: the figure that one process would have."""
+class GatheredScores(ABC):
+    """Figures over what all processes found: those that one process would have."""
+
+    truth, named = "", ""  # under which key an image's record has what is to be found, and what that is
 
     def __init__(self):
         self.records: list[dict] = []  # of the images that were looked at
-        self.found: list[np.ndarray] = []  # of each: float64 Q 7, see `average_precision`
+        self.found: list[np.ndarray] = []  # what was found in each
+
+    @abstractmethod
+    def figures(self, records: list[dict], found: list[np.ndarray]) -> dict[str, Optional[float]]:
+        """Of all images, in one process."""
+
+    def compute(self, dist) -> dict[str, Optional[float]]:
+        parts = dist.gather((self.records, self.found))
+        figures = None
+        if dist.is_main:
+            records = [record for part in parts for record in part[0]]
+            if not any(record[self.truth] for record in records):
+                raise DataError(f"no image of the evaluated split has {self.named}")
+            figures = self.figures(records, [rows for part in parts for rows in part[1]])
+            figures |= {"samples": len(records)}
+        return dist.broadcast(figures)
+
+    def correct(self, dist) -> None:
+        return None
+
+
+class DetectionScores(GatheredScores):
+    """COCO's average precision; what was found in an image is float64 Q 7, see `average_precision`."""
+
+    truth, named = "annotations", "a box"
 
     def update(self, outputs: tuple[Tensor, Tensor], batch: SceneBatch) -> None:
         """All queries count, without a threshold, each with its most probable category."""
@@ -250,16 +277,5 @@ class DetectionScores:
             self.found.append(torch.cat([*rows, score[:, None], label[:, None]], dim=1).numpy())
         self.records += batch.records
 
-    def compute(self, dist) -> dict[str, float]:
-        parts = dist.gather((self.records, self.found))
-        figures = None
-        if dist.is_main:
-            records = [record for part in parts for record in part[0]]
-            found = [rows for part in parts for rows in part[1]]
-            if not any(record["annotations"] for record in records):
-                raise DataError("no image of the evaluated split has a box")
-            figures = average_precision(records, np.concatenate(found)) | {"samples": len(records)}
-        return dist.broadcast(figures)
-
-    def correct(self, dist) -> None:
-        return None
+    def figures(self, records: list[dict], found: list[np.ndarray]) -> dict[str, Optional[float]]:
+        return average_precision(records, np.concatenate(found))

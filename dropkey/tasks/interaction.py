@@ -15,10 +15,10 @@ from dropkey.detection.interaction_precision import Triplet, interaction_precisi
 from dropkey.detection.interactions import Interactions
 from dropkey.detection.pair_loss import normalisers, pair_losses, targets
 from dropkey.detection.scenes import SceneBatch
-from dropkey.errors import ConfigError, DataError
+from dropkey.errors import ConfigError
 from dropkey.metrics import Metric
 from dropkey.models.qpic import QPIC
-from dropkey.tasks.detection import LEAST, Detection
+from dropkey.tasks.detection import LEAST, Detection, GatheredScores
 from dropkey.tasks.marks import Mark, corners, judged
 from dropkey.tasks.photos import LastLevel, truths
 
@@ -135,13 +135,14 @@ def true_pairs(record: dict, objects: list[str], verbs: list[str]) -> list[Mark]
     ]
 
 
-class InteractionScores:
-    """The mean average precision over what all processes found: the figure that one process would have."""
+class InteractionScores(GatheredScores):
+    """Mean average precisions; for what was found in an image see `strongest`."""
+
+    truth, named = "pairs", "an interaction"
 
     def __init__(self, possible: np.ndarray, instances: dict[Triplet, int]):
+        super().__init__()
         self.possible, self.instances = possible, instances
-        self.records: list[dict] = []  # of the images that were looked at
-        self.found: list[np.ndarray] = []  # of each, see `strongest`
 
     def update(self, outputs: tuple[Tensor, ...], batch: SceneBatch) -> None:
         """A verb's score is its probability times that of the query's most probable object."""
@@ -154,16 +155,5 @@ class InteractionScores:
             self.found.append(strongest(*rows))
         self.records += batch.records
 
-    def compute(self, dist) -> dict[str, Optional[float]]:
-        parts = dist.gather((self.records, self.found))
-        figures = None
-        if dist.is_main:
-            records = [record for part in parts for record in part[0]]
-            found = [rows for part in parts for rows in part[1]]
-            if not any(record["pairs"] for record in records):
-                raise DataError("no image of the evaluated split has an interaction")
-            figures = interaction_precision(records, found, self.instances) | {"samples": len(records)}
-        return dist.broadcast(figures)
-
-    def correct(self, dist) -> None:
-        return None
+    def figures(self, records: list[dict], found: list[np.ndarray]) -> dict[str, Optional[float]]:
+        return interaction_precision(records, found, self.instances)
