@@ -251,7 +251,10 @@ class RunDirectory:
                     f"{self.path} is being trained by process {holder.get('pid')} on {holder.get('host')}; "
                     "wait for it or stop it"
                 ) from None
-            yield
+            try:
+                yield
+            finally:
+                fcntl.flock(file, fcntl.LOCK_UN)  # closing would not do while a worker process has a copy of the file
 
 
 def rounded(record: dict) -> dict:

@@ -1,7 +1,9 @@
 """What a run does besides resuming: records, divergence, locks, evaluation, fine-tuning (faults 6-9, 16, 22, 27)."""
 
+import contextlib
 import functools
 import json
+import multiprocessing
 import sys
 import time
 from collections import Counter
@@ -386,6 +388,17 @@ def test_one_process_at_a_time_trains_a_run(tmp_path):
     run = RunDirectory(training.run_directory(runs.config(tmp_path)))
     with run.lock(), pytest.raises(Busy, match="is being trained by process"):
         runs.train(tmp_path)
+
+
+def test_workers_that_outlive_an_error_do_not_keep_the_lock(tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    with contextlib.suppress(ValueError), run.lock():
+        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        worker.start()
+        raise ValueError
+    with run.lock():
+        assert worker.is_alive()
+    worker.kill()
 
 
 @pytest.mark.fault(7)
