@@ -26,7 +26,7 @@ from dropkey.tasks.preprocessing import Picture
 from dropkey.weights import find_checkpoint, load_weights
 
 
-@dataclass
+@dataclass(repr=False)
 class TrainedModel:
     """What `load` returns."""
 
@@ -38,6 +38,11 @@ class TrainedModel:
     info: dict  # model.json of the run, which is what timm's config.json is
     device: torch.device
     weights: Path  # the file they are from
+
+    def __repr__(self) -> str:
+        names = ", ".join(self.classes[:3]) + (", ..." if len(self.classes) > 3 else "")
+        kinds = f"{len(self.classes)} classes ({names})"
+        return f"<TrainedModel {self.config.model.name}, {kinds}, {self.device.type}, from {self.weights}>"
 
     @torch.inference_mode()
     def predict(

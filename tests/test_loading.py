@@ -160,6 +160,12 @@ def test_the_model_is_plain_and_in_evaluation_mode(digits):
     assert all(type(module).__module__.startswith(("timm.", "torch.")) for module in trained.model.modules())
 
 
+def test_a_trained_model_prints_as_one_line(digits):
+    model = dropkey.load(digits.path, device="cpu")
+    assert repr(model).startswith(f"<TrainedModel {model.config.model.name}, 10 classes (0, 1, 2, ...), cpu, from")
+    assert str(model.weights) in repr(model)
+
+
 def test_loading_draws_no_random_numbers(digits):
     before = torch.get_rng_state()
     dropkey.load(digits.path, device="cpu")
