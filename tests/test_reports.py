@@ -38,7 +38,7 @@ def changed(**changes):
 
 def golden_comparison() -> Comparison:
     table, head, found = changed()
-    return compare(table, head, found, versions.require_one_version(found, mixed=False))
+    return compare(table, head, found, versions.require_one_version(head, found, mixed=False))
 
 
 def markdown(comparison: Comparison) -> str:
@@ -64,7 +64,7 @@ def test_the_mini_sweep_gives_exactly_the_committed_report(name, written):
 def test_the_committed_results_are_what_their_records_say(file, tmp_path):
     name, scale = file.parent.name.rsplit("-", 1)
     table, head, found = results.read(file, tables.load(name, scale))
-    report.write(compare(table, head, found, versions.require_one_version(found, mixed=False)), tmp_path)
+    report.write(compare(table, head, found, versions.require_one_version(head, found, mixed=False)), tmp_path)
     for written in sorted(tmp_path.iterdir()):
         assert written.read_bytes() == (file.parent / written.name).read_bytes(), written.name
 
@@ -580,29 +580,39 @@ def test_runs_with_different_metrics_are_refused(job, tmp_path):
 
 
 def test_runs_of_different_versions_are_not_mixed_unasked():
-    _, _, found = changed(code=lambda r: {"engine": "old" if r["seed"] == 0 else "new", "data": "same"})
+    _, head, found = changed(code=lambda r: {"engine": "old" if r["seed"] == 0 else "new", "data": "same"})
     with pytest.raises(ConfigError, match=r"2 versions of the code of engine .new: 14 runs, old: 5 runs.*mixed=true"):
-        versions.require_one_version(found, mixed=False)
-    assert len(versions.require_one_version(found, mixed=True)) == 1
+        versions.require_one_version(head, found, mixed=False)
+    assert len(versions.require_one_version(head, found, mixed=True)) == 1
 
 
 def test_runs_conflict_only_in_code_that_they_share():
-    _, _, found = changed(code=lambda r: {"engine": "e", f"regularizer/{r['row']}": r["row"]})
-    assert versions.require_one_version(found, mixed=False) == []
+    _, head, found = changed(code=lambda r: {"engine": "e", f"regularizer/{r['row']}": r["row"]})
+    assert versions.require_one_version(head, found, mixed=False) == []
 
 
 @pytest.mark.parametrize(
     ("key", "message"), [("data", "versions of the data in column 'ViT 2 x 32'"), ("torch", "4 versions of torch")]
 )
 def test_runs_of_different_data_or_torch_are_not_mixed_unasked(key, message):
-    _, _, found = changed(**{key: lambda r: str(r["seed"])})
+    _, head, found = changed(**{key: lambda r: str(r["seed"])})
     with pytest.raises(ConfigError, match=message):
-        versions.require_one_version(found, mixed=False)
+        versions.require_one_version(head, found, mixed=False)
+
+
+def test_where_each_seed_draws_its_own_data_those_of_one_seed_are_compared():
+    _, head, found = changed(data=lambda r: f"{r['column']} {r['seed']}")
+    head = {**head, "settings": {**head["settings"], "shared": {"data.split_seed": "run"}}}
+    assert versions.require_one_version(head, found, mixed=False) == []
+    (other,) = [r for r in found if (r["row"], r["seed"], r["column"]) == ("no regularizer", 1, found[0]["column"])]
+    other["data"] = "another"
+    with pytest.raises(ConfigError, match=r"2 versions of the data in column .*, seed 1 "):
+        versions.require_one_version(head, found, mixed=False)
 
 
 def test_a_mixed_report_says_so():
     table, head, found = changed(torch=lambda r: str(r["seed"]))
-    text = markdown(compare(table, head, found, versions.require_one_version(found, mixed=True)))
+    text = markdown(compare(table, head, found, versions.require_one_version(head, found, mixed=True)))
     assert "mixed on request" in text and "4 versions of torch" in text
 
 
@@ -664,7 +674,7 @@ def test_pictures_are_well_formed_and_tell_no_date(name, written):
 def test_code_in_markdown_does_not_end_at_a_backtick_of_its_own():
     table, head, found = changed()
     head["overrides"] = ["data.root=a`b"]
-    text = markdown(compare(table, head, found, versions.require_one_version(found, mixed=False)))
+    text = markdown(compare(table, head, found, versions.require_one_version(head, found, mixed=False)))
     assert "<code>data.root=a`b</code>" in report.html("", text, DRAWN)
 
 

@@ -192,7 +192,7 @@ def test_a_table_of_another_task_is_reported_with_its_metric(tmp_path):
     head, records = results.gather(table, found)
     assert {entry["state"] for entry in records} == {DONE}
     text = report.write(
-        compare(table, head, records, versions.require_one_version(records, False)), tmp_path / "report"
+        compare(table, head, records, versions.require_one_version(head, records, False)), tmp_path / "report"
     )
     metric = regression_task.Regression.metrics[0]
     assert f"last epoch: {metric.label}" in text and f"a lower {metric.label} is better" in text

@@ -263,15 +263,13 @@ class Study:
         missing = tuning.missing(self.table, self.tuned)
         require(not missing, f"table={self.table.name} is not tuned yet: {missing} runs are missing; run it first")
         head, found = results.gather(self.table, self.jobs(), self.tuned, self.earlier)
-        return compare(self.table, head, found, versions.require_one_version(found, self.args.mixed, self.tuned))
+        return compare(self.table, head, found, versions.require_one_version(head, found, self.args.mixed))
 
     def report(self) -> int:
         if self.args.records:
             directory = Path(self.args.records).parent
             table, head, found = results.read(Path(self.args.records), self.table)
-            comparison = compare(
-                table, head, found, versions.require_one_version(found, self.args.mixed, head["tuning"])
-            )
+            comparison = compare(table, head, found, versions.require_one_version(head, found, self.args.mixed))
         else:
             directory = self.directory
             for table in self.looks():  # up to the look that decides everything, or that is not over yet

@@ -61,7 +61,7 @@ def table() -> None:
 def report() -> None:
     mini = tables.load(str(TABLE / "mini.yaml"), "smoke")
     mini, head, found = results.read(FILE, mini)
-    write(compare(mini, head, found, versions.require_one_version(found, mixed=False)), TABLE)
+    write(compare(mini, head, found, versions.require_one_version(head, found, mixed=False)), TABLE)
 
 
 if __name__ == "__main__":
