@@ -610,6 +610,15 @@ def test_where_each_seed_draws_its_own_data_those_of_one_seed_are_compared():
         versions.require_one_version(head, found, mixed=False)
 
 
+def test_a_metric_that_no_run_has_is_not_shown():
+    key = changed()[1]["metrics"][1]["key"]
+    table, head, found = changed(**{key: lambda r: None})
+    comparison = compare(table, head, found, versions.require_one_version(head, found, mixed=False))
+    assert key in [metric.key for metric in golden_comparison().other_metrics]
+    assert key not in [metric.key for metric in comparison.other_metrics]
+    assert markdown(comparison).count(" top-5 ") < markdown(golden_comparison()).count(" top-5 ")
+
+
 def test_a_mixed_report_says_so():
     table, head, found = changed(torch=lambda r: str(r["seed"]))
     text = markdown(compare(table, head, found, versions.require_one_version(head, found, mixed=True)))

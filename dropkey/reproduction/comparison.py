@@ -71,6 +71,12 @@ class Comparison:
         return self.metrics[0]
 
     @property
+    def other_metrics(self) -> list[Metric]:
+        """Without those that have no meaning for the samples of any run."""
+        known = {key for entry in self.done for key, value in entry.items() if value is not None}
+        return [metric for metric in self.metrics[1:] if metric.key in known]
+
+    @property
     def done(self) -> list[dict]:
         return [entry for entry in self.records if entry["state"] == DONE]
 

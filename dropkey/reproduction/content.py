@@ -161,7 +161,7 @@ def checks(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
 
 def other_metrics(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """The claims' differences in the metrics that are not compared."""
-    others, rows = comparison.metrics[1:], []
+    others, rows = comparison.other_metrics, []
     for claim in comparison.table.claims:
         values = [row_values(comparison, comparison.table.columns, metric.key) for metric in others]
         found = [statistics.contrast(contrasts(one, claim)) for one in values]
@@ -211,7 +211,7 @@ def tuned(comparison: Comparison) -> list[tuple[str, str]]:
 
 def differences(comparison: Comparison, column: str) -> tuple[list[str], list[list[str]]]:
     digits, cells = comparison.metric.digits, comparison.column(column)
-    others = {metric.key: (named(metric), metric.digits) for metric in comparison.metrics[1:]}
+    others = {metric.key: (named(metric), metric.digits) for metric in comparison.other_metrics}
     others["train_loss"] = ("training loss", 3)
     if any(cell.others["entropy"] for cell in cells):
         others["entropy"] = ("entropy", 3)

@@ -84,7 +84,7 @@ def markdown(comparison: Comparison, drawn: dict[str, str]) -> str:
         crowded=pictures.crowded(comparison),
         claims=content.claims(comparison) if findings else None,
         checks=content.checks(comparison) if findings else None,
-        other_metrics=content.other_metrics(comparison) if findings and comparison.metrics[1:] else None,
+        other_metrics=content.other_metrics(comparison) if findings and comparison.other_metrics else None,
         over_columns=content.over_columns(comparison) if comparison.summaries else None,
         candidates=content.candidates(comparison) if comparison.head["tuning"] else None,
         plan=sentences.plan(comparison),

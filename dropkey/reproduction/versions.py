@@ -8,8 +8,8 @@ from dropkey.reproduction.jobs import DONE
 
 def require_one_version(head: dict, records: list[dict], mixed: bool) -> list[str]:
     """Sentences on what differs between runs of a table that are compared, and between runs of its tuning. Runs
-    conflict in the parts of the code they share, and in their data: those of a column, or with data.split_seed=run, where
-    each seed may have data of its own, those of a seed.
+    conflict in the parts of the code they share, and in their data: those of a column or, with data.split_seed=run,
+    where each seed may have data of its own, those of a seed.
 
     Raises:
         ConfigError: there are any, and `mixed` does not allow it.
