@@ -278,6 +278,18 @@ def test_bars_of_entropy_stay_between_0_and_1(rows, monkeypatch):
     assert ends and all(0 <= end <= 1 for end in ends)
 
 
+def test_attentions_of_encoder_and_decoder_have_lines_of_their_own(monkeypatch):
+    """Layers in forward order: the encoder's, then self- and cross-attention of each layer of the decoder."""
+    kinds = [("encoder", "self"), ("decoder", "self"), ("decoder", "cross"), ("decoder", "self"), ("decoder", "cross")]
+    layers = [{"stack": stack, "kind": kind} for stack, kind in kinds]
+    table, head, found = changed(heads=lambda r: [[0.1], [0.2], [0.3], [0.4], [0.5]], layers=lambda r: layers)
+    axis = figure_of(pictures.entropy, compare(table, head, found, []), monkeypatch).axes[0]
+    lines = [list(bars.lines[0].get_ydata()) for bars in axis.containers]
+    assert lines[:3] == [[0.1], pytest.approx([0.2, 0.4]), pytest.approx([0.3, 0.5])] and len(lines) % 3 == 0
+    ticks = [label.get_text() for label in axis.get_xticklabels()]
+    assert ticks == ["1\nencoder\nself", "1\ndecoder\nself", "2", "1\ndecoder\ncross", "2"]
+
+
 def test_every_claim_has_a_verdict_with_its_rule(written):
     text = (written / "report.md").read_text()
     for claim in golden_comparison().table.claims:

@@ -16,12 +16,14 @@ from dropkey.plotting import (
     SILVER,
     image_axis,
     legend_below,
+    lines_of,
     looks,
     new_figure,
     panels,
     save,
     style,
     subplots,
+    ticks_of,
     wrapped,
 )
 
@@ -109,40 +111,6 @@ def entropy_panels(records: list[list[dict]], labels: list[str]) -> "Figure":
 def entropies_of(group: list[dict], layer: int) -> list[float]:
     """The normalised entropy of every head of every run."""
     return [value for record in group for value in record["layers"][layer]["normalised"]]
-
-
-def lines_of(layers: list[dict]) -> list[list[tuple[int, int]]]:
-    """What a line goes through: place on the axis, from 1, and number of each layer. All layers in forward order; with
-    an encoder and a decoder, those of a kind and stack together."""
-    parts: dict[tuple, list[int]] = {}
-    for number, layer in enumerate(layers):
-        parts.setdefault((layer["stack"], layer["kind"]) if "stack" in layer else (), []).append(number)
-    places = itertools.count(1)
-    return [[(next(places), number) for number in part] for part in parts.values()]
-
-
-def ticks_of(layers: list[dict]) -> list[str]:
-    if "stack" not in layers[0]:
-        return layer_ticks([layer["kind"] for layer in layers])
-    ticks = []
-    for part in lines_of(layers):
-        own = [str(number + 1) for number in range(len(part))]
-        first = layers[part[0][1]]
-        own[(len(own) - 1) // 2] += f"\n{first['stack']}\n{first['kind']}"
-        ticks += own
-    return ticks
-
-
-def layer_ticks(kinds: list[str]) -> list[str]:
-    """Numbers of layers from 1, of more than 16 not all; where kinds differ, each run of one kind has its name below
-    the middle number."""
-    step = 1 + (len(kinds) - 1) // 16
-    ticks = ["" if number % step else str(number + 1) for number in range(len(kinds))]
-    end = 0
-    for kind, run in itertools.groupby(kinds) if len(set(kinds)) > 1 else ():
-        begin, end = end, end + len(list(run))
-        ticks[(begin + end - 1) // 2] += f"\n{kind}"
-    return ticks
 
 
 def plot_masks(ratio: float, grid: int, path: Path) -> None:

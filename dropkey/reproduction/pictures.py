@@ -14,12 +14,14 @@ from dropkey.plotting import (
     INK,
     PALE,
     legend_below,
+    lines_of,
     looks,
     new_figure,
     panels,
     save,
     style,
     subplots,
+    ticks_of,
     wrapped,
 )
 from dropkey.reproduction import content, tuning
@@ -163,15 +165,23 @@ def band(comparison: Comparison, column: str, place: int, top: float, axis, row:
 
 def bars(comparison: Comparison, column: str, axis, row: str, look: dict, shift: float) -> None:
     """One row's entropy over depth; no bar leaves [0, 1]."""
-    runs = [entry["heads"] for entry in comparison.done_in(row, column) if entry.get("heads")]
-    layers = [estimate([sum(heads) / len(heads) for heads in layer]) for layer in zip(*runs, strict=True)]
-    if layers:
-        places = [layer + 0.4 * shift for layer in range(1, len(layers) + 1)]
+    measured = [entry for entry in comparison.done_in(row, column) if entry.get("heads")]
+    runs = [entry["heads"] for entry in measured]
+    means = [estimate([sum(heads) / len(heads) for heads in layer]) for layer in zip(*runs, strict=True)]
+    known = [entry["layers"] for entry in measured if len(entry.get("layers", ())) == len(means)]
+    kinds = known[0] if known else [{}] * len(means)
+    lines = {"linewidth": 1.5, "elinewidth": 0.8, "marker": "o", "markersize": 3, **look}
+    for part in lines_of(kinds):
+        layers = [means[layer] for _, layer in part]
         below = [min(one.deviation or 0, one.mean) for one in layers]
         above = [min(one.deviation or 0, 1 - one.mean) for one in layers]
-        lines = {"linewidth": 1.5, "elinewidth": 0.8, "marker": "o", "markersize": 3, **look}
+        places = [place + 0.4 * shift for place, _ in part]
         axis.errorbar(places, [one.mean for one in layers], (below, above), label=row, **lines)
-    axis.xaxis.get_major_locator().set_params(integer=True)
+        row = None  # one line of the legend
+    if any(kinds):
+        axis.set_xticks(range(1, len(kinds) + 1), ticks_of(kinds))
+    else:
+        axis.xaxis.get_major_locator().set_params(integer=True)
 
 
 def claims(comparison: Comparison) -> str:

@@ -43,6 +43,7 @@ DONE = {
     "hardware": str,
     "entropy": (*shapes.NUMBER, None),
     "heads?": [[shapes.NUMBER]],
+    "layers?": [{"stack": str, "kind": str}],
     "curve?": [[(*shapes.NUMBER, None)]],
     "correct?": str,
 }

@@ -176,7 +176,8 @@ def as_json(comparison: Comparison) -> str:
         },
         "mixed": comparison.mixed,
         "runs": [
-            {k: v for k, v in entry.items() if k not in ("curve", "heads", "correct")} for entry in comparison.records
+            {key: value for key, value in entry.items() if key not in ("curve", "heads", "layers", "correct")}
+            for entry in comparison.records
         ],
     }
     return json.dumps(whole, indent=1, ensure_ascii=False) + "\n"

@@ -123,6 +123,8 @@ def record(table: Table, place: Place, job: Job, result: Optional[dict]) -> dict
     if not job.evaluation:
         if entropy.get("layers"):
             entry["heads"] = [[round(head, 4) for head in layer["normalised"]] for layer in entropy["layers"]]
+            if any("stack" in layer for layer in entropy["layers"]):
+                entry["layers"] = [{"stack": layer["stack"], "kind": layer["kind"]} for layer in entropy["layers"]]
         watched = f"eval_{result['metrics'][0]['key']}"
         entry["curve"] = [[line["epoch"], line.get("train_loss"), line.get(watched)] for line in epochs]
     correct = run.correct(job.result)
