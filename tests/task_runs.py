@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Callable
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -180,6 +181,14 @@ def opened(name: str, *words: str):
     return task, data
 
 
+def close(figures: dict, expected: dict, rel: float = 1e-12, **tolerance) -> bool:
+    """Those of an evaluation, None where there is none."""
+    return figures.keys() == expected.keys() and all(
+        value is expected[key] if value is None else value == pytest.approx(expected[key], rel=rel, **tolerance)
+        for key, value in figures.items()
+    )
+
+
 def directory(output: Path, *words: str) -> RunDirectory:
     return RunDirectory(run_directory(runs.config(output, *words)))
 
@@ -212,11 +221,11 @@ def paired(batch: SceneBatch, queries: int = 8, move: float = 0.0, shuffled: boo
     return [objects, verbs, *places]
 
 
-def off(batch: MeshBatch) -> tuple[Tensor, None]:
+def off(batch: MeshBatch) -> tuple[Tensor, Tensor]:
     """Meshes that are off by another amount in each sample."""
     shape = batch.vertices.shape[1:]
     noise = [torch.randn(*shape, generator=torch.Generator().manual_seed(i)) for i in batch.ids.tolist()]
-    return batch.vertices + 0.01 * batch.ids[:, None, None] * torch.stack(noise), None
+    return batch.vertices + 0.01 * batch.ids[:, None, None] * torch.stack(noise), torch.zeros(len(batch), 3)
 
 
 FOUND: dict[str, Callable] = {

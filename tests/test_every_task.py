@@ -4,11 +4,13 @@ loaders that do not depend on how a batch is shared out, refusals of one line. I
 import copy
 import dataclasses
 import functools
+import math
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 import regression_task
 import runs
@@ -150,7 +152,19 @@ def test_figures_do_not_depend_on_processes_or_batches(opened, task):
     found, one = task_runs.FOUND[task], scored(*opened(task), task_runs.FOUND[task], 1, 99)
     assert one["samples"] == SAMPLES[task]
     for world_size, batch_size in ((1, 4), (2, 5), (3, 4), (3, 1)):
-        assert scored(*opened(task), found, world_size, batch_size) == pytest.approx(one, rel=1e-12)
+        assert task_runs.close(scored(*opened(task), found, world_size, batch_size), one)
+
+
+@pytest.mark.fault(22)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("task", WORDS)
+def test_outputs_that_are_not_finite_have_figures_and_are_never_good_ones(opened, task, value):
+    def spoilt(batch):
+        return tree_map(lambda one: one * value, task_runs.FOUND[task](batch))
+
+    metric, right = opened(task)[0].metrics[0], scored(*opened(task), task_runs.FOUND[task], 1, 99)
+    found = scored(*opened(task), spoilt, 1, 5)[metric.key]
+    assert metric.better(right[metric.key], found)
 
 
 @pytest.mark.parametrize("task", WORDS)
