@@ -152,7 +152,8 @@ def test_figures_do_not_depend_on_processes_or_batches(opened, task):
     found, one = task_runs.FOUND[task], scored(*opened(task), task_runs.FOUND[task], 1, 99)
     assert one["samples"] == SAMPLES[task]
     for world_size, batch_size in ((1, 4), (2, 5), (3, 4), (3, 1)):
-        assert task_runs.close(scored(*opened(task), found, world_size, batch_size), one)
+        figures = scored(*opened(task), found, world_size, batch_size)
+        assert task_runs.close(figures, one, rel=1e-6 if task == "regression" else 1e-12)  # which adds up in float32
 
 
 @pytest.mark.fault(22)
@@ -353,12 +354,12 @@ REFUSED = {
     f"{MESH} augment.hflip=0.5": "augment.hflip=0.5 is for classification",
     "model=detr_digits data=digit_scenes": "add task=detection",
     "model=qpic_digits data=digit_pairs": "add task=interaction",
-    "model=metro_figures data=stick_figures": "add task=mesh",
+    MESH.removeprefix("task=mesh "): "add task=mesh",
     "task=detection model=detr_r50 model.pretrained=false data=digit_scenes": "frozen BatchNorms",
     "task=interaction model=qpic_r50 model.pretrained=false data=digit_pairs": "frozen BatchNorms",
     "task=detection model=detr_digits data=digits": "data.name=digits is none for this task",
     "task=interaction model=qpic_digits data=digits": "data.name=digits is none for this task",
-    "task=mesh model=metro_figures data=digits": "data.name=digits is none for this task",
+    MESH.replace("stick_figures", "digits"): "data.name=digits is none for this task",
     "task=detection model=vit_4x64 data=digit_scenes": "finds no boxes",
     "task=interaction model=vit_4x64 data=digit_pairs": "model.name=vit",
     "task=mesh model=vit_4x64 data=stick_figures": "finds no meshes",
@@ -390,7 +391,7 @@ COSTS = {
     f"task=detection model=detr_r50 data=digit_scenes {LARGE}": 41.5,
     "experiment=digits_qpic": 0.26,
     "experiment=hico_qpic_r50": 41.7,
-    "experiment=stick_figures_metro": 0.3,
+    "experiment=stick_figures_metro": 0.4,
 }
 
 

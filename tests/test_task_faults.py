@@ -151,7 +151,7 @@ def test_two_processes_find_the_figures_of_one_at_any_batch_size(job, tmp_path, 
         (expected,) = one[task].values()
         assert expected["samples"] == regression_task.SIZES["test"] if task == "regression" else task_runs.HELD_OUT
         for result in found.values():
-            assert task_runs.close(result, expected), task
+            assert task_runs.close(result, expected, rel=1e-6), task
     figure("exact: every task, batches of 1, 5 and all images, 1 and 2 processes", injected=2 * len(two))
 
 
