@@ -1,5 +1,6 @@
 """What a task measures: the names, units and directions that curves, summaries and tables show."""
 
+import math
 from dataclasses import dataclass
 
 
@@ -28,4 +29,7 @@ class Metric:
         return f"{self.label} {value:.{self.digits}f}" + (f" {self.unit}" if self.unit else "")
 
     def better(self, value: float, than: float) -> bool:
+        """Every number is better than nan."""
+        if math.isnan(than):
+            return not math.isnan(value)
         return value > than if self.higher_is_better else value < than

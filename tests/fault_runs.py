@@ -64,26 +64,43 @@ class Cell:
 
 def begin(cells: list[Cell], output: Path) -> None:
     """Each cell trained to its end, and again until a signal to the last process."""
-    numbers = itertools.count()
     for cell in cells:
-        train(cell, output / "whole", next(numbers))
+        train(cell, output / "whole")
         with stopped_by_signal(cell.moment), contextlib.suppress(Interrupted):
-            train(cell, output / "parts", next(numbers))
+            train(cell, output / "parts")
             raise AssertionError(f"{cell} was not interrupted")
 
 
 def resume(cells: list[Cell], output: Path) -> None:
-    for number, cell in enumerate(cells):
-        train(cell, output / "parts", number)
+    for cell in cells:
+        train(cell, output / "parts")
 
 
-def train(cell: Cell, output: Path, number: int) -> None:
-    """`number`: of the training in this process; under torchrun its processes find each other anew, as after a
-    restart."""
+def train(cell: Cell, output: Path) -> None:
     plotting.curves = lambda *args: None
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)
     trainer.MEETING_SECONDS = 0.0  # each step
+    meet_anew()
     session.train(cell.config(output), cell.run(output))
+
+
+def meet_anew() -> None:
+    """Before each training of several in a job: its processes find each other anew, as after a restart."""
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(next(MEETINGS))
+
+
+MEETINGS = itertools.count()
+
+
+def wrong_cells(cells: list[Cell], output: Path) -> dict[Cell, list]:
+    """Those of which the resumed run is not equal to the whole one."""
+    wrong = {}
+    for cell in cells:
+        whole, parts = cell.run(output / "whole"), cell.run(output / "parts")
+        same = [runs.unequal(runs.state(whole, file), runs.state(parts, file)) for file in ("last.pt", "best.pt")]
+        resumed = "resuming" in (parts.path / "log.txt").read_text()
+        if any(same) or not resumed or runs.records(whole) != runs.records(parts):
+            wrong[cell] = same
+    return wrong
 
 
 def stopped_by_signal(moment: str):

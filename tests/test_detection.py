@@ -1,29 +1,22 @@
-"""The detection task: average precision, exact over processes; the loop's promises; what is refused."""
-
-import copy
-import dataclasses
-from types import SimpleNamespace
+"""The detection task: average precision, warming up, DETR with ResNet-50. What all tasks have in common:
+test_every_task.py and test_task_faults.py."""
 
 import numpy as np
 import pytest
 import torch
 
-import detection_run
-import processes
+import coco_folder
 import runs
-from dropkey import evaluation, records, tasks
-from dropkey.config.check import check
-from dropkey.config.compose import compose
-from dropkey.config.schema import EvalConfig, EvaluationConfig
-from dropkey.datasets import digit_scenes
+import task_runs
+from dropkey import evaluation, records, session
+from dropkey.config.schema import DataConfig, EvalConfig, EvaluationConfig
 from dropkey.detection import average_precision as figures
 from dropkey.detection.average_precision import average_precision
 from dropkey.detection.scenes import SceneBatch
 from dropkey.detection.warm_up import shown, warm_up
 from dropkey.engine.distributed import DistContext
-from dropkey.errors import ConfigError, Interrupted
-from dropkey.records import RunDirectory
-from dropkey.reproduction import cost
+from dropkey.errors import ConfigError
+from dropkey.models import detr
 
 pytest.importorskip("pycocotools")
 ALONE = DistContext(0, 1, torch.device("cpu"))
@@ -99,44 +92,31 @@ def test_without_pycocotools_it_is_one_line(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def few(module_patch):
-    module_patch.setattr(digit_scenes, "HELD_OUT", detection_run.HELD_OUT)
+def opened():
+    with task_runs.few():
+        yield task_runs.opened("detection")
 
 
 @pytest.fixture(scope="module")
-def module_patch():
-    with pytest.MonkeyPatch.context() as patch:
-        yield patch
+def task(opened):
+    return opened[0]
 
 
 @pytest.fixture(scope="module")
-def task(few, tmp_path_factory):
-    return tasks.build(runs.config(tmp_path_factory.mktemp("task"), *detection_run.WORDS))
+def data(opened):
+    return opened[1]
 
 
-@pytest.fixture(scope="module")
-def data(task):
-    return task.load_data()
-
-
-def scored(task, data, move: float = 0.0, world_size: int = 1, batch_size: int = 5) -> dict:
-    """As so many processes would, which are run one after the other."""
-    parts = []
-    for rank in range(world_size):
-        scores = task.scores()
-        for batch in task.eval_loader(data, "test", DistContext(rank, world_size, torch.device("cpu")), batch_size):
-            if len(batch):
-                scores.update(detection_run.outputs(batch, move=move), batch)
-        parts.append(scores)
-    together = SimpleNamespace(
-        is_main=True, gather=lambda own: [(p.records, p.found) for p in parts], broadcast=lambda value: value
-    )
-    return parts[0].compute(together)
+def scored(task, data, move: float = 0.0) -> dict:
+    scores = task.scores()
+    for batch in task.eval_loader(data, "test", ALONE, 5):
+        scores.update(task_runs.boxes(batch, move=move), batch)
+    return scores.compute(ALONE)
 
 
 def test_a_model_that_finds_all_has_an_average_precision_of_100(task, data):
     result = scored(task, data)
-    assert result["ap"] == pytest.approx(100) and result["samples"] == detection_run.HELD_OUT
+    assert result["ap"] == pytest.approx(100) and result["samples"] == task_runs.HELD_OUT
 
 
 def test_moving_the_boxes_lowers_it(task, data):
@@ -145,128 +125,21 @@ def test_moving_the_boxes_lowers_it(task, data):
     assert scored(task, data, 0.02)["ap50"] == pytest.approx(100)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_scores_of_several_processes_are_those_of_one(task, data, world_size):
-    assert scored(task, data, 0.03, world_size) == scored(task, data, 0.03)
-    assert scored(task, data, 0.03, world_size, batch_size=4) == scored(task, data, 0.03)
-
-
 def test_boxes_are_those_of_the_original_image(task, data):
     """The sizes in the record count, not those that the model saw."""
     batch = next(iter(task.eval_loader(data, "test", ALONE, 1)))
     batch.records[0] = {**batch.records[0], "width": 240, "height": 480}
     scores = task.scores()
-    scores.update(detection_run.outputs(batch), batch)
+    scores.update(task_runs.boxes(batch), batch)
     left, top, width, height = scores.found[0][0, 1:5] / [10, 20, 10, 20]
     assert [left, top, width, height] == pytest.approx(batch.records[0]["annotations"][0]["bbox"], abs=1e-4)
 
 
-def test_monte_carlo_averages_probabilities_and_boxes(task):
-    one, other = (torch.rand(2, 8, 11), torch.rand(2, 8, 4)), (torch.rand(2, 8, 11), torch.rand(2, 8, 4))
-    probabilities, boxes = task.average([one, other])
-    torch.testing.assert_close(probabilities, (one[0] + other[0]) / 2)
-    torch.testing.assert_close(boxes, (one[1] + other[1]) / 2)
-
-
-# ------------------------------------------------------------------------------------------------------------ the loop
-
-
-@pytest.fixture(scope="module")
-def finished(few, tmp_path_factory):
-    return runs.train(tmp_path_factory.mktemp("detection"), *detection_run.WORDS)
-
-
-def test_a_run_says_what_it_found(finished):
-    summary = finished.summary()
-    assert [metric["key"] for metric in summary["metrics"]] == list(figures.FIGURES)
-    assert summary["samples"] == detection_run.HELD_OUT
-    assert summary["code"].keys() >= {"task/detection", "detection", "dataset/digit_scenes", "model/detr"}
-    assert "missing" not in summary["code"].values()
-    log = (finished.path / "log.txt").read_text()
-    assert "dropkey (decreasing) at 4 attention layers" in log and "48 training, 13 validation, 13 test images" in log
-    losses = [record["loss"] for record in finished.records("step")]
-    assert losses[-1] < losses[0]
-
-
-def test_sizes_that_do_not_occur_are_null_and_not_shown(finished):
-    summary = finished.summary()
+def test_sizes_that_do_not_occur_are_null_and_not_shown(task, data):
+    summary = session.rounded(task, scored(task, data))
     assert summary["ap_medium"] is None and "medium" not in records.headline(summary)
     assert "AP small" in records.headline(summary)
 
-
-@pytest.mark.parametrize("step", [2, 3], ids=["mid-epoch", "epoch end"])
-def test_an_interrupted_run_resumes_bitwise_identically(finished, tmp_path, monkeypatch, step):
-    with monkeypatch.context() as patch:
-        runs.on_step(patch, step, runs.send())
-        with pytest.raises(Interrupted):
-            runs.train(tmp_path, *detection_run.WORDS)
-    resumed = runs.train(tmp_path, *detection_run.WORDS)
-    assert runs.unequal(runs.state(finished), runs.state(resumed)) is None
-    assert runs.records(finished) == runs.records(resumed)
-
-
-def test_images_of_unequal_size_train_and_are_evaluated_in_bf16_with_all_attentions_regularized(tmp_path, few):
-    words = ("trainer.amp=bf16", "regularizer.layers=[self,cross]", "augment.hflip=0.5", "trainer.epochs=4")
-    sizes = "task.args={scales: [24, 32], max_size: 48, crop_sides: [14, 20], eval_scale: 32}"
-    run = runs.train(tmp_path, *detection_run.WORDS, *words, sizes)
-    losses = [record["loss"] for record in run.records("step")]
-    assert sum(losses[-3:]) < sum(losses[:3])
-    assert "6 attention layers" in (run.path / "log.txt").read_text()
-    assert run.summary()["samples"] == detection_run.HELD_OUT
-
-
-def test_accumulated_microbatches_give_the_loss_of_the_whole_batch(tmp_path, few):
-    words = (*detection_run.WORDS, "regularizer=none", "trainer.max_steps=3")
-    whole, parts = (runs.train(tmp_path, *words, f"trainer.grad_accum_steps={count}") for count in (1, 4))
-    losses = [[record["loss"] for record in run.records("step")] for run in (whole, parts)]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-
-
-def test_two_processes_give_the_losses_and_the_figures_of_one(tmp_path, few):
-    words = ("regularizer=none", "optim=sgd", "optim.lr=1e-3")
-    done = processes.torchrun(detection_run.main, str(tmp_path / "two"), words)
-    assert done.returncode == 0, done.stderr
-    two = RunDirectory(next(path for path in (tmp_path / "two").iterdir() if (path / "config.yaml").exists()))
-    one = runs.train(tmp_path / "one", *detection_run.WORDS, *words)
-    losses = [[record["loss"] for record in run.records("step")] for run in (one, two)]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-    for key in (*figures.FIGURES, "samples"):
-        assert two.summary()[key] == pytest.approx(one.summary()[key], abs=1e-3)
-
-
-@pytest.mark.parametrize("options", [{"batch_size": 1}, {"monte_carlo": 2}], ids=str)
-def test_a_run_is_evaluated(finished, options):
-    cfg = EvalConfig(run=str(finished.path), eval=EvaluationConfig(**options))
-    result, _ = evaluation.evaluate_run(cfg, runs.config(finished.path.parent, *detection_run.WORDS), finished.path)
-    assert result["samples"] == detection_run.HELD_OUT
-    if "batch_size" in options:
-        assert result["ap"] == pytest.approx(finished.summary()["ap"], abs=1e-3)
-
-
-def test_sixteen_images_are_learned_by_heart(task):
-    """To an average precision above 90: network, matching, losses and evaluation agree on what a box is."""
-    few = copy.deepcopy(task)
-    few.cfg.data.max_train_samples = 16
-    data = few.load_data()
-    torch.manual_seed(0)
-    model = few.build_model(data, pretrained=False, fused=True)
-    batch = next(iter(few.eval_loader(data, "train", ALONE, 16)))
-    optimizer = torch.optim.AdamW(model.parameters(), 4e-3, weight_decay=0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=STEPS)
-    for _ in range(STEPS):
-        divisors = few.normalisers(batch)
-        sum(value / divisors[key] for key, value in few.losses(model.train(), batch).items()).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    scores = few.scores()
-    with torch.no_grad():
-        scores.update(few.predict(model.eval(), batch), batch)
-    assert scores.compute(ALONE)["ap"] > 90
-
-
-STEPS = 300
 
 # --------------------------------------------------------------------------------------------------- warming up
 
@@ -288,43 +161,43 @@ def test_warming_up_is_reproducible_and_teaches(task, data):
     assert warmed(150)[0] > first[0] + 0.1
 
 
-# ------------------------------------------------------------------------------------------------------ what is refused
-
-REFUSED = {
-    "task=detection model=detr_digits data=digit_scenes augment.mixup=0.2": "augment.mixup=0.2 is for classification",
-    "model=detr_digits data=digit_scenes": "add task=detection",
-    "task=detection model=detr_r50 model.pretrained=false data=digit_scenes": "frozen BatchNorms",
-    "task=detection model=detr_digits data=digits": "data.name=digits is none for this task",
-    "task=detection model=vit_4x64 data=digit_scenes": "finds no boxes",
-    "task=detection model=detr_digits data=digit_scenes model.drop_path=0.1": "no stochastic depth",
-    "task=detection model=detr_digits data=digit_scenes task.args.scale=3": "scale",
-}
+# ------------------------------------------------------------------------------------------------- DETR on other data
 
 
-@pytest.mark.parametrize("words", REFUSED)
-def test_what_cannot_work_is_one_line(words, tmp_path, few):
-    with pytest.raises(ConfigError, match=REFUSED[words]):
-        cfg = runs.config(tmp_path, *words.split(), *(["data.image_size=24"] if "scenes" in words else []))
-        task = tasks.build(cfg)
-        task.build_model(task.load_data(), pretrained=False, fused=True)
+def test_a_run_is_evaluated_on_other_data(tmp_path):
+    words = task_runs.on_files("detection", coco_folder.write(tmp_path / "coco"))
+    run = runs.train(tmp_path / "runs", *words, *runs.ONE_EPOCH)
+    other = coco_folder.write(tmp_path / "other", train=2, val=5)
+    data = DataConfig(name="coco_format", root=str(other), in_memory=False, num_workers=0)
+    cfg = EvalConfig(run=str(run.path), data=data, eval=EvaluationConfig(device="cpu"))
+    trained = runs.config(tmp_path / "runs", *words, *runs.ONE_EPOCH)
+    assert evaluation.evaluate_run(cfg, trained, run.path)[0]["samples"] == 5
 
 
-def test_the_seed_of_the_split_draws_the_scenes(task):
-    drawn = [
-        dataclasses.replace(task.cfg, seed=seed, data=dataclasses.replace(task.cfg.data, split_seed=split))
-        for seed, split in ((1, 0), (1, "run"))
-    ]
-    same, other = (tasks.build(cfg).load_data() for cfg in drawn)
-    assert same.fingerprint() == task.load_data().fingerprint() != other.fingerprint()
-
-
-@pytest.mark.parametrize("model, millions", [("detr_digits", 0.25), ("detr_r50", 41.5)])
-def test_the_cost_of_a_table_is_planned_without_data(model, millions, tmp_path):
-    size = ["data.image_size=800", "data.channels=3", "data.mean=null", "data.std=null", "model.pretrained=true"]
-    words = ["task=detection", f"model={model}", "data=digit_scenes", *(size if model == "detr_r50" else [])]
-    cfg = check(compose(words))
-    operations, parameters = cost.of_model(cfg)
-    assert parameters / 1e6 == pytest.approx(millions, abs=0.05)
-    if model == "detr_r50":  # ResNet-50's published 4.1 billion at 224 px are 52 here; the transformer has the rest
-        assert 55e9 < operations / 2 < 65e9
-    assert cost.samples_of(cfg) == cfg.trainer.epochs * (4000 // cfg.trainer.batch_size) * cfg.trainer.batch_size
+@pytest.mark.parametrize("workers", [0, 1])
+def test_detr_with_resnet_50_trains_on_images_of_many_sizes_and_leaves_frozen_parts_alone(tmp_path, workers):
+    """Two steps, from random weights. What is frozen: the stem, the first stage, all BatchNorms."""
+    root = coco_folder.write(tmp_path / "coco", train=8, val=2, sides=(64, 120))
+    torch.manual_seed(0)
+    sizes = {"num_classes": 91, "depth": 2, "embed_dim": 32, "num_heads": 2}
+    first = detr.detr_r50(**sizes).state_dict()
+    torch.save(first, tmp_path / "start.pt")
+    run = runs.train(
+        tmp_path,
+        *("task=detection", "model=detr_r50", "model.pretrained=false", f"init_from={tmp_path / 'start.pt'}"),
+        *("data=coco", f"data.root={root}", f"data.num_workers={workers}", "data.max_train_samples=null"),
+        *("trainer.epochs=1", "trainer.batch_size=4", "optim.warmup_epochs=0", "optim.lr=1e-3"),
+        *("optim.clip_grad_norm=0.1", "optim.lr_scale={backbone: 0.1}", "optim.filter_bias_and_bn=false"),
+        *("augment.hflip=0.5", "task.args={scales: [64, 96], max_size: 128, eval_scale: 64}"),
+    )
+    losses = [record["loss"] for record in run.records("step")]
+    assert len(losses) == 2 and all(torch.tensor(losses).isfinite()) and run.summary()["samples"] == 2
+    last = runs.state(run)["model"]
+    frozen = {name for name in first if torch.equal(first[name], last[name])}
+    body = "backbone.0.body."
+    norms = {name for name in first if name.startswith(body) and (".bn" in name or ".downsample.1." in name)}
+    stem = {name for name in first if name.startswith((f"{body}conv1", f"{body}bn1", f"{body}layer1"))}
+    assert norms | stem <= frozen
+    learned = {name for name in first if name.startswith((f"{body}layer2", f"{body}layer3", f"{body}layer4"))} - norms
+    assert learned and not learned & frozen
+    assert not any(name.startswith("transformer.encoder.layers.0") for name in frozen)

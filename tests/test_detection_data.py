@@ -6,12 +6,8 @@ import pytest
 import torch
 
 from dropkey.config.schema import DataConfig
-from dropkey.data.augment import Normalize
 from dropkey.datasets import digit_scenes
 from dropkey.detection.boxes import Augment, Sample, fitted
-from dropkey.detection.scenes import EvalLoader, TrainLoader
-from dropkey.engine.distributed import DistContext
-from dropkey.errors import DataError
 
 CPU = torch.device("cpu")
 DATA = DataConfig(name="digit_scenes", image_size=48, channels=1, max_train_samples=24)
@@ -164,82 +160,6 @@ def test_annotations_outside_the_image_empty_or_of_groups_are_no_targets(scenes)
     sample = split.sample(0)
     assert sample.labels.tolist() == [0, 1]
     assert sample.boxes.tolist() == [[0, 0, 5, 5], [40, 40, 48, 48]]
-
-
-# ---------------------------------------------------------------------------------------------------------- loaders
-
-NORMALIZE = Normalize(DataConfig(channels=1, mean=[0.1], std=[0.2]), CPU)
-
-
-def loader(scenes, rank=0, world_size=1, parts=1, batch_size=8) -> TrainLoader:
-    dist = DistContext(rank, world_size, CPU)
-    options = {"batch_size": batch_size, "grad_accum_steps": parts, "seed": 3, "dist": dist}
-    return TrainLoader(scenes.train, AUGMENT, NORMALIZE, **options)
-
-
-def contents(batches) -> list:
-    """Each image with its boxes and labels, cut back to its own size."""
-    found = []
-    for batch in batches:
-        for row in range(len(batch)):
-            real = ~batch.padding[row] if batch.padding is not None else torch.ones_like(batch.images[row, 0]).bool()
-            height, width = int(real[:, 0].sum()), int(real[0].sum())
-            assert not batch.images[row, 0][~real].any()
-            image = batch.images[row, :, :height, :width]
-            found.append((int(batch.ids[row]), image, batch.boxes[row], batch.labels[row]))
-    return found
-
-
-def assert_same(some, others):
-    assert len(some) == len(others) > 0
-    for one, other in zip(some, others, strict=True):
-        assert one[0] == other[0]
-        for a, b in zip(one[1:], other[1:], strict=True):
-            assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("start", [1, 2])
-def test_an_epoch_continues_exactly(scenes, start):
-    whole = contents(loader(scenes).epoch(5))
-    assert_same(contents(loader(scenes).epoch(5, start)), whole[8 * start :])
-
-
-@pytest.mark.parametrize(("world_size", "parts"), [(2, 1), (1, 4), (2, 2)])
-def test_a_batch_does_not_depend_on_how_it_is_shared_out(scenes, world_size, parts):
-    whole = contents(loader(scenes).epoch(0))
-    shares = [list(loader(scenes, rank, world_size, parts).epoch(0)) for rank in range(world_size)]
-    together = [batch for step in range(3) for one in shares for batch in one[step * parts : (step + 1) * parts]]
-    assert_same(contents(together), whole)
-
-
-def test_epochs_differ_in_order_and_augmentation(scenes):
-    first, second = (contents(loader(scenes).epoch(number)) for number in (0, 1))
-    assert [one[0] for one in first] != [one[0] for one in second]
-    both = {one[0]: one for one in first}
-    assert any(one[1].shape != both[one[0]][1].shape for one in second if one[0] in both)
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_evaluation_shows_every_image_once_and_as_it_is(scenes, world_size):
-    loaders = [
-        EvalLoader(
-            scenes.test.subset(list(range(11))), lambda sample: sample, NORMALIZE, 4, DistContext(rank, world_size, CPU)
-        )
-        for rank in range(world_size)
-    ]
-    assert {len(one) for one in loaders} == {3}
-    batches = [list(one) for one in loaders]
-    assert all(len(one) == 3 for one in batches)
-    shown = sorted(i for one in batches for batch in one for i in batch.ids.tolist())
-    assert shown == list(range(11))
-    first = batches[0][0]
-    torch.testing.assert_close(first.images[0], (scenes.test.sample(0).image / 255 - 0.1) / 0.2)
-    assert first.padding is None and first.records[0] == scenes.test.records[0]
-
-
-def test_too_few_images_for_a_batch_is_one_line(scenes):
-    with pytest.raises(DataError, match="24 images, fewer than one batch of 25"):
-        loader(scenes, batch_size=25)
 
 
 def test_pairs_follow_their_boxes_and_go_with_them():

@@ -14,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-import detection_run
 import dropkey
 import runs
+import task_runs
 from dropkey import exporting
 from dropkey.analysis import box_figures, boxes, entropy, gallery, map_figures, trained
 from dropkey.commands import export, predict, visualize
@@ -32,7 +32,7 @@ pytest.importorskip("pycocotools")
 @pytest.fixture(scope="module", autouse=True)
 def few():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(digit_scenes, "HELD_OUT", detection_run.HELD_OUT)
+        patch.setattr(digit_scenes, "HELD_OUT", task_runs.HELD_OUT)
         yield
 
 
@@ -40,7 +40,7 @@ def few():
 def two(tmp_path_factory):
     """Two tiny runs that differ in the regularizer."""
     place = tmp_path_factory.mktemp("detectors")
-    words = (*detection_run.WORDS, "trainer.epochs=1", "optim.warmup_epochs=0")
+    words = (*task_runs.WORDS["detection"], "trainer.epochs=1", "optim.warmup_epochs=0")
     return [str(runs.train(place, f"regularizer={kind}", *words).path) for kind in ("none", "dropkey")]
 
 
@@ -79,7 +79,7 @@ def test_predicted_boxes_are_those_of_the_evaluation(model, pictures, opened):
         with torch.no_grad():
             scores.update(opened.task.predict(opened.model, batch), batch)
     answers = model.predict(pictures, threshold=0)
-    assert len(answers) == len(scores.found) == detection_run.HELD_OUT
+    assert len(answers) == len(scores.found) == task_runs.HELD_OUT
     for found, rows in zip(answers, scores.found, strict=True):
         rows = rows[np.argsort(-rows[:, 5], kind="stable")]
         assert [one["label"] for one in found] == [str(int(label)) for label in rows[:, 6]]

@@ -160,17 +160,6 @@ def test_another_number_of_processes_is_logged(stopped, tmp_path):
     assert expected in (run.path / "log.txt").read_text()
 
 
-def test_another_task_is_trained_and_evaluated_by_two_processes_as_by_one(tmp_path):
-    """Its microbatches hold different numbers of points, so a mean of means would give another loss."""
-    overrides = (*regression_task.OVERRIDES, "regularizer=none", "optim=sgd")
-    done, two = launch(tmp_path / "two", *overrides)
-    assert done.returncode == 0, done.stderr
-    one = runs.train(tmp_path / "one", *overrides)
-    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
-    assert two.summary()["mae"] == pytest.approx(one.summary()["mae"], rel=1e-4)
-    assert two.summary()["samples"] == one.summary()["samples"] == regression_task.SIZES["test"]
-
-
 def test_the_command_of_the_readme_runs_two_processes_and_a_mistake_is_reported_once(tmp_path):
     """torchrun and train.py themselves, as a user starts them; the second process comes late to the mistake."""
     late = "import os, time\nif os.environ.get('RANK') == '1':\n    time.sleep(0.7)\n"

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 import dropkey
-import interaction_run
 import runs
+import task_runs
 from dropkey.analysis import trained
 from dropkey.analysis.box_figures import merged
 from dropkey.analysis.boxes import Found, answer_to, found, objects
@@ -21,13 +21,13 @@ from dropkey.tasks.marks import Mark
 @pytest.fixture(scope="module", autouse=True)
 def few():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(digit_scenes, "HELD_OUT", interaction_run.HELD_OUT)
+        patch.setattr(digit_scenes, "HELD_OUT", task_runs.HELD_OUT)
         yield
 
 
 @pytest.fixture(scope="module")
 def run(few, tmp_path_factory):
-    return runs.train(tmp_path_factory.mktemp("pairs"), *interaction_run.WORDS)
+    return runs.train(tmp_path_factory.mktemp("pairs"), *task_runs.WORDS["interaction"])
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
+import task_folders
 from dropkey.config.schema import DataConfig
 from dropkey.datasets import mesh_folder, stick_figures
 from dropkey.engine.distributed import DistContext
 from dropkey.errors import DataError
 from dropkey.mesh.measures import project
-from dropkey.mesh.samples import Augment, EvalLoader, TrainLoader
+from dropkey.mesh.samples import Augment, EvalLoader
 
 ALONE = DistContext(0, 1, torch.device("cpu"))
 DATA = DataConfig(name="stick_figures", image_size=32, channels=1, max_train_samples=40)
@@ -122,48 +123,13 @@ def test_colour_changes_the_image_alone():
     assert 60 <= made.min() < made.max() <= 140 and made.std((2, 3)).max() < 1e-3
 
 
-def epoch(data, rank=0, world_size=1, parts=1, start=0):
-    dist = DistContext(rank, world_size, torch.device("cpu"))
-    loader = TrainLoader(
-        data.train, DATA, Augment(rotation=30), batch_size=8, grad_accum_steps=parts, seed=0, dist=dist
-    )
-    return list(loader.epoch(1, start))
-
-
-def test_batches_do_not_depend_on_processes_microbatches_or_the_start(data):
-    whole = epoch(data)
-    assert len(whole) == 5 and len(torch.cat([batch.ids for batch in whole]).unique()) == 40
-    cut = [epoch(data, rank, 2, 2) for rank in (0, 1)]
-    for step, batch in enumerate(whole):
-        pieces = [piece for own in cut for piece in own[2 * step : 2 * step + 2]]
-        for key in ("images", "vertices", "points", "ids"):
-            torch.testing.assert_close(torch.cat([getattr(piece, key) for piece in pieces]), getattr(batch, key))
-    assert torch.equal(epoch(data, start=3)[0].images, whole[3].images)
-
-
-def test_every_sample_is_evaluated_once(data):
-    loaders = [EvalLoader(data.test, DATA, 2, DistContext(rank, 3, torch.device("cpu"))) for rank in range(3)]
-    batches = [batch for loader in loaders for batch in loader]
-    assert {len(loader) for loader in loaders} == {7} and any(len(batch) == 0 for batch in batches)
-    ids = torch.cat([batch.ids for batch in batches])
-    assert sorted(ids.tolist()) == list(range(13))
-    assert all(torch.equal(batch.vertices, data.test.vertices[batch.ids]) for batch in batches)
-
-
 # ----------------------------------------------------------------------------------------------------- your own folder
 
 
 @pytest.fixture
 def folder(tmp_path, data):
     """Ten of the figures as files."""
-    names = [f"images/{number}.png" for number in range(10)]
-    (tmp_path / "images").mkdir()
-    for number, name in enumerate(names):
-        Image.fromarray(data.train.images.images[number, 0].numpy()).save(tmp_path / name)
-    body = {key: getattr(data.body, key).numpy() for key in mesh_folder.BODY}
-    parts = {"files": np.array(names), "split": np.array(["train"] * 6 + ["test"] * 4)}
-    save(tmp_path, **body, **parts, vertices=data.train.vertices[:10].numpy(), points=data.train.points[:10].numpy())
-    return tmp_path
+    return task_folders.meshes(tmp_path, data, 6, 4)
 
 
 def save(folder, **arrays):

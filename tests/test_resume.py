@@ -76,12 +76,7 @@ def test_every_cell_of_the_grid_resumes_in_a_new_process_bitwise_identically(tmp
     for stage in (fault_runs.begin, fault_runs.resume):
         done = run(stage, cells, tmp_path, timeout=3000)
         assert done.returncode == 0, done.stderr[-3000:]
-    wrong = {}
-    for cell in cells:
-        whole, parts = cell.run(tmp_path / "whole"), cell.run(tmp_path / "parts")
-        same = [runs.unequal(runs.state(whole, file), runs.state(parts, file)) for file in ("last.pt", "best.pt")]
-        if any(same) or runs.records(whole) != runs.records(parts):
-            wrong[cell] = same
+    wrong = fault_runs.wrong_cells(cells, tmp_path)
     text = "every regularizer x schedule x option x 1 and 2 processes, resumed in a new process"
     figure(text, injected=len(cells), survived=len(cells) - len(wrong))
     assert not wrong

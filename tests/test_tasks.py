@@ -4,13 +4,10 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 
 import regression_task
 import runs
-from dropkey import build, evaluation, tasks
-from dropkey.config.schema import EvalConfig, EvaluationConfig
-from dropkey.engine.distributed import DistContext
+from dropkey import tasks
 from dropkey.errors import ConfigError, Interrupted
 
 PACKAGE = Path(__file__).parents[1] / "dropkey"
@@ -54,57 +51,12 @@ def test_an_interrupted_run_of_another_task_resumes_bitwise_identically(finished
     assert runs.records(finished) == runs.records(resumed)
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 99])
-def test_evaluation_is_exact_at_any_batch_size(finished, batch_size):
-    result = evaluated(finished, batch_size=batch_size)
-    assert result["mae"] == pytest.approx(finished.summary()["mae"], abs=2e-5)
-    assert result["samples"] == regression_task.SIZES["test"]
-
-
-def test_evaluation_over_two_processes_is_that_of_one(finished):
-    """Each process's totals, added up, are the totals of one process."""
-    cfg = runs.config(finished.path.parent, *REGRESSION)
-    task = tasks.build(cfg)
-    data = task.load_data()
-    model, _ = build.build_regularized(task, data, DistContext(0, 1, torch.device("cpu")))
-    totals = []
-    for world_size in (1, 2):
-        sums = 0
-        for rank in range(world_size):
-            scores = task.scores()
-            for batch in task.eval_loader(data, "test", DistContext(rank, world_size, torch.device("cpu"))):
-                scores.update(task.predict(model.eval(), batch), batch)
-            sums = sums + scores.totals
-        totals.append(sums)
-    torch.testing.assert_close(totals[0], totals[1])
-
-
-def test_monte_carlo_averages_its_predictions(finished):
-    plain, averaged = (evaluated(finished, monte_carlo=passes) for passes in (0, 3))
-    assert averaged["mae"] != plain["mae"]
-
-
-def evaluated(run, **options) -> dict:
-    cfg = EvalConfig(run=str(run.path), eval=EvaluationConfig(**options))
-    return evaluation.evaluate_run(cfg, runs.config(run.path.parent, *REGRESSION), run.path)[0]
-
-
-@pytest.mark.parametrize("parts", [2, 4])
-def test_the_loss_of_unequal_microbatches_is_that_of_the_whole_batch(tmp_path, parts):
-    """A mean of the microbatches' means would differ: their numbers of points do."""
-    words = (*REGRESSION, "regularizer=none", "trainer.max_steps=3", "optim=sgd")  # Adam amplifies gradients of 0
-    whole = runs.train(tmp_path, *words)
-    split = runs.train(tmp_path, *words, f"trainer.grad_accum_steps={parts}")
-    assert losses(split) == pytest.approx(losses(whole), rel=1e-5)
-    torch.testing.assert_close(runs.state(split)["model"], runs.state(whole)["model"], rtol=1e-4, atol=1e-5)
-
-
 def losses(run) -> list[float]:
     return [record["loss"] for record in run.records("step")]
 
 
 def test_a_mean_of_means_would_be_another_loss(tmp_path, monkeypatch):
-    """So the test above can fail: with equal weights for unequal microbatches the losses differ."""
+    """So the test of accumulated microbatches can fail: with equal weights for unequal ones the losses differ."""
     words = (*REGRESSION, "regularizer=none", "trainer.max_steps=3", "trainer.grad_accum_steps=4")
     right = losses(runs.train(tmp_path / "right", *words))
     original = regression_task.Regression.losses

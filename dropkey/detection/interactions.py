@@ -20,6 +20,12 @@ class Interactions(Scenes):
     sided: bool = False  # whether mirrored images would have other verbs
     notes: list[str] = field(default_factory=list)  # what was left out of the files, and why
 
+    @property
+    def classes(self) -> list[str]:
+        """The pairs of verb and object that are possible, by name."""
+        objects = [category["name"] for category in self.categories]
+        return [f"{self.verbs[verb]} {objects[place]}" for verb, place in np.argwhere(self.possible).tolist()]
+
 
 def counted(records: list[dict]) -> dict[Triplet, int]:
     return Counter(triplet for record in records for triplet in triplets(record))

@@ -77,6 +77,11 @@ class Scenes:
         """Outputs of a classifier whose classes are the ids themselves, as officially: COCO's 1 to 90 make 91."""
         return 1 + max(category["id"] for category in self.categories)
 
+    @property
+    def classes(self) -> list[str]:
+        """Names of what is to be found: a run whose data have others is not resumed (`dropkey.origin`)."""
+        return [category["name"] for category in self.categories]
+
     def fingerprint(self) -> str:
         """Ten hexadecimal digits over all images and annotations."""
         digest = hashlib.sha256()

@@ -48,7 +48,7 @@ def aligned(points: Tensor, target: Tensor) -> Tensor:
     """B N 3: `points` moved, turned and scaled as close to `target` as possible (least squares), never mirrored."""
     centre, other = points.mean(1, keepdim=True), target.mean(1, keepdim=True)
     x, y = points - centre, target - other
-    u, s, vt = torch.linalg.svd(x.transpose(1, 2) @ y)
+    u, s, vt = torch.linalg.svd((x.transpose(1, 2) @ y).nan_to_num(0, 0, 0))  # else it refuses; `x` stays as it is
     signs = torch.ones_like(s)
     signs[:, 2] = torch.linalg.det(u @ vt).sign()
     rotation = (u * signs[:, None]) @ vt  # acts on rows

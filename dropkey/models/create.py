@@ -1,7 +1,7 @@
 """From config to model."""
 
 import timm
-from torch import nn
+from torch import Tensor, nn
 
 from dropkey.config.geometry import family
 from dropkey.config.schema import ModelConfig
@@ -38,7 +38,8 @@ def create_model(
         text = " ".join(str(error).split())
         reason = f"{type(error).__name__} {text}" if isinstance(error, LookupError) else text or type(error).__name__
         hint = "; weights could not be fetched, is there a network?" if pretrained else ""
-        raise ConfigError(f"model.name={model.name} with {arguments}: {reason[:300]}{hint}") from None
+        given = {key: value for key, value in arguments.items() if not isinstance(value, Tensor)}  # a body's template
+        raise ConfigError(f"model.name={model.name} with {given}: {reason[:300]}{hint}") from None
     finally:
         timm.layers.set_fused_attn(before)
     if getattr(made, "mix_token", False):
