@@ -348,13 +348,13 @@ def test_maps_of_several_runs_heads_and_layers_do_not_overwrite_one_another(two,
     monkeypatch.chdir(tmp_path)
     both, names = ",".join(two), []
     for words in (["head=all"], ["head=0"], ["head=0", "layer=0"], ["head=mean"], [], ["images=0,3"]):
-        for run in (*two, both):
+        for run in (two[0], both):
             line = said(capsys, "maps", f"run={run}", *words)[-1]
             names.append(Path(line.removeprefix("picture ")))
             assert is_png(names[-1])
-    assert len(set(names)) == len(names) == 18
+    assert len(set(names)) == len(names) == 12
     assert names[0] == Path(two[0]) / "maps-layer1-heads.png"  # of one run: in it
-    assert names[2].match("pictures/maps-layer1-heads-*-none+dropkey_0.1-digits-s0-*.png")
+    assert names[1].match("pictures/maps-layer1-heads-*-none+dropkey_0.1-digits-s0-*.png")
     assert names[-1].match("pictures/maps-rollout-images0+3-*.png")
 
 

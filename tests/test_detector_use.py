@@ -190,25 +190,20 @@ def test_drawn_images_keep_names_and_proportions_apart(two, files, tmp_path, cap
 # ------------------------------------------------------------------------------------------------------ dropkey export
 
 
-@pytest.mark.parametrize("format", ["safetensors", "torch_export", "onnx"])
+@pytest.mark.parametrize("format", ["safetensors", "torch_export"])  # onnx: as a command of the page, below
 def test_an_exported_detector_gives_the_logits_and_boxes_of_the_model(format, model, tmp_path):
-    for package in exporting.NEEDED.get(format, ()):
-        pytest.importorskip(package)
     file = tmp_path / f"out{exporting.SUFFIXES[format]}"
     difference, written = exporting.export(model, format, file)
     assert difference < 1e-4 and written[-1].exists() and file.exists()
     assert json.loads(file.with_suffix(".json").read_text())["label_names"] == model.classes
-    images = torch.randn(2, 1, 24, 24)
+    if format == "torch_export":
+        images = torch.randn(2, 1, 24, 24)
+        gives_the_outputs_of(model, images, torch.export.load(file).module()(images))
+
+
+def gives_the_outputs_of(model, images, found) -> None:
     with torch.inference_mode():
         wanted = [output[-1] for output in model.model(images)]
-    if format == "torch_export":
-        found = torch.export.load(file).module()(images)
-    elif format == "onnx":
-        session = pytest.importorskip("onnxruntime").InferenceSession(file)
-        assert [one.name for one in session.get_outputs()] == ["logits", "boxes"]
-        found = map(torch.from_numpy, session.run(None, {"images": images.numpy()}))
-    else:
-        return
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
 
@@ -447,6 +442,12 @@ def test_commands_of_the_page_on_detection_work(words, two, files, tmp_path, mon
     assert not main(given)
     kind, _, file = capsys.readouterr().out.splitlines()[-1].partition(" ")
     assert kind not in ("picture", "page") or Path(file).stat().st_size > 5000
+    if "format=onnx" in words:
+        session = pytest.importorskip("onnxruntime").InferenceSession("detr.onnx")
+        assert [one.name for one in session.get_outputs()] == ["logits", "boxes"]
+        images = torch.randn(2, 1, 24, 24)
+        found = map(torch.from_numpy, session.run(None, {"images": images.numpy()}))
+        gives_the_outputs_of(dropkey.load(two[1], device="cpu"), images, found)
 
 
 def test_python_of_the_page_on_detection_runs(two, files, tmp_path, monkeypatch, capsys):
