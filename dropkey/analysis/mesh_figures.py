@@ -11,12 +11,15 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from dropkey.analysis.box_figures import DPI, LEAST, enlarged, show
-from dropkey.plotting import image_axis, save, style
+from dropkey.analysis.meshes import Found
+from dropkey.plotting import GREY, image_axis, looks, save, style, subplots, wrapped
 from dropkey.tasks.meshes import FoundMeshes
 
 LIGHT = (-0.45, -0.6, -0.66)  # where it comes from: above and beside the viewer
 SIDE_VIEW = 90  # degrees
+BEHIND = "#8a8f98"  # bodies whose colors go from black to light
 FOUND, TRUTH = "#33bbee", "#ee7733"
+LEGEND = "blue: what is found, over the image and, beside it, seen from the right; orange: the truth"
 
 
 def draw_body(axis, mesh: FoundMeshes, colors: Tensor, alpha: float = 0.75) -> None:
@@ -91,3 +94,46 @@ def drawn(picture: Tensor, mesh: FoundMeshes, truth: Optional[FoundMeshes] = Non
 def save_drawn(picture: Image.Image, mesh: FoundMeshes, path: Path) -> None:
     with style():
         save(drawn(pil_to_tensor(picture) / 255, mesh), path)
+
+
+def plot_meshes(
+    pictures: list[Tensor], titles: list[str], runs: list[list[Found]], headings: list[str], path: Path
+) -> None:
+    """What runs find in the same images: a row for each image; for each run a column over the image, and one of the
+    side view with the truth.
+
+    Args:
+        pictures: C H W in [0, 1] each.
+        titles: one per image.
+        headings: one per run: what it is, and its result.
+    """
+    side = 1.7
+    with style():
+        figure, axes = subplots(
+            len(pictures), 1 + 2 * len(runs), (side * (1 + 2 * len(runs)) + 0.3, (side + 0.24) * len(pictures) + 0.8)
+        )
+        figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, hspace=0.01, wspace=0.01)
+        for row, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
+            draw_over(axes[row, 0], picture, None)
+            axes[row, 0].set_ylabel(title, fontsize=8)
+            for number, (found, look) in enumerate(zip(runs, looks(len(runs)), strict=True)):
+                over, turned, one = axes[row, 1 + 2 * number], axes[row, 2 + 2 * number], found[row]
+                draw_over(over, picture, one.mesh)
+                draw_turned(turned, [(one.truth, TRUTH), (one.mesh, FOUND)], picture.shape[:-3:-1])
+                over.set_xlabel(str(one), fontsize=8, labelpad=2, color=GREY)
+                if row == 0:
+                    heading = wrapped(headings[number], int(14 * side))
+                    over.set_title(heading, loc="left", color=look["color"], weight="bold")
+        figure.supxlabel(wrapped(LEGEND, int(15 * side * (1 + 2 * len(runs)))), fontsize=8)
+        save(figure, path)
+
+
+def draw_attended(axis, mesh: FoundMeshes, values: Tensor, largest: Optional[Tensor] = None) -> None:
+    """The mesh alone, each vertex in the color of its value; the lightest stands for `largest` (None: the
+    largest value)."""
+    from matplotlib import colormaps
+
+    shares = values.float() / (values.max() if largest is None else largest)
+    draw_body(axis, mesh, torch.from_numpy(colormaps["inferno"](shares.numpy())[:, :3]).float(), alpha=1.0)
+    width, height = mesh.size.tolist()
+    axis.set(xlim=(0, width), ylim=(height, 0), aspect="equal", facecolor=BEHIND)

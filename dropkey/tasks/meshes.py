@@ -74,7 +74,8 @@ class FoundMeshes:
         return (size + project(points.view(len(camera), -1, 3), camera).view(*points.shape[:-1], 2) * side) / 2
 
     def turned(self, degrees: float) -> "FoundMeshes":
-        """About the vertical axis through the root, which comes to the middle of the image; 90: seen from the right of the image."""
+        """About the vertical axis through the root, which comes to the middle of the image; by 90 what was to the right
+        is nearest."""
         x, z = cos(radians(degrees)), sin(radians(degrees))
         turn = torch.tensor([[x, 0.0, z], [0.0, 1.0, 0.0], [-z, 0.0, x]]).T
         camera = self.camera * torch.tensor([1.0, 0.0, 1.0])
