@@ -141,8 +141,7 @@ class MeshRecovery(Task):
 
     def errors(self, outputs: tuple[Tensor, Tensor], batch: MeshBatch) -> Tensor:
         """B 3 in the units of `metrics`, on the CPU."""
-        found, true = (one.double().cpu() for one in (outputs[0], batch.vertices))
-        return 1000 * errors(found, true, self.body.exact())
+        return millimetres(outputs, batch, self.body)
 
     def model_info(self, data: Meshes, model: nn.Module) -> dict:
         """The body itself is among the weights."""
@@ -197,6 +196,12 @@ def sizes_of(body: Body) -> dict:
     return {"joints": len(body.regressor) - 1, "levels": list(body.levels), "faces": len(body.faces)}
 
 
+def millimetres(outputs: tuple[Tensor, Tensor], batch: MeshBatch, body: Body) -> Tensor:
+    """The three errors of each sample, B 3, where data are in metres."""
+    found, true = (one.double().cpu() for one in (outputs[0], batch.vertices))
+    return 1000 * errors(found, true, body.exact())
+
+
 class MeshScores:
     """Means over samples of their errors in millimetres, where data are in metres."""
 
@@ -205,8 +210,7 @@ class MeshScores:
         self.totals = torch.zeros(4, dtype=torch.float64)  # of the three errors, and samples
 
     def update(self, outputs: tuple[Tensor, Tensor], batch: MeshBatch) -> None:
-        found, true = (one.double().cpu() for one in (outputs[0], batch.vertices))
-        self.totals[:3] += 1000 * errors(found, true, self.body.exact()).sum(0)
+        self.totals[:3] += millimetres(outputs, batch, self.body).sum(0)
         self.totals[3] += len(batch)
 
     def compute(self, dist) -> dict[str, float]:
