@@ -39,8 +39,9 @@ def export(trained: TrainedModel, format: str, output: Path, overwrite: bool = F
         RunError: the files give other logits; they are not kept.
         StorageError: they cannot be written.
     """
-    no_timm = "format=timm is for classifiers; choose safetensors, torch_export or onnx for a run that finds boxes"
-    require(format != "timm" or not trained.task.boxes_per_answer, no_timm)
+    shows, others = trained.task.shows, "choose safetensors, torch_export or onnx"
+    no_timm = f"format=timm is for classifiers; {others} for a run that finds {shows}"
+    require(format != "timm" or shows == "classes", no_timm)
     for package in NEEDED.get(format, ()):
         try:
             importlib.import_module(package)

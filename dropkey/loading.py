@@ -33,7 +33,7 @@ class TrainedModel:
     model: nn.Module  # in evaluation mode and without the regularizer; of classes: (B, C, H, W) -> logits (B, classes)
     task: Task
     transform: Callable[[Any], Any]  # makes of an image what `predict` takes; for classes: float C H W
-    classes: list[str]  # in the order of the logits
+    classes: list[str]  # in the order of the logits; of meshes the joints
     config: TrainConfig
     info: dict  # model.json of the run, which is what timm's config.json is
     device: torch.device
@@ -64,7 +64,8 @@ class TrainedModel:
             threshold: of boxes, the least score; None: 0.5.
         Returns:
             `Predictions` with the probabilities of classes; of a run that finds boxes a list for each image, the surest
-            first: {"label": ..., "score": ..., "box": [left, top, right, bottom]} in pixels of the image.
+            first: {"label": ..., "score": ..., "box": [left, top, right, bottom]} in pixels of the image; of one that
+            finds meshes `FoundMeshes`, with vertices, joints, camera, and the joints in pixels of the image.
         Raises:
             DataError: an image that cannot be read.
             ConfigError: monte_carlo for a run without regularizer; a threshold for a run of classes.

@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "detection": {"config", "data", "errors", "seeds"},
     "mesh": {"config", "data", "errors", "seeds"},
     "datasets": {"config", "data", "detection", "errors", "mesh", "seeds"},
-    "models": {"config", "errors"},
+    "models": {"config", "errors", "mesh"},
     "operator": {"bernoulli", "regularizers"},
     "patching": {"bernoulli", "operator", "regularizers", "schedules", "seeds"},
     "tasks": {"config", "data", "datasets", "detection", "errors", "mesh", "metrics", "models", "records", "shapes"},

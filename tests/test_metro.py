@@ -9,16 +9,16 @@ import dropkey
 import dropkey.models
 from dropkey.config.check import check
 from dropkey.config.compose import compose
+from dropkey.mesh.samples import Body
 from dropkey.reproduction import cost
 
 JOINTS, LEVELS = 14, (431, 1723, 6890)  # of SMPL in METRO
-FEW = {"img_size": 32, "in_chans": 1, "template": torch.zeros(14 + 20, 3), "joints": 14, "levels": (20, 30, 60)}
+FEW = {"img_size": 32, "in_chans": 1, "joints": 14, "levels": (20, 30, 60)}
 
 
 def official(name: str, backbone: str):
     with torch.device("meta"):
-        template = torch.zeros(JOINTS + LEVELS[0], 3)
-        return timm.create_model(name, img_size=224, template=template, joints=JOINTS, levels=LEVELS, backbone=backbone)
+        return timm.create_model(name, img_size=224, joints=JOINTS, levels=LEVELS, backbone=backbone)
 
 
 def small(**changes):
@@ -72,12 +72,13 @@ def test_outputs_have_their_shapes_and_every_weight_learns():
 
 
 def test_tokens_know_their_place_in_the_template():
-    template = torch.randn(34, 3)
-    model, seen = small(template=template).eval(), []
+    body, (model, seen) = Body.blank(14, (20, 30, 60), 0), (small().eval(), [])
+    body.template.normal_(), body.regressor.normal_(), body.coarse.copy_(torch.arange(20))
+    model.set_body(body)
     model.blocks[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     with torch.no_grad():
         model(torch.randn(2, 1, 32, 32))
-    torch.testing.assert_close(seen[0][..., :3], template.expand(2, 34, 3))
+    torch.testing.assert_close(seen[0][..., :3], body.tokens().expand(2, 34, 3))
     assert "template" in model.state_dict()
 
 

@@ -42,7 +42,8 @@ def of_a_checkout(words: list[str]) -> list[str]:
 COMMANDS = [
     of_a_checkout(shlex.split(line, comments=True)) for line in BASH if not line.startswith(("RUN=", "PYTHONPATH="))
 ]
-PYTHON = [code for code in re.findall(r"```python\n(.*?)```", TEXT, re.S) if "detr" not in code]  # test_detector_use.py
+# Other pieces: test_detector_use.py, test_mesh_use.py
+PYTHON = [code for code in re.findall(r"```python\n(.*?)```", TEXT, re.S) if not re.search("detr|metro", code)]
 TRAIN = [words[words.index("train.py") + 1 :] for words in COMMANDS if "train.py" in words]
 EVAL = [words[2:] for words in COMMANDS if "eval.py" in words]
 SCRIPTS = [words for words in COMMANDS if words[1].startswith("scripts/") and words[0] == "python"]
@@ -136,8 +137,9 @@ def load_script(path: str, monkeypatch):
 
 
 def of(name: str) -> list[list[str]]:
-    """Those of a run that finds boxes: test_detector_use.py."""
-    return [words[2:] for words in SCRIPTS if words[1] == f"scripts/{name}.py" and "run=$DETR" not in words]
+    """Those of a run that finds boxes or meshes: test_detector_use.py, test_mesh_use.py."""
+    other = {"run=$DETR", "run=$METRO"}
+    return [words[2:] for words in SCRIPTS if words[1] == f"scripts/{name}.py" and not other & {*words}]
 
 
 def test_every_script_of_the_readme_is_run_here():

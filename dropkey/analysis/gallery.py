@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dropkey.analysis import answers, boxes, figures
+from dropkey.analysis import answers, boxes, figures, mesh_figures, meshes
 from dropkey.analysis.answers import Answer
 from dropkey.analysis.box_figures import as_pixels, drawn, enlarged
 from dropkey.analysis.entropy import record_entropy
@@ -44,6 +44,7 @@ class Card:
     shows: str  # the image in words
     image: str
     map: str
+    beside: str = "where the model attends"  # the map in words
 
 
 def write_gallery(run: str | Path, path: Path, root: Optional[str] = None) -> None:
@@ -56,7 +57,7 @@ def write_gallery(run: str | Path, path: Path, root: Optional[str] = None) -> No
         ConfigError, DataError, StorageError: see dropkey.errors.
     """
     trained, cfg = open_run(run, root), config_of(run)
-    draw = of_boxes if trained.task.boxes_per_answer else of_classes
+    draw = {"classes": of_classes, "boxes": of_boxes, "meshes": of_meshes}[trained.task.shows]
     title = f"{regularizer_label(cfg)}: {identity.model_label(cfg)} on {identity.data_label(cfg)}, seed {cfg.seed}"
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     body = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
@@ -158,6 +159,22 @@ def of_boxes(trained: Trained) -> dict:
     }
 
 
+def of_meshes(trained: Trained) -> dict:
+    """What a run that finds meshes adds to the page."""
+    found = meshes.found(trained, trained.spread(ASKED))
+    ordered = sorted(found, key=lambda one: -one.error)
+    return {
+        "asked": len(found),
+        "heading": "What it finds",
+        "looks": f"Images evenly over the test split; {mesh_figures.LEGEND}.",
+        "maps": tried(lambda: mesh_cards(trained, evenly(found))),
+        "heads": (None, ""),
+        "wrong": f"Of {len(found):,} test images half have {ordered[len(found) // 2]} or less. The worst:",
+        "mistakes": tried(lambda: mesh_cards(trained, ordered[:SHOWN])),
+        "confusions": [],
+    }
+
+
 def evenly(found: list) -> list:
     return found[:: max(1, len(found) // SHOWN)][:SHOWN]
 
@@ -221,6 +238,16 @@ def box_cards(trained: Trained, chosen: list[boxes.Found]) -> list[Card]:
         said = (right, str(one), "", f"test {one.position}", f"test image {one.position}: {one}")
         found.append(Card(*said, as_jpeg(as_pixels(image)), as_jpeg(as_pixels(looked))))
     return found
+
+
+def mesh_cards(trained: Trained, chosen: list[meshes.Found]) -> list[Card]:
+    cards, pictures = [], trained.pictures(torch.tensor([one.position for one in chosen]))
+    for one, picture in zip(chosen, pictures, strict=True):
+        pixels = as_pixels(mesh_figures.drawn(picture, one.mesh, one.truth))
+        image, side = pixels.tensor_split([pixels.shape[1] - pixels.shape[0]], dim=1)
+        said = (True, str(one), "", f"test {one.position}", f"test image {one.position}: {one}")
+        cards.append(Card(*said, as_jpeg(image), as_jpeg(side), "the same from the side, with the truth"))
+    return cards
 
 
 def heads(trained: Trained, chosen: list[Answer]) -> list[tuple[str, list[str]]]:

@@ -12,8 +12,10 @@ from dropkey.analysis.answers import Answer
 from dropkey.analysis.box_figures import PIXELS, draw_marks, enlarged, show
 from dropkey.analysis.figures import draw_entropy
 from dropkey.analysis.maps import AttentionMaps
+from dropkey.analysis.mesh_figures import draw_attended
 from dropkey.plotting import GREY, WRONG, image_axis, looks, new_figure, save, style, subplots, wrapped
 from dropkey.tasks.marks import Mark
+from dropkey.tasks.meshes import FoundMeshes
 
 SCALE = "each map from 0 (black) to its own maximum (light)"
 ROW_SCALE = "each row from 0 (black) to the largest value in it (light)"
@@ -30,6 +32,7 @@ class Seen:
     result: str = ""  # its metric on the whole test split, in words
     marks: Optional[list[list[Mark]]] = None  # of a run that finds boxes: per image the one found, and the true one
     points: Optional[list[tuple[float, float]]] = None  # x and y that attend, as shares of each image
+    meshes: Optional[list[FoundMeshes]] = None  # of a run that finds meshes: one per image, on whose vertices maps are
 
 
 def plot_maps(pictures: Sequence[Tensor], titles: list[str], runs: list[Seen], path: Path) -> None:
@@ -109,7 +112,10 @@ def draw_image(axis, picture: Tensor, run: Seen, image: int) -> None:
 def draw_map(axis, picture: Tensor, run: Seen, which: int, image: int, largest: Optional[Tensor] = None) -> None:
     """One map over its image, and below it the predicted class; a wrong one is red and names the true class."""
     image_axis(axis)
-    show(axis, overlay(picture, run.maps.values[image][which], largest), picture)
+    if run.meshes:
+        draw_attended(axis, run.meshes[image], run.maps.values[image][which], largest)
+    else:
+        show(axis, overlay(picture, run.maps.values[image][which], largest), picture)
     if run.marks:
         draw_marks(axis, [mark for mark in run.marks[image] if mark.score is not None], picture.shape[-2:])
     if run.points:

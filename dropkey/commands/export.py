@@ -7,9 +7,10 @@ onnx          for ONNX Runtime and others, with a batch of any size; needs pip i
 
 The regularizer is not in it: it has no effect in evaluation. All files take images as `transform` of dropkey.load makes
 them and give logits; config.json, or the .json beside the file, has classes and preprocessing. A run that finds boxes
-gives logits (images x queries x classes and none) and boxes (centre, width, height as shares of the image), and has no
-format=timm. Each export is read again and compared with the model. A run is a path, name, hash, or the beginning of
-one. Exit codes as in train.
+gives logits (images x queries x classes and none) and boxes (centre, width, height as shares of the image), one that
+finds meshes vertices, joints (both in metres) and camera of normalised square images; neither has format=timm. Each
+export is read again and compared with the model. A run is a path, name, hash, or the beginning of one. Exit codes as in
+train.
 """
 
 from dataclasses import dataclass

@@ -3,10 +3,12 @@
     dropkey predict run=vit_4x64 photo.jpg more/ 'other/*.png'
     dropkey predict run=vit_4x64 more/ monte_carlo=16 output=predictions.csv
     dropkey predict run=detr_small photo.jpg threshold=0.7 draw=drawn
+    dropkey predict run=metro_small person.jpg draw=drawn meshes=drawn
 
 The images are prepared as in the evaluation of training. A run that finds boxes gives their left,top right,bottom in
-pixels of the image. With monte_carlo=16 the regularizer is left on: probabilities (and boxes) are means of 16 passes,
-and beside them stands their standard deviation over the passes, in points. A run is a path, name, hash, or the
+pixels of the image, one that finds meshes x, y and z of each joint in millimetres and its x,y in pixels. With
+monte_carlo=16 the regularizer is left on: probabilities (boxes, meshes) are means of 16 passes, and beside them stands
+their standard deviation over the passes, in points (of joints in millimetres). A run is a path, name, hash, or the
 beginning of one. An image that cannot be read is named, the others are looked at, and the exit code is 3; otherwise
 exit codes are as in train.
 """
@@ -20,7 +22,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 from dropkey.config.check import in_range, require
 from dropkey.config.run_lookup import find_run
@@ -33,15 +35,18 @@ BATCH = 64
 FORMATS = ("table", "json", "csv")
 WIDTH = 80  # characters of a line at most
 BOX = 21  # of them, for a box
+JOINT = {False: 36, True: 43}  # and for a joint, without or with its spread
 SIDES = ("left", "top", "right", "bottom")
+NAMES = {2: ("x", "y"), 3: ("x", "y", "z"), 4: SIDES}  # of the numbers of a point, a position, a box
 
 
 @dataclass
 class Args:
     run: str = arg("", "the run")
-    k: Optional[int] = arg(None, "how many classes or boxes to show of each image; empty: 5 classes, all boxes")
+    k: Optional[int] = arg(None, "how many classes, boxes or joints to show of each image; empty: 5 classes, else all")
     threshold: Optional[float] = arg(None, "of a run that finds boxes, the least score; empty: 0.5")
-    draw: str = arg("", "folder for the images with their boxes drawn")
+    draw: str = arg("", "folder for the images with their boxes or meshes drawn")
+    meshes: str = arg("", "of a run that finds meshes, folder for one .obj file of each image")
     monte_carlo: int = arg(0, "passes with the regularizer on, 2 or more; 0: one pass without")
     format: str = arg("table", "what to print", choices=FORMATS)
     output: str = arg("", "file .json or .csv to write instead")
@@ -76,8 +81,9 @@ def find_images(words: list[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def predictions(model, paths: list[str], args: Args) -> Iterator[tuple[str, list[dict] | None]]:
-    """Each image with its classes or boxes, or None where it cannot be read, which is printed."""
+def predictions(model, paths: list[str], args: Args) -> Iterator[tuple[str, list[dict] | None, Any]]:
+    """Each image with its classes, boxes or joints, and its mesh where that is found; None where it cannot be read,
+    which is printed."""
     most = {} if args.k is None else {"k": args.k}
     for start in range(0, len(paths), BATCH):
         images, chosen = {}, {}
@@ -88,9 +94,10 @@ def predictions(model, paths: list[str], args: Args) -> Iterator[tuple[str, list
                 say(f"error: {error}")
         if images:
             found = model.predict(list(images.values()), monte_carlo=args.monte_carlo, threshold=args.threshold)
-            chosen = dict(zip(images, found.top(**most), strict=True))
+            meshes = found if model.task.shows == "meshes" else [None] * len(images)
+            chosen = dict(zip(images, zip(found.top(**most), meshes, strict=True), strict=True))
         for path in paths[start : start + BATCH]:
-            yield path, chosen.get(path)
+            yield path, *chosen.get(path, (None, None))
 
 
 def shortened(text: str, width: int, keep_end: bool = False) -> str:
@@ -106,17 +113,25 @@ def widths(images: list[str], classes: list[str], figures: int) -> tuple[int, in
 
 
 def table(image: str, top: list[dict], left: int, middle: int) -> str:
-    """A line per class or box; the image's name stands in the first."""
+    """A line per class, box or joint; the image's name stands in the first."""
     lines = []
     if not top:
         return f"{shortened(image, left, keep_end=True):<{left}}  nothing found"
     for choice in top:
-        spread = f" ±{100 * choice['spread']:5.1f}" if "spread" in choice else ""
         name = "" if lines else shortened(image, left, keep_end=True)
         label = shortened(choice["label"], middle)
-        boxes = "".join("  {:>9} {:>9}".format(*corners(box)) for box in boxes_of(choice).values())
-        lines.append(f"{name:<{left}}  {label:<{middle}}  {100 * choice['score']:5.1f} %{spread}{boxes}")
+        lines.append(f"{name:<{left}}  {label:<{middle}}  {figures(choice)}")
     return "\n".join(lines)
+
+
+def figures(choice: dict) -> str:
+    of_joint = "position" in choice
+    spread = f" ±{(1000 if of_joint else 100) * choice['spread']:5.1f}" if "spread" in choice else ""
+    if of_joint:
+        x, y = choice["point"]
+        return "".join(f"{1000 * value:7.0f}" for value in choice["position"]) + f" mm{spread}  {f'{x:.0f},{y:.0f}':>9}"
+    boxes = "".join("  {:>9} {:>9}".format(*corners(box)) for box in boxes_of(choice).values())
+    return f"{100 * choice['score']:5.1f} %{spread}{boxes}"
 
 
 def boxes_of(choice: dict) -> dict[str, list[float]]:
@@ -129,49 +144,58 @@ def corners(box: list[float]) -> tuple[str, str]:
 
 
 def flat(choice: dict) -> dict:
-    """With a column for each side of a box."""
+    """With a column for each side of a box, or each coordinate."""
     plain = {key: value for key, value in choice.items() if not isinstance(value, list)}
     for key, box in boxes_of(choice).items():
-        plain |= {f"{key}_{side}": value for side, value in zip(SIDES, box, strict=True)}
+        plain |= {f"{key}_{name}": value for name, value in zip(NAMES[len(box)], box, strict=True)}
     return plain
 
 
-def draw(image: str, top: list[dict], classes: list[str], file: Path) -> None:
-    from dropkey.analysis.box_figures import save_drawn
+def draw(image: str, top: list[dict], mesh, classes: list[str], file: Path) -> None:
+    from dropkey.analysis import box_figures, mesh_figures
     from dropkey.tasks.preprocessing import opened
 
-    save_drawn(
-        opened(image, 3), [(one["label"], one["score"], [*boxes_of(one).values()]) for one in top], classes, file
-    )
+    if mesh is not None:
+        return mesh_figures.save_drawn(opened(image, 3), mesh, file)
+    answers = [(one["label"], one["score"], [*boxes_of(one).values()]) for one in top]
+    box_figures.save_drawn(opened(image, 3), answers, classes, file)
 
 
-def drawn_files(images: list[str], folder: str) -> dict[str, Path]:
-    """For each image <name>-boxes.png, with a number where another has that name."""
-    names, found = Counter(), {}
+def files_for(images: list[str], folder: str, ending: str) -> dict[str, Path]:
+    """For each image <name>-boxes.png, say, with a number where another has that name."""
+    names, found, (kind, suffix) = Counter(), {}, ending.split(".")
     for image in images:
         names[stem := Path(image).stem] += 1
         number = f"-{names[stem]}" if names[stem] > 1 else ""
-        found[image] = Path(folder) / f"{stem}-boxes{number}.png"
+        found[image] = Path(folder) / f"{stem}-{kind}{number}.{suffix}"
     return found
 
 
-def as_csv(found: list[tuple[str, list[dict]]]) -> str:
+def as_csv(found: list[tuple[str, list[dict], Any]]) -> str:
     text = io.StringIO()
-    rows = [{"image": image, "rank": n, **flat(choice)} for image, top in found for n, choice in enumerate(top, 1)]
+    rows = [{"image": image, "rank": n, **flat(choice)} for image, top, _ in found for n, choice in enumerate(top, 1)]
     writer = csv.DictWriter(text, rows[0] if rows else ["image", "rank", "label", "score"], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
 
 
-def as_json(found: list[tuple[str, list[dict]]]) -> str:
-    return json.dumps([{"image": image, "top": top} for image, top in found], indent=2, ensure_ascii=False) + "\n"
+def as_json(found: list[tuple[str, list[dict], Any]]) -> str:
+    rows = [
+        {"image": image, **({"top": top} if mesh is None else {"camera": mesh.camera.tolist(), "joints": top})}
+        for image, top, mesh in found
+    ]
+    return json.dumps(rows, indent=2, ensure_ascii=False) + "\n"
+
+
+def write(text: str, path: Path) -> None:
+    replace_file(path, lambda file: file.write(text.encode(errors="surrogateescape")))
 
 
 def store(text: str, path: Path) -> None:
     """StorageError where it cannot be written; it is printed then, because it took its time."""
     try:
-        replace_file(path, lambda file: file.write(text.encode(errors="surrogateescape")))
+        write(text, path)
     except StorageError as error:
         print(text, end="")
         raise StorageError(f"the predictions above are not stored: {error}") from error
@@ -192,19 +216,25 @@ def main(words: list[str]) -> int:
     from dropkey import loading  # imports torch and timm: seconds, so after the checks
 
     model = loading.load(directory, args.weights, device=args.device, root=args.root)
-    boxes = model.task.boxes_per_answer
-    require(bool(boxes) or not args.draw, f"draw={args.draw} is for runs that find boxes")
-    columns = widths(paths, model.classes, figures=(14 if args.monte_carlo else 7) + BOX * boxes)
-    found, unread, drawn = [], 0, drawn_files(paths, args.draw)
-    for image, top in predictions(model, paths, args):
-        if args.draw and top is not None:
-            draw(image, top, model.classes, drawn[image])
+    shows, mc = model.task.shows, bool(args.monte_carlo)
+    require(shows != "classes" or not args.draw, f"draw={args.draw} is for runs that find boxes or meshes")
+    require(shows == "meshes" or not args.meshes, f"meshes={args.meshes} is for runs that find meshes")
+    numbers = JOINT[mc] if shows == "meshes" else (14 if mc else 7) + BOX * model.task.boxes_per_answer
+    columns, found, unread = widths(paths, model.classes, numbers), [], 0
+    pictures = files_for(paths, args.draw, "mesh.png" if shows == "meshes" else "boxes.png")
+    objects = files_for(paths, args.meshes, "mesh.obj")
+    for image, top, mesh in predictions(model, paths, args):
         if top is None:
             unread += 1
-        elif form == "table":
+            continue
+        if args.draw:
+            draw(image, top, mesh, model.classes, pictures[image])
+        if args.meshes:
+            write(mesh.obj(), objects[image])
+        if form == "table":
             print(table(image, top, *columns), flush=True)
         else:
-            found.append((image, top))
+            found.append((image, top, mesh))
     if form != "table":
         text = {"json": as_json, "csv": as_csv}[form](found)
         if args.output:
@@ -212,8 +242,9 @@ def main(words: list[str]) -> int:
             print(f"wrote  {args.output}  ({len(found)} images)")
         else:
             print(text, end="")
-    if args.draw:
-        say(f"drew   {args.draw}/  ({len(paths) - unread} images)")
+    for done, folder in (("drew  ", args.draw), ("wrote ", args.meshes)):
+        if folder:
+            say(f"{done} {folder}/  ({len(paths) - unread} images)")
     if unread:
         say(f"error: {unread} of {len(paths)} images could not be read")
     return DataError.exit_code if unread else 0

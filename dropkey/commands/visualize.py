@@ -3,13 +3,15 @@
 compare    where runs attend, side by side on the same images, and their entropy: run=<run>,<another>
 maps       where one or more runs attend, of a layer's heads or over all layers: run=<run>[,<run> ...]
 boxes      what runs find, side by side on the same images: run=<run>[,<run> ...]
+meshes     the same of runs that find meshes, each also seen from the side, with the truth
 entropy    entropy of attention over depth, as table, record and plot: run=<run>[,<run> ...]
 gallery    one HTML page about a run: curves, entropy, maps, worst mistakes; into the run's directory
 masks      keys dropped by DropKey, DropKey-Block and DropKey-Cross
 schedules  drop ratio over depth
 
 Of runs that find boxes, compare and maps show what the query of an object attends to, or with point=x,y what that point
-does. A run is a path, name, hash, the beginning of one, or a pattern: run='*-cifar10-*'. Exit codes as in train.
+does; of runs that find meshes, what joints attend to. A run is a path, name, hash, the beginning of one, or a pattern:
+run='*-cifar10-*'. Exit codes as in train.
 """
 
 from collections import defaultdict
@@ -26,15 +28,17 @@ from dropkey.records import RunDirectory
 
 HEADS = ("rollout", "mean", "all")
 MOST = 8  # columns of compare
-ACTIONS = ("compare", "maps", "boxes", "entropy", "gallery", "masks", "schedules")
-OF_RUNS = ACTIONS[:5]
+ACTIONS = ("compare", "maps", "boxes", "meshes", "entropy", "gallery", "masks", "schedules")
+OF_RUNS = ACTIONS[:6]
 
 
 @dataclass
 class Args:
     action: str = arg("", "what to draw", choices=ACTIONS)
     run: List[str] = arg([], f"{', '.join(OF_RUNS)}: runs or patterns, with commas")
-    images: List[int] = arg([], "compare, maps, boxes: positions in the test split, such as 0,5,7; empty: evenly")
+    images: List[int] = arg(
+        [], "compare, maps, boxes, meshes: positions in the test split, such as 0,5,7; empty: evenly"
+    )
     head: str = arg(
         "", "rollout over layers; or of one layer mean, all (maps), a head's number; empty: the first you can"
     )
@@ -42,6 +46,7 @@ class Args:
         None, "compare, maps: the layer of a head, from 0; negative from the end; empty: the last"
     )
     point: List[float] = arg([], "compare, maps of runs that find boxes: x,y in pixels, whose attention is shown")
+    joint: List[int] = arg([], "compare, maps of runs that find meshes: whose attention is shown; empty: one per image")
     threshold: float = arg(0.5, "boxes: the least score of a box")
     root: Optional[str] = arg(None, "directory of the runs' images, if it has moved")
     ratio: float = arg(0.3, "masks, schedules: drop ratio")
@@ -82,22 +87,40 @@ def compare(args: Args) -> Path:
 def boxes(args: Args) -> Path:
     from dropkey.analysis import box_figures
     from dropkey.analysis import boxes as finding
+
+    require(0 <= args.threshold <= 1, f"threshold={args.threshold} must be in [0, 1]")
+    opened, ids, names = side_by_side(args, 5)
+    found = [finding.found(one, ids, args.threshold) for one in opened]
+    path = path_of(args, "boxes" + (f"-above{args.threshold:g}" if args.threshold != 0.5 else ""))
+    box_figures.plot_boxes(opened[0].pictures(ids), opened[0].names(ids), found, names, path)
+    return path
+
+
+def meshes(args: Args) -> Path:
+    from dropkey.analysis import mesh_figures
+    from dropkey.analysis import meshes as finding
+
+    opened, ids, names = side_by_side(args, 4)
+    found = [finding.found(one, ids) for one in opened]
+    path = path_of(args, "meshes")
+    mesh_figures.plot_meshes(opened[0].pictures(ids), opened[0].names(ids), found, names, path)
+    return path
+
+
+def side_by_side(args: Args, count: int) -> tuple:
+    """The first run of each group of seeds, the positions of test images, and what each group is, with its result."""
     from dropkey.analysis.labels import labels
 
-    groups = by_seed(args)
-    require(len(groups) <= MOST, f"boxes draws {MOST} runs at most, not {len(groups)} (seeds share a column)")
-    require(0 <= args.threshold <= 1, f"threshold={args.threshold} must be in [0, 1]")
+    groups, action = by_seed(args), args.action
+    require(len(groups) <= MOST, f"{action} draws {MOST} runs at most, not {len(groups)} (seeds share a column)")
     first = [runs[0] for runs in groups]
-    opened, ids = open_all(args, first, 5)
-    require(bool(opened[0].task.boxes_per_answer), f"run={first[0]} finds no boxes; choose maps or compare")
-    found = [finding.found(one, ids, args.threshold) for one in opened]
+    opened, ids = open_all(args, first, count)
+    require(opened[0].task.shows == action, f"run={first[0]} finds no {action}; choose maps or compare")
     names = [
         f"{name}\n{result_of(runs)}".strip()
         for name, runs in zip(labels(configs_of(first), seeds=False), groups, strict=True)
     ]
-    path = path_of(args, "boxes" + (f"-above{args.threshold:g}" if args.threshold != 0.5 else ""))
-    box_figures.plot_boxes(opened[0].pictures(ids), opened[0].names(ids), found, names, path)
-    return path
+    return opened, ids, names
 
 
 def entropy(args: Args) -> Path:
@@ -144,9 +167,11 @@ def look(args: Args, runs: list[str], names: list[str], count: int) -> tuple:
     known = not args.head or args.head in HEADS or args.head.isdigit()
     require(known, f"head={args.head}: choose {', '.join(HEADS)} or a number")
     opened, ids = open_all(args, runs, count)
-    if opened[0].task.boxes_per_answer:
-        return look_of_queries(args, opened, ids, names)
-    require(not args.point, "point= is for runs that find boxes")
+    shows = opened[0].task.shows
+    require(shows == "boxes" or not args.point, "point= is for runs that find boxes")
+    require(shows == "meshes" or not args.joint, "joint= is for runs that find meshes")
+    if shows != "classes":
+        return (look_of_queries if shows == "boxes" else look_of_joints)(args, opened, ids, names)
     args.head, layer = args.head or HEADS[0], -1 if args.layer is None else args.layer
     found = [
         Seen(name, attention_maps(one.model, one.images(ids)[0], args.head, layer), answers(one, ids))
@@ -180,11 +205,27 @@ def look_of_queries(args: Args, opened: list, ids, names: list[str]) -> tuple:
     return [pictures[place] for place in places], titles, found
 
 
+def look_of_joints(args: Args, opened: list, ids, names: list[str]) -> tuple:
+    """`look` at joints: at those asked for in each image, or at one in each."""
+    from dropkey.analysis import meshes as finding
+    from dropkey.analysis.map_figures import Seen
+
+    require(args.head != "rollout", "head=rollout: joints have no rollout; choose mean, all or a number")
+    args.head, found, rows = args.head or "mean", [], finding.joints_of(opened[0], ids, args.joint)
+    for name, one in zip(names, opened, strict=True):
+        maps, points, meshes = finding.look_at(one, rows, args.head, args.layer)
+        found.append(Seen(name, maps, [], points=points, meshes=meshes))
+    ids = ids.new_tensor([position for position, _ in rows])
+    titles = [f"{name}: joint {joint}" for name, (_, joint) in zip(opened[0].names(ids), rows, strict=True)]
+    return opened[0].pictures(ids), titles, found
+
+
 def kind_of(args: Args, maps) -> str:
     """rollout, layer3-mean, layer3-heads or layer3-head1, for the name of a file."""
     if maps.layer is None:
         return args.head
     at = f"-point{args.point[0]:g}+{args.point[1]:g}" if args.point else ""
+    at += f"-joint{'+'.join(map(str, args.joint))}" if args.joint else ""
     return f"layer{maps.layer}-" + {"mean": "mean", "all": "heads"}.get(args.head, f"head{args.head}") + at
 
 
@@ -269,7 +310,7 @@ def main(words: list[str]) -> None:
         require(bool(args.run), f"{args.action} takes run=<run directory>[,<another>]")
         args.run = [str(run) for run in find_runs(",".join(args.run)) if (run / "checkpoints" / "last.pt").exists()]
         require(bool(args.run), "none of these runs has trained")
-    actions = (compare, maps, boxes, entropy, gallery, masks, schedules)
+    actions = (compare, maps, boxes, meshes, entropy, gallery, masks, schedules)
     path = {action.__name__: action for action in actions}[args.action](args)
     if path:
         print(f"picture {path}")

@@ -15,6 +15,17 @@ def project(points: Tensor, camera: Tensor) -> Tensor:
     return camera[:, None, :1] * (points[..., :2] + camera[:, None, 1:])
 
 
+def camera_of(points: Tensor, flat: Tensor, confidence: Tensor) -> Tensor:
+    """B 3, the camera that projects points B N 3 as close to B N 2 as possible (least squares, weighted by confidence
+    B N 1); NaN where all is unknown."""
+    centre, middle = (
+        (confidence * one[..., :2]).sum(1, keepdim=True) / confidence.sum(1, keepdim=True) for one in (points, flat)
+    )
+    x, y = points[..., :2] - centre, flat - middle
+    scale = (confidence * x * y).sum((1, 2)) / (confidence * x * x).sum((1, 2))
+    return torch.cat([scale[:, None], middle[:, 0] / scale[:, None] - centre[:, 0]], dim=-1)
+
+
 def mesh_losses(joints: Tensor, levels: list[Tensor], camera: Tensor, batch: MeshBatch, body: Body) -> dict:
     """Sums over the samples, of what `dropkey.models.metro.METRO` gives."""
     vertices = batch.vertices - body.root(batch.vertices)

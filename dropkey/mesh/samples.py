@@ -39,6 +39,13 @@ class Body(nn.Module):
         for name, value in (("hips", hips), ("middle", middle), ("coarse", coarse), ("faces", faces)):
             self.register_buffer(name, torch.as_tensor(value, dtype=torch.int64))
 
+    @classmethod
+    def blank(cls, joints: int, levels: Sequence[int], faces: int) -> "Body":
+        """Of those sizes, for the values of another one."""
+        coarse, middle, full = levels
+        template, regressor = torch.zeros(full, 3), torch.zeros(1 + joints, full)
+        return cls(template, regressor, [0, 0], [0] * middle, [0] * coarse, torch.zeros(faces, 3))
+
     @property
     def levels(self) -> tuple[int, int, int]:
         """Vertices, from coarse to fine."""
@@ -108,6 +115,7 @@ class MeshBatch:
     vertices: Tensor  # float32 B V 3 on the device
     points: Tensor  # float32 B J 3 on the device, as in `Split`
     ids: Tensor  # int64 (B,) on the CPU: positions in the split
+    sizes: Optional[Tensor] = None  # B 2 on the CPU: width and height of images from anywhere, whose middle was cut out
 
     def __len__(self) -> int:
         return len(self.ids)

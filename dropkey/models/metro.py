@@ -13,6 +13,8 @@ import torch
 from timm.models import register_model
 from torch import Tensor, nn
 
+from dropkey.mesh.samples import Body
+
 MASKED, MASK = 0.3, 0.01  # at most this share of joints and of vertices is hidden in training, by this value
 STD = 0.02  # of initial weights, as in BERT
 
@@ -56,12 +58,13 @@ def small_backbone(in_chans: int) -> nn.Sequential:
 
 
 class METRO(nn.Module):
-    """
+    """The body is among the weights: it comes with them, or from `set_body`.
+
     Args:
         img_size: side of the images; how many cells the backbone makes of it is found by trying.
-        template: J + coarse vertices, 3: where the tokens are in the body at rest, around its root.
         joints: J.
         levels: vertices of the coarse, the middle and the full mesh.
+        faces: how many triangles the body has, for drawing.
         backbone: small, or any convolutional network of timm, such as resnet50, hrnet_w64 (the official one).
         pretrained: ImageNet weights of timm in the backbone.
         widths: of the three encoders.
@@ -74,9 +77,9 @@ class METRO(nn.Module):
         self,
         *,
         img_size: int,
-        template: Tensor,
         joints: int,
         levels: Sequence[int],
+        faces: int = 0,
         in_chans: int = 3,
         backbone: str = "resnet50",
         pretrained: bool = False,
@@ -87,8 +90,8 @@ class METRO(nn.Module):
         dropout: float = 0.1,
     ):
         super().__init__()
-        self.joints = joints
-        self.register_buffer("template", torch.as_tensor(template, dtype=torch.float32).clone())
+        self.joints, self.body = joints, Body.blank(joints, levels, faces)
+        self.register_buffer("template", torch.zeros(joints + levels[0], 3))  # of the tokens, around the root
         if backbone == "small":
             self.backbone = small_backbone(in_chans)
         else:
@@ -97,7 +100,7 @@ class METRO(nn.Module):
             )
         with torch.no_grad():
             _, channels, *grid = self.backbone.eval()(torch.zeros(1, in_chans, img_size, img_size)).shape
-        tokens, ends = len(template), (*widths[1:], 3)
+        tokens, ends = len(self.template), (*widths[1:], 3)
         self.cells = nn.Conv1d(grid[0] * grid[1], tokens, 1)
         begins = (channels + 3, *widths[1:])
         sizes = (depth, num_heads, hidden)
@@ -110,6 +113,11 @@ class METRO(nn.Module):
         self.camera = nn.ModuleList([nn.Linear(3, 1), nn.Linear(levels[0], 250), nn.Linear(250, 3)])
         self.blocks.apply(initialise)
         self.train()
+
+    def set_body(self, body: Body) -> None:
+        for name, value in body.named_buffers():
+            getattr(self.body, name).copy_(value)
+        self.template.copy_(body.tokens())
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
         """Joints B J 3, the coarse, middle and full mesh, each B V 3, around the root, and the camera B 3 (scale and
@@ -146,6 +154,12 @@ def initialise(module: nn.Module) -> None:
         nn.init.normal_(module.in_proj_weight, std=STD)
     elif isinstance(module, Block):
         nn.init.normal_(module.positions, std=STD)
+
+
+def checkpoint_filter_fn(weights: dict[str, Tensor], model: METRO) -> dict[str, Tensor]:
+    """A model that has a body keeps it where the weights have none, as those of older runs."""
+    kept = {name: value for name, value in model.state_dict().items() if name.startswith("body.")}
+    return weights if not model.body.regressor.any() else kept | weights
 
 
 def _register(name: str, **architecture) -> Callable[..., METRO]:

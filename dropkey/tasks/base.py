@@ -125,6 +125,11 @@ class Task(ABC):
     @abstractmethod
     def sample_names(self, data: Any, split: str, ids: Tensor) -> list[str]: ...
 
+    @property
+    def shows(self) -> str:
+        """What its answers are to the eye: classes, boxes, or meshes."""
+        return "boxes" if self.boxes_per_answer else "classes"
+
     boxes_per_answer = 0  # of a task whose queries find boxes: it has `marks` and `grid`
 
     def marks(self, outputs: Any, batch: Batch, info: dict, threshold: float) -> list[list[Mark]]:
