@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 import dropkey
-import mesh_run
 import runs
+import task_runs
 from dropkey.analysis import map_figures, mesh_figures, trained
 from dropkey.analysis.box_figures import as_pixels
 from dropkey.analysis.meshes import found, look_at
@@ -31,14 +31,14 @@ SIDE = 32  # pixels of an image
 @pytest.fixture(scope="module", autouse=True)
 def few():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stick_figures, "HELD_OUT", mesh_run.HELD_OUT)
+        patch.setattr(stick_figures, "HELD_OUT", task_runs.HELD_OUT)
         patch.setattr(stick_figures, "TRAIN", 48)
         yield
 
 
 @pytest.fixture(scope="module")
 def run(few, tmp_path_factory):
-    return str(runs.train(tmp_path_factory.mktemp("meshes"), *mesh_run.WORDS, "trainer.ema_decay=0.5").path)
+    return str(runs.train(tmp_path_factory.mktemp("meshes"), *task_runs.WORDS["mesh"], "trainer.ema_decay=0.5").path)
 
 
 @pytest.fixture(scope="module")
