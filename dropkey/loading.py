@@ -41,8 +41,8 @@ class TrainedModel:
 
     def __repr__(self) -> str:
         names = ", ".join(self.classes[:3]) + (", ..." if len(self.classes) > 3 else "")
-        kinds = f"{len(self.classes)} classes ({names})"
-        return f"<TrainedModel {self.config.model.name}, {kinds}, {self.device.type}, from {self.weights}>"
+        kind = f"{self.config.task.name} with {len(self.classes)} labels ({names})"
+        return f"<TrainedModel {self.config.model.name}: {kind}, {self.device.type}, from {self.weights}>"
 
     @torch.inference_mode()
     def predict(
