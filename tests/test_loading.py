@@ -162,7 +162,9 @@ def test_the_model_is_plain_and_in_evaluation_mode(digits):
 
 def test_a_trained_model_prints_as_one_line(digits):
     model = dropkey.load(digits.path, device="cpu")
-    assert repr(model).startswith(f"<TrainedModel {model.config.model.name}, 10 classes (0, 1, 2, ...), cpu, from")
+    assert repr(model).startswith(
+        f"<TrainedModel {model.config.model.name}: classification with 10 labels (0, 1, 2, ...), cpu, from"
+    )
     assert str(model.weights) in repr(model)
 
 
