@@ -160,7 +160,7 @@ WRONG = {
     "output=${nope}": "output: Interpolation key 'nope' not found",
     "regularizer.ratio=1.0": "regularizer.ratio=1.0 must be in [0, 1)",
     "table=schedule": "a table is many runs: python scripts/reproduce.py run table=",
-    "init_from=/nowhere": "init_from=/nowhere means no run",
+    "init_from=/nowhere": "init_from=/nowhere means no run, and is no file",
     "seed=0,1": "add --multirun",
     "--config-dir nowhere": "nowhere",
     "--config-name nowhere": "nowhere",

@@ -1,14 +1,14 @@
-"""What a trained run says of images: dropkey predict run=<run> <image, folder or pattern> ...
+"""Shows a trained run's answers to images: dropkey predict run=<run> <image, folder or pattern> ...
 
     dropkey predict run=vit_4x64 photo.jpg more/ 'other/*.png'
     dropkey predict run=vit_4x64 more/ monte_carlo=16 output=predictions.csv
     dropkey predict run=detr_small photo.jpg threshold=0.7 draw=drawn
 
 The images are prepared as in the evaluation of training. A run that finds boxes gives their left,top right,bottom in
-pixels of the image. With monte_carlo=16 the regularizer is left on: probabilities (and boxes) are means of 16 passes,
-and beside them stands their standard deviation over the passes, in points. A run is a path, name, hash, or the
-beginning of one. An image that cannot be read is named, the others are looked at, and the exit code is 3; otherwise
-exit codes are as in train.
+pixels of the image. With monte_carlo=16 the regularizer stays on: probabilities (and boxes) are means of 16 passes,
+shown with their standard deviation over the passes, in points. A run is a path, name or hash, or the beginning of one.
+An image that cannot be read is named, the others are processed, and the exit code is 3; otherwise exit codes are as in
+train.
 """
 
 import csv
@@ -39,12 +39,12 @@ SIDES = ("left", "top", "right", "bottom")
 @dataclass
 class Args:
     run: str = arg("", "the run")
-    k: Optional[int] = arg(None, "how many classes or boxes to show of each image; empty: 5 classes, all boxes")
-    threshold: Optional[float] = arg(None, "of a run that finds boxes, the least score; empty: 0.5")
-    draw: str = arg("", "folder for the images with their boxes drawn")
+    k: Optional[int] = arg(None, "how many classes or boxes to show for each image; null: 5 classes, all boxes")
+    threshold: Optional[float] = arg(None, "for a run that finds boxes, the lowest score shown; null: 0.5")
+    draw: str = arg("", "folder for copies of the images with their boxes drawn")
     monte_carlo: int = arg(0, "passes with the regularizer on, 2 or more; 0: one pass without")
     format: str = arg("table", "what to print", choices=FORMATS)
-    output: str = arg("", "file .json or .csv to write instead")
+    output: str = arg("", "a .json or .csv file to write instead of printing")
     weights: str = arg("last", "last, best, or a checkpoint file")
     device: str = arg("auto", "where to compute", choices=DEVICES)
     root: Optional[str] = arg(None, "where the run's images are now; needed once for runs without model.json")
