@@ -294,7 +294,7 @@ REFUSED = {
     "task=detection model=detr_digits data=digit_scenes augment.mixup=0.2": "augment.mixup=0.2 is for classification",
     "model=detr_digits data=digit_scenes": "add task=detection",
     "task=detection model=detr_r50 model.pretrained=false data=digit_scenes": "frozen BatchNorms",
-    "task=detection model=detr_digits data=digits": "data.name=digits is not for this task",
+    "task=detection model=detr_digits data=digits": "data.name=digits is none for this task",
     "task=detection model=vit_4x64 data=digit_scenes": "finds no boxes",
     "task=detection model=detr_digits data=digit_scenes model.drop_path=0.1": "no stochastic depth",
     "task=detection model=detr_digits data=digit_scenes task.args.scale=3": "scale",

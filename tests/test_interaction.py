@@ -220,7 +220,7 @@ REFUSED = {
     "model=qpic_digits data=digit_pairs": "add task=interaction",
     "task=interaction model=qpic_r50 model.pretrained=false data=digit_pairs": "frozen BatchNorms",
     "task=interaction model=qpic_digits data=digit_scenes": "data.name=digit_scenes has no interactions",
-    "task=interaction model=qpic_digits data=digits": "data.name=digits is not for this task",
+    "task=interaction model=qpic_digits data=digits": "data.name=digits is none for this task",
     "task=interaction model=qpic_digits data=digit_pairs augment.hflip=0.5": "left and right are verbs",
     "task=interaction model=qpic_digits data=digit_pairs augment.mixup=0.2": "task=interaction has augment.hflip",
     "task=interaction model=vit_4x64 data=digit_pairs": "model.name=vit",

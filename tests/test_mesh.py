@@ -273,7 +273,7 @@ def test_a_run_is_evaluated(finished, options):
 REFUSED = {
     "task=mesh model=metro_figures data=stick_figures augment.hflip=0.5": "augment.hflip=0.5 is for classification",
     "model=metro_figures data=stick_figures": "add task=mesh",
-    "task=mesh model=metro_figures data=digits": "data.name=digits is not for this task",
+    "task=mesh model=metro_figures data=digits": "data.name=digits is none for this task",
     "task=mesh model=vit_4x64 data=stick_figures": "finds no meshes",
     "task=mesh model=metro_figures data=stick_figures model.drop_path=0.1": "no stochastic depth",
     "task=mesh model=metro_figures data=stick_figures model.embed_dim=8": "embed_dim",
