@@ -22,6 +22,7 @@ from dropkey.config.geometry import known_models
 from dropkey.config.run_lookup import find_run
 from dropkey.config.schema import DEVICES
 from dropkey.config.script_args import arg, parse, run_script, split
+from dropkey.errors import ConfigError
 
 EVERY = 30  # seconds between lines
 
@@ -43,7 +44,10 @@ def main(words: list[str]) -> None:
         require(bool(getattr(args, key)), f"{key}= is missing")
     in_range("batch_size", args.batch_size, "above 0")
     published = args.teacher.partition(".")[0] in known_models()
-    directory = None if published else find_run(args.teacher, key="teacher")
+    try:
+        directory = None if published else find_run(args.teacher, key="teacher")
+    except ConfigError as error:
+        raise ConfigError(f"teacher={args.teacher} is no model of timm; {error}") from None
     require(published or args.size is None, "size is for a teacher of timm; a run has its own")
     cfg = compose(overrides)
     check_values(cfg)
