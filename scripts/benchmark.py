@@ -6,10 +6,10 @@ step          a whole training step
 training      this project's training loop beside a bare one and one made of timm's parts
 all           these four
 tune          tilings of the Triton kernels, fastest first (GPU only)
-decoding      photographs that one core decodes and crops, and the cores that feed eight GPUs (root=<folder of JPEGs>)
+decoding      images per second that one core decodes, and the cores that feed eight GPUs (root=<folder of JPEGs>)
 
-Prints a table and writes it with hardware and versions to <output>/<action>-<device>.json, and a picture. Machines are
-noisy, so each way takes turns with plain attention; the ratio is that of the medians, the spread the quartiles.
+Prints a table and writes it with hardware and versions to <output>/<action>-<device>.json, and a picture. Timings are
+noisy, so each way alternates with plain attention; the ratio is that of the medians, the spread is the quartiles.
 """
 
 import dataclasses

@@ -215,6 +215,12 @@ def test_a_damaged_file_is_one_line(root, text):
         read(root)
 
 
+def test_a_folder_without_annotations_says_what_it_must_hold(root):
+    (root / TRAIN).unlink()
+    with pytest.raises(DataError, match=r"no file .*instances_train2017.json; data.root must hold annotations/"):
+        read(root)
+
+
 @pytest.mark.parametrize("gone", [TRAIN, "train2017", "."])
 def test_what_is_missing_is_named(root, gone):
     (root / gone).rename(root.parent / "elsewhere")

@@ -108,6 +108,11 @@ def test_a_volo_is_trained_with_the_maps_of_a_run(teacher, images, tmp_path, tin
     assert run.finished and [record["loss"] > 0 for record in run.records("step")] == [True, True]
 
 
+def test_a_teacher_that_is_neither_a_model_nor_a_run_is_told(images, tmp_path):
+    with pytest.raises(ConfigError, match=r"teacher=resnet10x is no model of timm; teacher=resnet10x means no run"):
+        label("resnet10x", images, tmp_path / "maps")
+
+
 def test_a_model_of_timm_labels_with_weights_of_a_file(images, tmp_path):
     weights = tmp_path / "weights.pth"
     torch.save(timm.create_model("resnet10t", num_classes=3).state_dict(), weights)

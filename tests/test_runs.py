@@ -122,6 +122,11 @@ def test_no_runs_is_said(tmp_path, capsys):
     assert capsys.readouterr().out == f"no runs in {tmp_path}\n"
 
 
+def test_what_runs_cannot_be_sorted_by_is_told_with_what_they_can(root):
+    with pytest.raises(ConfigError, match="cannot sort by accuracy; sort= takes test, val, age, state"):
+        listing.selected(listing.Args(output=str(root), sort="-accuracy"), [])
+
+
 def test_sorting_puts_the_best_first_and_runs_without_a_figure_last(root):
     entries = listing.selected(listing.Args(output=str(root), sort="-test"), [])
     assert [entry.test for entry in entries] == [53.0, 52.0, 51.0, 50.0, None, None]

@@ -8,6 +8,7 @@ import pytest
 import regression_task
 import runs
 from dropkey import tasks
+from dropkey.config.compose import compose
 from dropkey.errors import ConfigError, Interrupted
 
 PACKAGE = Path(__file__).parents[1] / "dropkey"
@@ -26,6 +27,19 @@ def test_another_task_trains_and_its_summary_shows_its_metrics(finished):
     assert summary["code"].keys() >= {"task/regression_task:Regression", "regularizer/dropkey"}
     errors = [record["eval_mae"] for record in finished.records("epoch")]
     assert errors[-1] < errors[0]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    {
+        "task=mesh task.args.rotate=30": "task.args.rotate is no argument of task=mesh; did you mean rotation?",
+        "task.args.rotate=30": "task.args.rotate is no argument of task=classification, which has none",
+        "task.name=builtins:dict": "task.name=builtins:dict",
+    }.items(),
+)
+def test_an_argument_that_a_task_does_not_take_is_named(words, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        tasks.build(compose(words.split()))
 
 
 def test_the_best_epoch_of_a_metric_where_lower_is_better_is_the_lowest(finished):

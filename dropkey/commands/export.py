@@ -5,12 +5,12 @@ safetensors   the weights alone, under timm's names
 torch_export  a program for torch.export.load (.pt2), with a batch of any size
 onnx          for ONNX Runtime and others, with a batch of any size; needs pip install 'dropkey[export]'
 
-The regularizer is not in it: it has no effect in evaluation. All files take images as `transform` of dropkey.load makes
-them and give logits; config.json, or the .json beside the file, has classes and preprocessing. A run that finds boxes
-gives logits (images x queries x classes and none) and boxes (centre, width, height as shares of the image), one that
-finds meshes vertices, joints (both in metres) and camera of normalised square images; neither has format=timm. Each
-export is read again and compared with the model. A run is a path, name, hash, or the beginning of one. Exit codes as in
-train.
+The regularizer is not exported: it has no effect in evaluation. Exported models take images as `transform` of
+dropkey.load makes them and give logits; config.json, or the .json beside the file, has classes and preprocessing. A run
+that finds boxes gives logits (images x queries x classes, the last: no object) and boxes (centre, width, height as
+shares of the image); one that finds meshes gives vertices, joints (both in metres) and camera of normalised square
+images; neither has format=timm. Each export is read again and compared with the model. A run is a path, name or hash,
+or the beginning of one. Exit codes as in train.
 """
 
 from dataclasses import dataclass

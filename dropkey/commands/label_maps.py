@@ -3,12 +3,12 @@
     dropkey label-maps teacher=dm_nfnet_f6 data=imagenet data.root=/data/imagenet output=/data/label-maps
     dropkey label-maps teacher=runs/<directory> data=folder data.root=photos output=maps
 
-The teacher is a run, or any CNN, ViT, Swin or VOLO of timm with its published weights. Of each image it gives one file,
-<class>/<image>.pt: the five largest logits at each place of its last features, in the format of the published maps
-(arXiv:2104.10858). Then: dropkey train experiment=imagenet_volo_d1 data.token_labels=/data/label-maps
+The teacher is a run, or any CNN, ViT, Swin or VOLO of timm with its published weights. Each image gets one file,
+<class>/<image>.pt: the five largest logits at each place of the teacher's last features, in the format of the published
+maps (arXiv:2104.10858). Then: dropkey train experiment=imagenet_volo_d1 data.token_labels=/data/label-maps
 
-Every other word is an override of training, of which the data are read. The same command again makes what is missing.
-Exit codes as in train.
+All other words are overrides of train that choose the data. The same command again makes what is missing. Exit codes as
+in train.
 """
 
 import time
@@ -22,6 +22,7 @@ from dropkey.config.geometry import known_models
 from dropkey.config.run_lookup import find_run
 from dropkey.config.schema import DEVICES
 from dropkey.config.script_args import arg, parse, run_script, split
+from dropkey.errors import ConfigError
 
 EVERY = 30  # seconds between lines
 
@@ -30,7 +31,7 @@ EVERY = 30  # seconds between lines
 class Args:
     teacher: str = arg("", "a model of timm, or a run")
     output: str = arg("", "the folder of maps")
-    weights: str = arg("", "file of the teacher's weights; empty: the published ones, of a run the last")
+    weights: str = arg("", "file of the teacher's weights; empty: the published ones, or the last of a run")
     size: Optional[int] = arg(None, "pixels of the images that the teacher sees; null: its own")
     batch_size: int = arg(64, "images at a time")
     device: str = arg("auto", "where to compute", choices=DEVICES)
@@ -43,7 +44,10 @@ def main(words: list[str]) -> None:
         require(bool(getattr(args, key)), f"{key}= is missing")
     in_range("batch_size", args.batch_size, "above 0")
     published = args.teacher.partition(".")[0] in known_models()
-    directory = None if published else find_run(args.teacher, key="teacher")
+    try:
+        directory = None if published else find_run(args.teacher, key="teacher")
+    except ConfigError as error:
+        raise ConfigError(f"teacher={args.teacher} is no model of timm; {error}") from None
     require(published or args.size is None, "size is for a teacher of timm; a run has its own")
     cfg = compose(overrides)
     check_values(cfg)

@@ -1,4 +1,4 @@
-"""What a trained run says of images: dropkey predict run=<run> <image, folder or pattern> ...
+"""Shows a trained run's answers to images: dropkey predict run=<run> <image, folder or pattern> ...
 
     dropkey predict run=vit_4x64 photo.jpg more/ 'other/*.png'
     dropkey predict run=vit_4x64 more/ monte_carlo=16 output=predictions.csv
@@ -6,11 +6,11 @@
     dropkey predict run=metro_small person.jpg draw=drawn meshes=drawn
 
 The images are prepared as in the evaluation of training. A run that finds boxes gives their left,top right,bottom in
-pixels of the image, one that finds meshes x, y and z of each joint in millimetres and its x,y in pixels. With
-monte_carlo=16 the regularizer is left on: probabilities (boxes, meshes) are means of 16 passes, and beside them stands
-their standard deviation over the passes, in points (of joints in millimetres). A run is a path, name, hash, or the
-beginning of one. An image that cannot be read is named, the others are looked at, and the exit code is 3; otherwise
-exit codes are as in train.
+pixels of the image; one that finds meshes gives x, y and z of each joint in millimetres and its x,y in pixels. With
+monte_carlo=16 the regularizer stays on: probabilities (boxes, meshes) are means of 16 passes, shown with their standard
+deviation over the passes, in points (joints: in millimetres). A run is a path, name or hash, or the beginning of one.
+An image that cannot be read is named, the others are processed, and the exit code is 3; otherwise exit codes are as in
+train.
 """
 
 import csv
@@ -43,13 +43,13 @@ NAMES = {2: ("x", "y"), 3: ("x", "y", "z"), 4: SIDES}  # of the numbers of a poi
 @dataclass
 class Args:
     run: str = arg("", "the run")
-    k: Optional[int] = arg(None, "how many classes, boxes or joints to show of each image; empty: 5 classes, else all")
-    threshold: Optional[float] = arg(None, "of a run that finds boxes, the least score; empty: 0.5")
-    draw: str = arg("", "folder for the images with their boxes or meshes drawn")
-    meshes: str = arg("", "of a run that finds meshes, folder for one .obj file of each image")
+    k: Optional[int] = arg(None, "how many classes, boxes or joints to show for each image; null: 5 classes, else all")
+    threshold: Optional[float] = arg(None, "for a run that finds boxes, the lowest score shown; null: 0.5")
+    draw: str = arg("", "folder for copies of the images with their boxes or meshes drawn")
+    meshes: str = arg("", "for a run that finds meshes, folder for one .obj file per image")
     monte_carlo: int = arg(0, "passes with the regularizer on, 2 or more; 0: one pass without")
     format: str = arg("table", "what to print", choices=FORMATS)
-    output: str = arg("", "file .json or .csv to write instead")
+    output: str = arg("", "a .json or .csv file to write instead of printing")
     weights: str = arg("last", "last, best, or a checkpoint file")
     device: str = arg("auto", "where to compute", choices=DEVICES)
     root: Optional[str] = arg(None, "where the run's images are now; needed once for runs without model.json")

@@ -1,7 +1,7 @@
 """The paper's tables: dropkey reproduce plan|run|report table=schedule scale=cpu [key=value]
 
 plan     shows which runs the table needs, which are finished, and how long the rest takes
-run      starts what is missing, resumes what was interrupted, then reports
+run      starts missing runs, resumes interrupted ones, then reports
 report   writes results/<table>-<scale>/ from the runs that are finished
 
 All other words are overrides of train for every run: data.root=/data trainer.device=cuda
@@ -23,34 +23,34 @@ class Args:
     action: str = arg("", "what to do", choices=("plan", "run", "report"))
     table: str = arg("", "a table of configs/table, or the path of a YAML file")
     scale: str = arg("", "smoke, cpu, small, paper, or one of the table's own")
-    seeds: str = arg("", "to run now: their number, or a list such as 0,1,2; empty: as the table plans")
+    seeds: str = arg("", "seeds to run now: their number, or a list such as 0,1,2; empty: as the table plans")
     until: str = arg(
         "planned", "run: all planned seeds, or until every claim is decided", choices=("planned", "decided")
     )
     max_seeds: int = arg(20, "until=decided: at most this many")
     delta: float = arg(0.0, "plan: the difference to find; shows how many seeds and hours each claim needs")
-    power: float = arg(0.8, "plan delta=: with this chance")
+    power: float = arg(0.8, "plan delta=: the chance of finding it")
     deviation: Optional[float] = arg(
-        None, "plan delta=: of a claim's difference between seeds; empty: from the records"
+        None, "plan delta=: standard deviation of a claim's difference over seeds; null: from the records"
     )
     gpu: str = arg("", "plan: hours on this GPU: a100, h100, h200, l40s, or its dense TFLOPS in bf16")
-    utilisation: float = arg(0.4, "plan gpu=: the share of these that training reaches")
-    price: float = arg(0.0, "plan gpu=: of an hour of one GPU")
+    utilisation: float = arg(0.4, "plan gpu=: share of these TFLOPS that training reaches")
+    price: float = arg(0.0, "plan gpu=: price of one GPU hour")
     output: str = arg("runs", "directory of the runs")
     results: str = arg("results", "directory of the reports")
-    mixed: bool = arg(False, "compare runs of different versions; the report shows it")
+    mixed: bool = arg(False, "compare runs of different code versions; the report shows it")
     jobs: int = arg(0, "run: at most this many at a time; 0: one per GPU, or per core up to 4")
     gpus: str = arg("auto", "run: auto, none, or numbers such as 0,1")
     per_gpu: int = arg(1, "run: runs that share a GPU")
     gpus_per_run: int = arg(1, "run: GPUs of one run")
-    retry: bool = arg(False, "run: what failed in an earlier call")
+    retry: bool = arg(False, "run: repeat what failed in an earlier call")
     outdated: str = arg(
         "refuse", "run: finished runs that new ones cannot be compared with", choices=("refuse", "retrain")
     )
     entropy: bool = arg(True, "run: measure the entropy of attention, for the report")
     launcher: str = arg("local", "run: where", choices=("local", "slurm"))
     slurm: Dict[str, str] = arg({}, "run: parameters of submitit, such as slurm.partition=gpu")
-    records: Optional[str] = arg(None, "report: from this file of records instead of the runs")
+    records: Optional[str] = arg(None, "report: use this file of records instead of the runs")
 
 
 def read(words: list[str]) -> tuple[Args, tuple[str, ...]]:

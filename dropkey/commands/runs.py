@@ -99,7 +99,10 @@ def ordered(entries: Sequence[Entry], key: str = "") -> list[Entry]:
             name, lambda e: None if e.since is None else -e.since.timestamp()
         )
     else:
-        name = full_key(name)
+        try:
+            name = full_key(name)
+        except ConfigError:
+            raise ConfigError(f"cannot sort by {name}; sort= takes test, val, age, state or a key of train") from None
         value = lambda e: e.keys.get(name)  # noqa: E731
     having = [entry for entry in entries if value(entry) is not None]
     numbers = all(isinstance(value(entry), (int, float)) for entry in having)

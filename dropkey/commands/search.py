@@ -7,7 +7,7 @@
 for all trials. Several seeds are averaged, not searched. The search optimises the task's first metric after the last
 epoch, on the validation split. A trial that diverges or cannot be trained is pruned.
 
-The same command resumes an interrupted search, inside the interrupted run, up to `trials` in all (20); started several
+The same command resumes an interrupted search, and the interrupted run in it, up to trials=20 in all; started several
 times, as on several GPUs, it shares the work. Trials are not stopped early: a regularizer that helps in the end makes
 the first epochs worse.
 """

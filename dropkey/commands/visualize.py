@@ -1,17 +1,17 @@
 """Pictures of what a regularizer does: dropkey visualize ACTION [key=value ...]
 
-compare    where runs attend, side by side on the same images, and their entropy: run=<run>,<another>
-maps       where one or more runs attend, of a layer's heads or over all layers: run=<run>[,<run> ...]
-boxes      what runs find, side by side on the same images: run=<run>[,<run> ...]
-meshes     the same of runs that find meshes, each also seen from the side, with the truth
+compare    attention maps of runs, side by side on the same images, and their entropy: run=<run>,<another>
+maps       attention maps of runs, for a layer's heads or over all layers: run=<run>[,<run> ...]
+boxes      detections of runs, side by side on the same images: run=<run>[,<run> ...]
+meshes     the same for runs that find meshes, each also seen from the side, with the truth
 entropy    entropy of attention over depth, as table, record and plot: run=<run>[,<run> ...]
 gallery    one HTML page about a run: curves, entropy, maps, worst mistakes; into the run's directory
 masks      keys dropped by DropKey, DropKey-Block and DropKey-Cross
 schedules  drop ratio over depth
 
-Of runs that find boxes, compare and maps show what the query of an object attends to, or with point=x,y what that point
-does; of runs that find meshes, what joints attend to. A run is a path, name, hash, the beginning of one, or a pattern:
-run='*-cifar10-*'. Exit codes as in train.
+For runs that find boxes, compare and maps show what the query of an object attends to, or with point=x,y what that
+point attends to; for runs that find meshes, what joints attend to. A run is a path, name or hash, the beginning of one,
+or a pattern: run='*-cifar10-*'. Exit codes as in train.
 """
 
 from collections import defaultdict
@@ -37,23 +37,25 @@ class Args:
     action: str = arg("", "what to draw", choices=ACTIONS)
     run: List[str] = arg([], f"{', '.join(OF_RUNS)}: runs or patterns, with commas")
     images: List[int] = arg(
-        [], "compare, maps, boxes, meshes: positions in the test split, such as 0,5,7; empty: evenly"
+        [], "compare, maps, boxes, meshes: positions in the test split such as 0,5,7; empty: spread evenly"
     )
     head: str = arg(
-        "", "rollout over layers; or of one layer mean, all (maps), a head's number; empty: the first you can"
+        "",
+        "rollout (over layers), or for one layer mean, all (maps), a head's number; empty: the first that works",
     )
     layer: Optional[int] = arg(
-        None, "compare, maps: the layer of a head, from 0; negative from the end; empty: the last"
+        None, "compare, maps: layer of the heads, from 0; negative: from the end; null: the last"
     )
-    point: List[float] = arg([], "compare, maps of runs that find boxes: x,y in pixels, whose attention is shown")
-    joint: List[int] = arg([], "compare, maps of runs that find meshes: whose attention is shown; empty: one per image")
-    threshold: float = arg(0.5, "boxes: the least score of a box")
+    point: List[float] = arg([], "compare, maps of runs that find boxes: x,y in pixels, the point that attends")
+    joint: List[int] = arg([], "compare, maps of runs that find meshes: joints that attend; empty: one per image")
+    threshold: float = arg(0.5, "boxes: the lowest score shown")
     root: Optional[str] = arg(None, "directory of the runs' images, if it has moved")
     ratio: float = arg(0.3, "masks, schedules: drop ratio")
     grid: int = arg(14, "masks: side of the grid of keys")
     layers: int = arg(12, "schedules: number of attention layers")
     output: str = arg(
-        "", "file .png, .jpg, .pdf or .svg (gallery: .html); empty: in the one run's directory, or pictures/"
+        "",
+        "file .png, .jpg, .pdf or .svg (gallery: .html); empty: in the run's directory, for several in pictures/",
     )
 
 

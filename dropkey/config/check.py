@@ -149,7 +149,7 @@ def check_regularizer(regularizer: RegularizerConfig, schedule: ScheduleConfig) 
         require(
             odd or share or (cross and window == "full"),
             f"regularizer.window={window}: {name} takes an odd number of cells (3, 5, 7 ...), "
-            f"a share of the grid (such as 0.4){' or full' if cross else ''}",
+            f"{'a' if cross else 'or a'} share of the grid (such as 0.4){', or full' if cross else ''}",
         )
     else:
         require(window is None, f"regularizer.window={window}: only dropkey_block and dropkey_cross have a window")

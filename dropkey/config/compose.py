@@ -144,6 +144,10 @@ def explain(error: BaseException, schema: type) -> str:
         return "data.<key>=... needs data=<set>; root=<directory> says where the run's own data is now"
     if "integer string conversion" in str(error):  # Python's limit, met by Hydra, which does not say in which word
         return f"{next((word for word in sys.argv if TOO_LONG.search(word)), 'a value')} has too many digits"
+    if several := re.search(r"Ambiguous value for argument '(.+?)=(.*?)'", str(error)):
+        key, value = several.groups()
+        as_list = f"write '{key}=[{value}]' for a list, or " if "." in key else ""
+        return f"{key}={value} has several values; {as_list}add --multirun for several runs"
     text = f"{error}\n{error.__cause__ or ''}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     file = re.match(r"In '(.+?)':", text)

@@ -72,7 +72,8 @@ def one_word(word: str, root: str | Path | None, key: str) -> list[Path]:
         found = found or [one for one in runs if begins(one.name, name)]
     if not found:
         where = f"there are no runs in {root}" if not runs else nearest(name, [one.name for one in runs[-200:]])[2:]
-        raise ConfigError(f"{key}={word} means no run; {where}")
+        meant = "no run, and is no file" if key == "init_from" else "no run"
+        raise ConfigError(f"{key}={word} means {meant}; {where}")
     return found
 
 

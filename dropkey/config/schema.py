@@ -36,9 +36,9 @@ class TaskConfig:
 
 @dataclass
 class ModelConfig:
-    name: str = "vit_tiny_patch16_224"  # any timm architecture, or a t2t_vit_* of dropkey.models
+    name: str = "vit_tiny_patch16_224"  # any architecture of timm or dropkey.models
     patch_size: Optional[int] = None  # pixels; null: the model's own, on images below 96 px a smaller one that fits
-    embed_dim: Optional[int] = None  # token width; null: the model's own (so the next three)
+    embed_dim: Optional[int] = None  # token width; null: the model's own (also for the next three)
     depth: Optional[int] = None  # blocks
     num_heads: Optional[int] = None  # attention heads per block
     mlp_ratio: Optional[float] = None  # hidden width of the MLP / token width
@@ -51,23 +51,23 @@ class ModelConfig:
 class RegularizerConfig:
     name: str = "dropkey"  # one of REGULARIZER_NAMES
     ratio: float = 0.1  # drop probability in [0, 1); the peak when a schedule varies it
-    window: Optional[Union[int, float, str]] = None  # block, cross: odd cells or a share of the grid; cross: or full
+    window: Optional[Union[int, float, str]] = None  # an odd number of cells, or a share of the grid; cross: also full
     layers: List[str] = field(default_factory=lambda: ["self", "class"])  # attention layers it acts on, of LAYERS
-    modules: List[str] = field(default_factory=list)  # parts of the model it acts in, such as encoder; empty: all
-    scope: str = "model"  # what a schedule over depth runs over: model, or the blocks of each stack by itself
+    modules: List[str] = field(default_factory=list)  # parts of the model it acts on, such as encoder; empty: all
+    scope: str = "model"  # a schedule over depth runs over the whole model, or over each stack separately
     impl: str = "auto"  # how regularized attention is computed, one of IMPLS
 
 
 @dataclass
 class ScheduleConfig:
-    name: str = "decreasing"  # of the ratio, one of SCHEDULES
+    name: str = "decreasing"  # how the ratio changes, one of SCHEDULES
     end: float = 0.0  # the ratio at the low end of a decreasing or increasing schedule
     over: str = "depth"  # depth: from layer to layer; training: from step to step, the same ratio in all layers
 
 
 @dataclass
 class DataConfig:
-    name: str = "digits"  # one of DATASETS
+    name: str = "digits"  # one of the group data, or module:function
     root: str = "data"  # directory that holds the images, or receives a download
     download: bool = True  # fetch CIFAR when it is not under root
     image_size: int = 8  # pixels, height and width as the model sees them
@@ -78,7 +78,7 @@ class DataConfig:
     val_fraction: float = 0.1  # share of the training images held out when the set has no validation split
     test_fraction: float = 0.2  # share held out for testing when the set has neither test nor validation split
     max_train_samples: Optional[int] = None  # train on this many images only, equally many per class
-    split_seed: Any = 0  # an integer that draws these and the held-out validation images; "run": the run's own seed
+    split_seed: Any = 0  # seed of that choice and of the held-out validation images; "run": the run's own seed
     in_memory: bool = True  # keep decoded images as one uint8 tensor on the device; false: decode them for each batch
     token_labels: Optional[str] = None  # folder of a teacher's label maps, for VOLO with MixToken; null: off
     crop_pct: float = 1.0  # evaluation: centre crop / resized side
@@ -95,7 +95,7 @@ class AugmentConfig:
     rand_augment: Optional[str] = None  # timm's policy string, such as rand-m9-mstd0.5-inc1
     random_erasing: float = 0.0  # probability of random erasing
     erase_mixed: bool = False  # erase after mixup and cutmix, which then do not thin the noise; false: before
-    aug_repeats: int = 1  # repeated augmentation: how often each image appears in an epoch, which has fewer images
+    aug_repeats: int = 1  # repeated augmentation: copies of each image in an epoch, which then has fewer images
     mixup: float = 0.0  # alpha of mixup's Beta distribution; 0: off
     cutmix: float = 0.0  # alpha of cutmix's Beta distribution; 0: off
     mixup_prob: float = 1.0  # probability that a batch is mixed at all
@@ -106,15 +106,15 @@ class AugmentConfig:
 class OptimConfig:
     name: str = "adamw"  # any timm optimizer
     lr: float = 2e-3  # peak learning rate, for the global batch as given (never rescaled)
-    weight_decay: float = 0.05  # not applied to biases, norms and what the model exempts, but for the next key
+    weight_decay: float = 0.05  # not applied to biases, norms and what the model exempts; see the next key
     filter_bias_and_bn: bool = True  # false: weight decay on all parameters
     momentum: float = 0.9  # of SGD and RMSprop
     warmup_epochs: float = 1.0  # linear warm-up, per step, from warmup_lr
     warmup_lr: float = 1e-6  # where the warm-up begins
     sched: str = "cosine"  # after the warm-up: cosine to min_lr, or step: times decay_rate every decay_epochs
-    decay_epochs: Optional[float] = None  # of step, counted from the beginning of the training
-    decay_rate: float = 0.1  # of step
-    cooldown_epochs: float = 0.0  # of trainer.epochs, the last ones, all at min_lr
+    decay_epochs: Optional[float] = None  # sched=step: epochs between decays, from the start of training
+    decay_rate: float = 0.1  # sched=step: factor of each decay
+    cooldown_epochs: float = 0.0  # the last epochs, at min_lr; part of trainer.epochs
     min_lr: float = 1e-6  # where the cosine ends
     clip_grad_norm: Optional[float] = None  # largest gradient norm; null: no clipping
     lr_scale: Dict[str, Any] = field(default_factory=dict)  # factor on lr for parts of the model: {head: 10}
@@ -132,14 +132,14 @@ class TrainerConfig:
     eval_every: int = 1  # epochs between evaluations; the last epoch is always evaluated
     amp: str = "none"  # autocast: none, bf16 or fp16
     ema_decay: Optional[float] = None  # moving average of the weights, evaluated in their place; null: off
-    ema_warmup: bool = True  # a shorter average at first; false: ema_decay from the first step
+    ema_warmup: bool = True  # smaller decay in the first steps; false: ema_decay from the first step
     compile: bool = False  # torch.compile
     channels_last: bool = False  # memory format, for models that begin with convolutions
     find_unused_parameters: bool = False  # DDP: for models that do not use all parameters in each step
     overfit: bool = False  # debugging: train on the first batch only
     profile: bool = False  # debugging: trace steps 5 to 10 with torch.profiler
     device: str = "auto"  # one of DEVICES; auto: the first available of cuda, mps, cpu
-    checkpoint_minutes: float = 10.0  # a checkpoint at every epoch's end, and after this long within one
+    checkpoint_minutes: float = 10.0  # minutes between checkpoints within an epoch; there is one after every epoch
     log_every: int = 50  # optimizer steps between step records
 
 
@@ -147,9 +147,9 @@ class TrainerConfig:
 class LoggerConfig:
     name: str = "wandb"  # wandb or none; the records on disk are written either way
     mode: Optional[str] = None  # offline, or online: sync while training; null: as WANDB_MODE says, else offline
-    project: str = "dropkey"  # of W&B
+    project: str = "dropkey"  # W&B project
     entity: Optional[str] = None  # W&B team or user; null: the account's default
-    tags: List[str] = field(default_factory=list)  # of the W&B run
+    tags: List[str] = field(default_factory=list)  # tags of the W&B run
 
 
 @dataclass

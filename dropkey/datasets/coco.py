@@ -5,6 +5,7 @@ from dropkey.config.schema import DataConfig
 from dropkey.data.folders import existing_root
 from dropkey.detection.coco import read_scenes
 from dropkey.detection.scenes import Scenes
+from dropkey.errors import DataError
 
 LAYOUT = "annotations/instances_{train,val}2017.json, train2017/ and val2017/ (COCO 2017, from cocodataset.org)"
 
@@ -16,4 +17,7 @@ def read(data: DataConfig, seed: int) -> Scenes:
         split: (root / f"annotations/instances_{name}2017.json", [root / f"{name}2017"])
         for split, name in (("train", "train"), ("test", "val"))
     }
+    for file, _ in places.values():
+        if not file.is_file():
+            raise DataError(f"no file {file.absolute()}; data.root must hold {LAYOUT}")
     return read_scenes(places, data, seed)

@@ -57,7 +57,7 @@ def read(data: DataConfig, seed: int) -> Interactions:
             for name, folder in (("trainval", "train"), ("test", "test"))
         )
     except OSError as error:
-        raise DataError(f"cannot read data={data.name}: {explained(error)}") from error
+        raise DataError(f"cannot read data={data.name}: {explained(error)}; data.root must hold {LAYOUT}") from error
     instances = counted(whole.records)
     for record in whole.records:
         record["annotations"] = record["annotations"][:MOST_BOXES]
@@ -75,7 +75,7 @@ def read_possible(file: Path, objects: int) -> np.ndarray:
         found = np.load(file, allow_pickle=False)
     except (OSError, ValueError) as error:
         reason = explained(error) if isinstance(error, OSError) and error.errno else f"{file}: {error}"
-        raise DataError(f"{reason}; data=hico_det needs the pairs of verb and object that are possible") from error
+        raise DataError(f"{reason} (the possible pairs of verb and object); data.root must hold {LAYOUT}") from error
     if found.ndim != 2 or found.shape[1] != objects or not np.isin(found, (0, 1)).all():
         raise DataError(f"{file} holds {found.dtype} {found.shape}; it must be 0 or 1 for verbs x {objects} objects")
     return found.astype(bool)

@@ -4,6 +4,7 @@ task = tasks.build(cfg)  # cfg.task.name is a key of TASKS, or `module:Class` of
 """
 
 import importlib
+import inspect
 from typing import TYPE_CHECKING
 
 from dropkey.config.check import nearest
@@ -32,6 +33,12 @@ def build(cfg: TrainConfig) -> "Task":
     if not name:
         raise ConfigError(f"task.name={cfg.task.name} does not exist{nearest(cfg.task.name, TASKS)} (or module:Class)")
     try:
-        return getattr(importlib.import_module(module), name)(cfg, **cfg.task.args)
-    except (ImportError, AttributeError, TypeError) as error:
+        kind = getattr(importlib.import_module(module), name)
+        known = inspect.signature(kind).parameters
+        free = any(one.kind is one.VAR_KEYWORD for one in known.values())
+        for key in () if free else sorted(cfg.task.args.keys() - known.keys()):
+            hint = nearest(key, [*known][1:]) if len(known) > 1 else ", which has none"
+            raise ConfigError(f"task.args.{key} is no argument of task={cfg.task.name}{hint}")
+        return kind(cfg, **cfg.task.args)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError(f"task.name={cfg.task.name}: {error}") from None
