@@ -248,12 +248,16 @@ def test_tables_are_planned(words, monkeypatch, tmp_path):
     assert len(jobs_of(table, "runs")) == len(known) * len(table.columns) * len(table.seeds)
 
 
-def test_the_readme_shows_the_verdicts_of_the_committed_study():
-    report = (ROOT / "results" / "best-cpu" / "report.md").read_text()
+SHOWN = {"best-cpu": ROOT / "README.md", "detection-cpu": ROOT / "docs" / "detection.md"}
+
+
+@pytest.mark.parametrize("study", [path.name for path in sorted((ROOT / "results").iterdir())])
+def test_the_verdicts_of_a_committed_study_are_shown(study):
+    report, page = (ROOT / "results" / study / "report.md").read_text(), SHOWN[study].read_text()
     (claims,) = re.findall(r"(?:^\|.*\n)+", report.split("## Claims")[1].split("A claim")[0], re.M)
-    assert claims in README
+    assert claims in page
     for name in ("report.md", "claims.svg"):
-        assert f"](results/best-cpu/{name})" in README
+        assert f"results/{study}/{name})" in page
 
 
 def test_the_readme_is_read_in_minutes():

@@ -36,9 +36,7 @@ OF_RUNS = ACTIONS[:6]
 class Args:
     action: str = arg("", "what to draw", choices=ACTIONS)
     run: List[str] = arg([], f"{', '.join(OF_RUNS)}: runs or patterns, with commas")
-    images: List[int] = arg(
-        [], "compare, maps, boxes, meshes: positions in the test split such as 0,5,7; empty: spread evenly"
-    )
+    images: List[int] = arg([], "compare, maps, boxes, meshes: positions in the test split, 0,5,7; empty: evenly")
     head: str = arg(
         "",
         "rollout (over layers), or for one layer mean, all (maps), a head's number; empty: the first that works",
