@@ -14,7 +14,7 @@ help: ## this list
 
 setup: .venv/installed ## make .venv and install the pinned requirements
 
-train: setup ## train a small ViT with DropKey on digits (under a minute)
+train: setup ## train a small ViT with DropKey on digits (under a minute, once installed)
 	@$(BIN)/python train.py $(ARGS)
 
 test: setup ## run all tests

@@ -76,7 +76,7 @@ def reader(name: str, known: dict[str, str] = DATASETS, arguments: int = 1):
     """The function of that data set, of those that a task knows, which takes so many arguments."""
     module, _, function = known.get(name, name).partition(":")
     if not function:
-        raise ConfigError(f"data.name={name} is none for this task{nearest(name, known)} (or module:function)")
+        raise ConfigError(f"data.name={name} is no data set for this task{nearest(name, known)} (or module:function)")
     try:
         found = getattr(importlib.import_module(module), function)
         inspect.signature(found).bind(*range(arguments))
