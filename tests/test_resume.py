@@ -13,8 +13,8 @@ import processes
 import runs
 from dropkey import plotting
 from dropkey.config.schema import REGULARIZER_NAMES, SCHEDULES
-from dropkey.engine import trainer
-from dropkey.errors import Interrupted
+from dropkey.engine import checkpoint, trainer
+from dropkey.errors import ConfigError, Interrupted
 from dropkey.records import RunDirectory
 
 EVERYTHING = (
@@ -286,3 +286,16 @@ def test_a_long_epoch_is_saved_within_too(tmp_path, monkeypatch):
         runs.train(tmp_path, "trainer.checkpoint_minutes=1e-9")
     (path,) = tmp_path.iterdir()
     assert runs.state(RunDirectory(path))["position"]["global_step"] == 4  # the second epoch's first step
+
+
+def test_a_checkpoint_of_another_version_s_model_is_one_line_with_the_way_out(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        runs.on_step(patch, 2, runs.send())
+        runs.train(tmp_path)
+    (path,) = tmp_path.iterdir()
+    kept = checkpoint.load(path / "checkpoints" / "last.pt")
+    kept["model"] = {name: value for name, value in kept["model"].items() if "norm" not in name}
+    checkpoint.save(kept, path / "checkpoints" / "last.pt")
+    with pytest.raises(ConfigError, match=r"another version .* Missing key.*norm.*overwrite=true") as told:
+        runs.train(tmp_path)
+    assert "\n" not in str(told.value)

@@ -77,7 +77,11 @@ class State:
             for group, fused in zip(self.optimizer.param_groups, kernels, strict=True):
                 group["fused"] = fused  # this version's, whichever version saved
         except (RuntimeError, ValueError, KeyError) as error:
-            raise ConfigError(f"the checkpoint does not fit this model: {str(error).splitlines()[0]}") from None
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(
+                f"the checkpoint does not fit this model, perhaps another version of the program saved it: {reason}; "
+                "go on with that version, or start over with overwrite=true"
+            ) from None
         self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None and state["ema"] is not None:
             self.ema.module.load_state_dict(state["ema"])
