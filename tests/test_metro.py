@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+import torchvision
 from torch import nn
 
 import dropkey
@@ -10,8 +11,12 @@ import dropkey.models
 from dropkey.config.check import check
 from dropkey.config.compose import compose
 from dropkey.mesh.samples import Body
+from dropkey.models import metro
+from dropkey.models.metro import small_backbone
 from dropkey.reproduction import cost
+from dropkey.weights import load_weights
 
+transformers = pytest.importorskip("transformers")
 JOINTS, LEVELS = 14, (431, 1723, 6890)  # of SMPL in METRO
 FEW = {"img_size": 32, "in_chans": 1, "joints": 14, "levels": (20, 30, 60)}
 
@@ -109,6 +114,88 @@ def test_up_to_three_tenths_of_joints_and_of_vertices_are_hidden():
     torch.testing.assert_close(
         hidden[:, :14].float().mean(0), hidden[:, :14].float().mean().expand(14), atol=0.015, rtol=0
     )
+
+
+# ------------------------------------------------------------------------------------------------- official weights
+
+
+class OfficialBlock(nn.Module):
+    """One encoder of microsoft/MeshTransformer, with transformers' BERT, and what it holds without using it."""
+
+    def __init__(self, before: int, width: int, after: int, hidden: int):
+        super().__init__()
+        sizes = {"num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": hidden, "vocab_size": 30}
+        config = transformers.BertConfig(hidden_size=width, max_position_embeddings=512, **sizes)
+        self.bert = transformers.BertModel(config)
+        self.bert.position_embeddings = nn.Embedding(512, width)
+        self.bert.img_embedding = nn.Linear(before, width)
+        self.cls_head, self.residual = nn.Linear(width, after), nn.Linear(before, after)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        places = self.bert.position_embeddings.weight[: tokens.shape[1]]
+        return self.cls_head(self.bert.encoder(self.bert.img_embedding(tokens) + places)[0]) + self.residual(tokens)
+
+
+class Official(nn.Module):
+    """METRO_Body_Network, for few vertices."""
+
+    def __init__(self, backbone: nn.Module, channels: int, cells: int, joints: int, levels: tuple[int, int, int]):
+        super().__init__()
+        few, middle, many = levels
+        self.backbone, self.joints = backbone, joints
+        self.trans_encoder = nn.Sequential(
+            OfficialBlock(channels + 3, 64, 48, 128), OfficialBlock(48, 48, 32, 128), OfficialBlock(32, 32, 3, 128)
+        )
+        self.upsampling, self.upsampling2 = nn.Linear(few, middle), nn.Linear(middle, many)
+        self.conv_learn_tokens = nn.Conv1d(cells, joints + few, 1)
+        self.cam_param_fc, self.cam_param_fc2 = nn.Linear(3, 1), nn.Linear(few, 250)
+        self.cam_param_fc3 = nn.Linear(250, 3)
+
+    def forward(self, images: torch.Tensor, template: torch.Tensor):
+        cells = self.backbone(images).flatten(2).transpose(1, 2)
+        tokens = torch.cat([template.expand(len(images), -1, -1), self.conv_learn_tokens(cells)], dim=2)
+        found = self.trans_encoder(tokens)
+        joints, coarse = found[:, : self.joints], found[:, self.joints :]
+        camera = self.cam_param_fc3(self.cam_param_fc2(self.cam_param_fc(coarse).transpose(1, 2)))[:, 0]
+        middle = self.upsampling(coarse.transpose(1, 2))
+        return joints, [coarse, middle.transpose(1, 2), self.upsampling2(middle).transpose(1, 2)], camera
+
+
+def resnet() -> nn.Module:
+    whole = torchvision.models.resnet50()
+    return nn.Sequential(*list(whole.children())[:-2])
+
+
+@pytest.mark.parametrize("name", ["small", "resnet50"])
+def test_official_weights_give_the_official_outputs(name, tmp_path):
+    changes = {} if name == "small" else {"backbone": name, "in_chans": 3}
+    ours = small(**changes).eval()
+    coarse, middle, many = FEW["levels"]
+    indices = range(2), range(middle), range(coarse)
+    ours.set_body(body := Body(torch.randn(many, 3), torch.rand(1 + FEW["joints"], many), *indices))
+    backbone = small_backbone(1) if name == "small" else resnet()
+    channels, cells = ours.blocks[0].embed.in_features - 3, ours.cells.in_channels
+    torch.manual_seed(1)
+    theirs = Official(backbone, channels, cells, FEW["joints"], FEW["levels"]).eval()
+    torch.save(theirs.state_dict(), tmp_path / "state_dict.bin")
+    assert load_weights(ours, tmp_path / "state_dict.bin") == []
+    images = torch.randn(2, ours.backbone[0].in_channels if name == "small" else 3, 32, 32)
+    with torch.no_grad():
+        wanted, found = theirs(images, body.tokens()), ours(images)
+    for one, other in zip([found[0], *found[1], found[2]], [wanted[0], *wanted[1], wanted[2]], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert ours.body.regressor.equal(body.regressor)
+
+
+def test_names_of_the_official_hrnet_are_timm_s():
+    """Its classifier, which the official code loads and does not use, is left out."""
+    model = official("metro_hrnet_w64", "hrnet_w64")
+    model.body = Body.blank(JOINTS, LEVELS, 0)
+    names = ["stage4.2.fuse_layers.3.0.2.0.weight", "incre_modules.3.0.downsample.1.bias", "final_layer.0.bias"]
+    weights = {f"backbone.{name}": torch.zeros(1) for name in [*names, "classifier.weight"]}
+    weights["conv_learn_tokens.weight"] = torch.zeros(1)
+    found = metro.checkpoint_filter_fn(weights, model)
+    assert set(found) == {*(f"backbone.{name}" for name in names), "cells.weight"} < set(model.state_dict())
 
 
 def test_the_cost_of_a_table_is_planned_without_data():

@@ -38,6 +38,7 @@ class Body(nn.Module):
             self.register_buffer(name, torch.as_tensor(value, dtype=torch.float32))
         for name, value in (("hips", hips), ("middle", middle), ("coarse", coarse), ("faces", faces)):
             self.register_buffer(name, torch.as_tensor(value, dtype=torch.int64))
+        self.faces = self.faces.view(-1, 3)  # also where there are none
 
     @classmethod
     def blank(cls, joints: int, levels: Sequence[int], faces: int) -> "Body":

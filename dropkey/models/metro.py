@@ -1,10 +1,12 @@
 """METRO (Lin et al., 2021, arXiv:2012.09760): the mesh of a body from an image, by three shrinking encoders.
 
 Each joint and each vertex of a coarse mesh is a token: what a convolution over the grid of the backbone gives it, and
-its place in a template. Attention weights have no dropout here: that is the regularizer's business. Shape letters: B
-images, H and W pixels, N tokens, J joints, D width.
+its place in a template. Attention weights have no dropout here: that is the regularizer's business. Weights of the
+official network for bodies load, see `checkpoint_filter_fn`. Shape letters: B images, H and W pixels, N tokens, J
+joints, D width.
 """
 
+import re
 from itertools import pairwise
 from typing import Callable, Optional, Sequence
 
@@ -156,10 +158,48 @@ def initialise(module: nn.Module) -> None:
         nn.init.normal_(module.positions, std=STD)
 
 
+# Official names, of microsoft/MeshTransformer, and ours.
+RENAMED = (
+    (r"^trans_encoder\.(\d+)\.bert\.encoder\.layer\.(\d+)\.", r"blocks.\1.layers.\2."),
+    (r"^trans_encoder\.(\d+)\.bert\.img_embedding\.", r"blocks.\1.embed."),
+    (r"^trans_encoder\.(\d+)\.bert\.position_embeddings\.weight$", r"blocks.\1.positions"),
+    (r"^trans_encoder\.(\d+)\.cls_head\.", r"blocks.\1.head."),
+    (r"^trans_encoder\.(\d+)\.residual\.", r"blocks.\1.shortcut."),
+    (r"\.attention\.output\.dense\.", ".attention.out_proj."),
+    (r"\.attention\.output\.LayerNorm\.", ".norm1."),
+    (r"\.intermediate\.dense\.", ".feed_forward.0."),
+    (r"\.output\.dense\.", ".feed_forward.2."),
+    (r"\.output\.LayerNorm\.", ".norm2."),
+    *((rf"^upsampling{number}\.", f"up.{place}.") for place, number in enumerate(("", 2))),
+    (r"^conv_learn_tokens\.", "cells."),
+    *((rf"^cam_param_fc{number}\.", f"camera.{place}.") for place, number in enumerate(("", 2, 3))),
+)
+RESNET = tuple(  # which is a list of its parts there
+    (rf"^backbone\.{place}\.", f"backbone.{name}.")
+    for place, name in ((0, "conv1"), (1, "bn1"), (4, "layer1"), (5, "layer2"), (6, "layer3"), (7, "layer4"))
+)
+UNUSED = re.compile(r"\.bert\.(embeddings|pooler)\.|^backbone\.classifier\.")
+
+
 def checkpoint_filter_fn(weights: dict[str, Tensor], model: METRO) -> dict[str, Tensor]:
-    """A model that has a body keeps it where the weights have none, as those of older runs."""
-    kept = {name: value for name, value in model.state_dict().items() if name.startswith("body.")}
-    return weights if not model.body.regressor.any() else kept | weights
+    """Weights under our names, from a state dict with those or with the official ones. A model that has a body keeps it
+    where the weights have none, as those of older runs and the official ones."""
+    own = model.state_dict()
+    kept = {name: own[name] for name in own if name.startswith(("body.", "template"))}
+    if not model.body.regressor.any():
+        kept = {}
+    if "conv_learn_tokens.weight" not in weights:
+        return kept | weights
+    renamed, found = RENAMED + RESNET * ("backbone.4.0.conv1.weight" in weights), {}
+    for name, value in weights.items():
+        if not UNUSED.search(name):
+            for pattern, new in renamed:
+                name = re.sub(pattern, new, name)
+            found[name] = value[: len(model.template)] if name.endswith(".positions") else value
+    for first in [name for name in found if ".self.query." in name]:
+        parts = [found.pop(first.replace(".query.", f".{part}.")) for part in ("query", "key", "value")]
+        found[first.replace(".self.query.", ".in_proj_")] = torch.cat(parts)
+    return kept | found
 
 
 def _register(name: str, **architecture) -> Callable[..., METRO]:
