@@ -454,7 +454,8 @@ def test_commands_of_the_page_on_pictures_work(words, two, capsys, tmp_path, mon
 
 
 def test_the_page_on_pictures_shows_every_action():
-    assert {words[0] for words in COMMANDS} == set(visualize.ACTIONS) - {"boxes"}  # test_detector_use.py
+    others = {"boxes", "meshes"}  # on the pages of tests/test_detector_use.py and tests/test_mesh_use.py
+    assert {words[0] for words in COMMANDS} == set(visualize.ACTIONS) - others
 
 
 @pytest.mark.parametrize("words", [["masks", "ratio=0.2", "grid=7"], ["schedules", "layers=1"], ["schedules"]])

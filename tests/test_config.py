@@ -200,8 +200,8 @@ WRONG_VALUES = {
     "regularizer=dropkey_block regularizer.window=4": "takes an odd number of cells",
     "regularizer=dropkey_block regularizer.window=full": "takes an odd number of cells",
     "regularizer=dropkey_block_column regularizer.window=full": "takes an odd number of cells",
-    "regularizer=dropkey_cross regularizer.window=1.0": "a share of the grid (such as 0.4) or full",
-    "regularizer=dropkey_cross_column regularizer.window=-0.4": "a share of the grid (such as 0.4) or full",
+    "regularizer=dropkey_cross regularizer.window=1.0": "a share of the grid (such as 0.4), or full",
+    "regularizer=dropkey_cross_column regularizer.window=-0.4": "a share of the grid (such as 0.4), or full",
     "optim.warmup_epochs=40": "optim.warmup_epochs=40 must be below trainer.epochs=40, or the learning rate never "
     "falls; take optim.warmup_epochs=4",
     "optim.cooldown_epochs=39": "optim.warmup_epochs=1 and optim.cooldown_epochs=39 leave none of trainer.epochs=40",
