@@ -248,7 +248,8 @@ def test_tables_are_planned(words, monkeypatch, tmp_path):
     assert len(jobs_of(table, "runs")) == len(known) * len(table.columns) * len(table.seeds)
 
 
-SHOWN = {"best-cpu": ROOT / "README.md", "detection-cpu": ROOT / "docs" / "detection.md"}
+SHOWN = {f"{task}-cpu": ROOT / "docs" / f"{task}.md" for task in ("detection", "interaction")}
+SHOWN["best-cpu"] = ROOT / "README.md"
 
 
 @pytest.mark.parametrize("study", [path.name for path in sorted((ROOT / "results").iterdir())])
