@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import difflib
-import functools
 import itertools
 import re
 import sys
@@ -32,7 +31,6 @@ TOO_LONG = re.compile(r"\d{4301}")  # for Python's int
 REFUSALS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, AssertionError)  # of a composition
 
 
-@functools.cache  # a fifth of the time that a composition takes
 def register_schemas() -> None:
     """Makes the schemas known to Hydra; `${groups:<name>,...}`, `${keys:<schema>}` and `${invocation:<command>}` to the
     help texts."""
